@@ -1,0 +1,8 @@
+"""Masked distillation with receptive tokens (MasKD, ICLR 2023) for PyTorch, exact and fused in Triton."""
+
+from . import functional
+from .losses import MaskedDistillLoss
+from .masks import MaskLearner, MaskModule
+
+__all__ = ["MaskLearner", "MaskModule", "MaskedDistillLoss", "functional"]
+__version__ = "0.1.0"

@@ -1,0 +1,51 @@
+"""Features as lists of levels: one tensor, a sequence matched by position, or a mapping matched by key."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Levels = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
+
+
+def per_level(value: int | Sequence[int], name: str, levels: int | None = None) -> list[int]:
+    """``value`` as one positive int per level; an int is repeated ``levels`` times (None: it means one level)."""
+    values = [value] * (levels or 1) if isinstance(value, int) else list(value)
+    if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{name}: expected a positive int or one per level, got {value!r}")
+    if levels is not None and len(values) != levels:
+        raise ValueError(f"{name}: expected one value for each of the {levels} levels, got {len(values)}: {value!r}")
+    return values
+
+
+def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
+    """The tensors of ``features`` and, for a mapping, their keys; ``keys`` gives the order a mapping must follow."""
+    if isinstance(features, Tensor):
+        return [features], None
+    if isinstance(features, Mapping):
+        order = list(features) if keys is None else list(keys)
+        if set(order) != set(features):
+            raise ValueError(f"{name}: expected the levels {order}, got {list(features)}")
+        tensors, found = [features[k] for k in order], order
+    elif isinstance(features, Sequence) and not isinstance(features, str):
+        tensors, found = list(features), None
+    else:
+        raise TypeError(f"{name}: expected a tensor, or a sequence or mapping of tensors, got {type(features).__name__}")
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{found[i] if found else i!r}]: expected a tensor, got {type(x).__name__}")
+    return tensors, found
+
+
+def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor]]:
+    """Student and teacher levels side by side, in the teacher's order (the order its tokens were learned in)."""
+    teachers, keys = as_list(teacher, "teacher")
+    if isinstance(student, Mapping) != (keys is not None):
+        raise TypeError(
+            "student and teacher: expected both or neither to be a mapping of levels, "
+            f"got {type(student).__name__} and {type(teacher).__name__}"
+        )
+    students, _ = as_list(student, "student", keys)
+    if len(students) != len(teachers):
+        raise ValueError(f"student and teacher: expected as many levels in both, got {len(students)} and {len(teachers)}")
+    return students, teachers

@@ -1,0 +1,219 @@
+"""Stateless formulas of masked distillation: validation, layout, and the choice of implementation.
+
+Source of every formula: *Masked Distillation with Receptive Tokens*, ICLR 2023, https://arxiv.org/abs/2205.14589.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _eager, _levels, _ops
+from ._eager import compose_weighting
+from ._levels import Levels
+
+__all__ = [
+    "compose_weighting",
+    "dice_loss",
+    "mask_weights",
+    "masked_distill_loss",
+    "masked_features",
+    "receptive_masks",
+]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IMPLS = ("auto", "triton", "eager")
+_REDUCTIONS = ("sum", "none")
+
+
+def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_features(x: Tensor, name: str, channels: int | None = None) -> None:
+    """Raise unless ``x`` is a float ``[N, C, H, W]`` tensor with at least one pixel and ``channels`` channels."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64 features, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected features [N, C, H, W], got shape {list(x.shape)}")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {list(x.shape)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
+
+
+def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor, num_tokens: int) -> None:
+    check_features(t, f"teacher[{i}]")
+    check_features(s, f"student[{i}]")
+    if s.shape != t.shape:
+        raise ValueError(
+            f"student[{i}]: expected the shape of teacher[{i}], {list(t.shape)}, got {list(s.shape)} "
+            "(different channels: give student_channels; different sizes: resize one of them)"
+        )
+    if s.shape[0] != first.shape[0]:
+        raise ValueError(f"student[{i}]: expected the batch size of level 0, {first.shape[0]}, got {s.shape[0]}")
+    for x, name in ((s, f"student[{i}]"), (t, f"teacher[{i}]"), (tokens, f"tokens[{i}]")):
+        if x.device != first.device:
+            raise ValueError(f"{name}: expected the device of student[0], {first.device}, got {x.device}")
+    for x, name in ((s, f"student[{i}]"), (t, f"teacher[{i}]")):
+        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(f"{name}: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
+    if t.requires_grad:
+        raise ValueError(
+            f"teacher[{i}]: requires grad, but the loss is differentiable in the student only; "
+            "compute the teacher under torch.no_grad() or pass teacher.detach()"
+        )
+    if tokens.requires_grad:
+        raise ValueError(f"tokens[{i}]: requires grad, but tokens are frozen in stage 2; pass tokens.detach()")
+    if tokens.shape != (num_tokens, t.shape[1]):
+        raise ValueError(
+            f"teacher[{i}]: expected {tokens.shape[-1]} channels to match tokens {list(tokens.shape)}, "
+            f"got shape {list(t.shape)}"
+        )
+
+
+def masked_distill_loss(
+    student: Levels,
+    teacher: Levels,
+    tokens: Sequence[Tensor],
+    weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
+    *,
+    custom_mask: bool = False,
+    warmup_step: Tensor | None = None,
+    custom_mask_warmup: int = 0,
+    loss_weight: float = 1.0,
+    eps: float = 1e-12,
+    reduction: str = "sum",
+    impl: str = "auto",
+) -> Tensor:
+    r"""Masked feature reconstruction loss (stage 2 of MasKD), summed over feature levels.
+
+    .. math::
+        \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
+        \frac{\sum_p m_{ntp}^2 \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)},
+        \qquad m = \sigma(E\,t)
+
+    With customised masks ``m = sigmoid(E t) * sigmoid(E s)``, where the mask is a constant for the gradient. The
+    gradient is ``(s - t)`` times one number per pixel, so nothing of size ``[N, T, C, H, W]`` is built.
+
+    Args:
+        student: features ``[N, C_i, H_i, W_i]`` of each level: a tensor, a sequence, or a mapping matched by key.
+        teacher: features of the same shapes; must not require grad.
+        tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype.
+        weighting: ``(rows [9, T, C_i], bias [T])`` of each level from :func:`compose_weighting`, which give the softmax
+            weights ``w``; None weighs all tokens ``1 / T``.
+        custom_mask: customise the masks with the student's own.
+        warmup_step: int64 scalar tensor; masks are customised once it has reached ``custom_mask_warmup`` (decided on
+            the device, without a sync). None: from the start.
+        custom_mask_warmup: see ``warmup_step``.
+        loss_weight: factor on the loss.
+        eps: added to the mask areas; 0 reproduces the 0/0 of the original for empty masks.
+        reduction: ``"sum"`` over levels, or ``"none"`` for one value per level.
+        impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
+
+    Shape:
+        scalar, or ``[levels]`` for ``reduction="none"``; float32, or float64 for float64 features. An empty batch
+        gives 0.
+
+    Float16, bfloat16 and float32 may be mixed; sums are taken in float32. A layout in which ``H`` and ``W`` do not
+    merge into one stride (a cropped map) is copied; contiguous, channels_last and permuted ``[N, L, C]`` are not.
+
+    Raises:
+        TypeError: a level that is no float tensor, float64 mixed with other dtypes, a mapping with a sequence.
+        ValueError: level counts, keys, shapes, channels or devices that do not match; a teacher or tokens that require
+            grad; an unknown ``reduction`` or ``impl``.
+        RuntimeError: ``impl="triton"`` on CPU tensors without ``TRITON_INTERPRET=1``.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> s, t = torch.zeros(2, 8, 4, 4, requires_grad=True), torch.ones(2, 8, 4, 4)
+        >>> float(F.masked_distill_loss(s, t, [torch.zeros(6, 8)]))  # masks of 0.5 everywhere: half the MSE
+        0.5
+    """
+    check_choice(reduction, "reduction", _REDUCTIONS)
+    check_choice(impl, "impl", IMPLS)
+    students, teachers = _levels.match(student, teacher)
+    for name, given in (("tokens", tokens), ("weighting", weighting)):
+        if given is not None and len(given) != len(students):
+            raise ValueError(f"{name}: expected one entry for each of the {len(students)} levels, got {len(given)}")
+    if not students:
+        raise ValueError("student: expected at least one level, got none")
+    for i, (s, t, e) in enumerate(zip(students, teachers, tokens, strict=True)):
+        _check_pair(s, t, e, i, students[0], tokens[0].shape[0])
+    per_image, _, _ = _ops.distill(
+        [s.flatten(2) for s in students],
+        [t.flatten(2) for t in teachers],
+        list(tokens),
+        [rows for rows, _ in weighting or ()],
+        [bias for _, bias in weighting or ()],
+        [s.shape[2] for s in students],
+        custom_mask,
+        warmup_step,
+        custom_mask_warmup,
+        loss_weight,
+        eps,
+        resolve_impl(impl, students[0].device),
+    )
+    return per_image.sum() if reduction == "sum" else per_image.sum(1)
+
+
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """``"auto"`` by the tensors' device alone: Triton on ``cuda`` (CUDA or HIP), eager elsewhere."""
+    if impl != "auto":
+        return impl
+    return "triton" if device.type == "cuda" else "eager"
+
+
+def receptive_masks(x: Tensor, tokens: Tensor) -> Tensor:
+    """Masks ``sigmoid(sum_c tokens[t, c] * x[n, c, h, w])``.
+
+    Args: ``x [N, C, H, W]``, ``tokens [T, C]``. Returns ``[N, T, H, W]``, float32 (float64 for float64 ``x``).
+    Raises ValueError or TypeError naming the argument that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> F.receptive_masks(torch.ones(1, 8, 2, 2), torch.zeros(6, 8)).shape
+        torch.Size([1, 6, 2, 2])
+    """
+    check_features(x, "x", tokens.shape[1])
+    return _eager.masks(x.flatten(2), tokens).unflatten(2, x.shape[2:])
+
+
+def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+    """Softmax over tokens of ``conv1x1(avgpool(conv3x3(x)))``, without running the 3x3 convolution.
+
+    The convolution (padding 1) followed by the average over all positions is linear in nine sums of ``x``: all pixels,
+    four borders, four corners. Exact, and differentiable in every argument.
+
+    Args: ``x [N, C, H, W]``, ``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``.
+    Returns ``[N, T]``, float32 (float64 for float64 ``x``).
+    """
+    check_features(x, "x", w3.shape[1])
+    return _eager.learned_weights(x.flatten(2), w3, b3, w1, b1, x.shape[2], x.shape[3])
+
+
+def dice_loss(masks: Tensor) -> Tensor:
+    """Mean Dice coefficient over images and ordered pairs of different masks (T = 1: zero).
+
+    ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. Args: ``masks [N, T, H, W]``. Returns a scalar.
+    """
+    if masks.dim() != 4:
+        raise ValueError(f"masks: expected [N, T, H, W], got shape {list(masks.shape)}")
+    return _eager.pairwise_dice(masks.flatten(2))
+
+
+def masked_features(x: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``x * sum_t w[n, t] * m[n, t]``, what the teacher's heads see in stage 1; an unnormalised sum without weights.
+
+    Args: ``x [N, C, H, W]``, ``masks [N, T, H, W]``, ``weights [N, T]``. Returns ``[N, C, H, W]`` in the dtype of ``x``.
+    """
+    check_features(x, "x")
+    if masks.dim() != 4 or masks.shape[0] != x.shape[0] or masks.shape[2:] != x.shape[2:]:
+        raise ValueError(f"masks: expected [N, T, H, W] over x {list(x.shape)}, got shape {list(masks.shape)}")
+    if weights is not None and weights.shape != masks.shape[:2]:
+        raise ValueError(f"weights: expected {list(masks.shape[:2])}, got shape {list(weights.shape)}")
+    return _eager.gate(x.flatten(2), masks.flatten(2), weights).unflatten(2, x.shape[2:])

@@ -1,0 +1,194 @@
+"""Stage 2: the distillation loss."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from ._eager import acc_dtype, compose_weighting
+from ._levels import Levels, match, per_level
+from .checkpoints import Source, load_masks
+from .masks import MaskModule
+
+
+class MaskedDistillLoss(nn.Module):
+    r"""Masked distillation with receptive tokens: the student reconstructs the teacher's features where masks say so.
+
+    .. math::
+        \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
+        \frac{\sum_p m_{ntp}^2 \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)}
+
+    with masks ``m = sigmoid(E t)`` and softmax weights ``w`` of the frozen teacher features ``t``; after the warm-up
+    ``m = sigmoid(E t) * sigmoid(E s)``, no gradient through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
+
+    Args:
+        channels: channels of the teacher's features, one per level; an int means a single level.
+        num_tokens: T, receptive tokens per level.
+        student_channels: channels of the student's features if it needs aligning: then a biased 1x1 convolution per
+            level, ``align.{i}``, belongs to the criterion's parameters and must be trained with the student. None: no
+            align, equal channels required.
+        weight_mask: weigh masks per image by the mask weighting module; False: a mean over tokens.
+        custom_mask: customise masks with the student's own once the warm-up is over.
+        custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published).
+        loss_weight: factor on the loss (1 for two-stage detectors, 7 RetinaNet, 10 FCOS and RepPoints; 0.5 reproduces
+            the segmentation code).
+        eps: added to the mask areas (1e-5 reproduces the segmentation code, 0 the detection code with its 0/0).
+        pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see :func:`maskd_triton.checkpoints.mask_state`.
+            None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE.
+        impl: ``"auto"`` (CUDA tensors: Triton; others: eager), ``"triton"`` (Triton or an error; CPU tensors under
+            ``TRITON_INTERPRET=1``) or ``"eager"``.
+
+    Shape:
+        ``student`` and ``teacher``: levels ``[N, C_i, H_i, W_i]``, a tensor, a sequence (matched by position) or a mapping
+        (matched by key, in the teacher's order). Returns a float32 scalar (float64 for float64 features), or
+        ``[levels]`` for ``reduction="none"``.
+
+    Tokens and mask weights are frozen (``requires_grad=False``). ``warmup_step``, the number of training-mode calls so far,
+    is a buffer in the state dict; whether masks are customised is decided on the device.
+
+    Raises:
+        ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
+        RuntimeError: ``impl="triton"`` on CPU tensors without ``TRITON_INTERPRET=1``.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import MaskedDistillLoss, MaskLearner
+        >>> learner = MaskLearner([16, 16])  # after stage 1
+        >>> criterion = MaskedDistillLoss([16, 16], student_channels=[8, 8], pretrained=learner)
+        >>> student = [torch.randn(2, 8, s, s, requires_grad=True) for s in (8, 4)]
+        >>> teacher = [torch.randn(2, 16, s, s) for s in (8, 4)]
+        >>> criterion(student, teacher).backward()
+        >>> criterion(student, teacher, reduction="none").shape
+        torch.Size([2])
+    """
+
+    warmup_step: Tensor
+
+    def __init__(
+        self,
+        channels: int | Sequence[int],
+        num_tokens: int = 6,
+        *,
+        student_channels: int | Sequence[int] | None = None,
+        weight_mask: bool = True,
+        custom_mask: bool = True,
+        custom_mask_warmup: int = 1000,
+        loss_weight: float = 1.0,
+        eps: float = 1e-12,
+        pretrained: Source | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        F.check_choice(impl, "impl", F.IMPLS)
+        for name, value in (("custom_mask_warmup", custom_mask_warmup), ("loss_weight", loss_weight), ("eps", eps)):
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+        self.channels = per_level(channels, "channels")
+        self.num_tokens = num_tokens
+        self.weight_mask = weight_mask
+        self.custom_mask = custom_mask
+        self.custom_mask_warmup = custom_mask_warmup
+        self.loss_weight = loss_weight
+        self.eps = eps
+        self.impl = impl
+        self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in self.channels)
+        self.mask_modules.requires_grad_(False)
+        self.student_channels = self.channels
+        self.align: nn.ModuleList | None = None
+        if student_channels is not None:
+            self.student_channels = per_level(student_channels, "student_channels", len(self.channels))
+            pairs = zip(self.student_channels, self.channels, strict=True)
+            self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in pairs)
+        self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
+        if pretrained is not None:
+            load_masks(self.mask_modules, pretrained)
+        else:
+            warnings.warn(
+                "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and "
+                "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
+                stacklevel=2,
+            )
+        self._composed_from: tuple[tuple[int, int], ...] = ()
+        self._compose()
+        self.register_load_state_dict_post_hook(lambda module, _: module._compose())
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, "
+            f"custom_mask={self.custom_mask}, custom_mask_warmup={self.custom_mask_warmup}, "
+            f"loss_weight={self.loss_weight}, eps={self.eps}, impl={self.impl!r}"
+        )
+
+    def forward(self, student: Levels, teacher: Levels, *, reduction: str = "sum") -> Tensor:
+        """The loss; see the class. ``reduction="none"`` gives one value per level."""
+        students, teachers = match(student, teacher)
+        self._check_levels(students, teachers)
+        if self.align is not None:
+            students = [_align(conv, s) for conv, s in zip(self.align, students, strict=True)]
+        if not torch.compiler.is_compiling() and self._composed_from != self._versions():
+            self._compose()
+        loss = F.masked_distill_loss(
+            students,
+            teachers,
+            [module.mask_token for module in self._modules_of_levels()],
+            self._weighting(),
+            custom_mask=self.custom_mask,
+            warmup_step=self.warmup_step,
+            custom_mask_warmup=self.custom_mask_warmup,
+            loss_weight=self.loss_weight,
+            eps=self.eps,
+            reduction=reduction,
+            impl=self.impl,
+        )
+        if self.training:
+            self.warmup_step.add_(1)
+        return loss
+
+    def _check_levels(self, students: list[Tensor], teachers: list[Tensor]) -> None:
+        if len(teachers) != len(self.channels):
+            raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
+        for i, (s, t, c) in enumerate(zip(students, teachers, self.channels, strict=True)):
+            F.check_features(t, f"teacher[{i}]", c)
+            F.check_features(s, f"student[{i}]", self.student_channels[i])
+
+    def _modules_of_levels(self) -> Iterator[MaskModule]:
+        return (module for module in self.mask_modules if isinstance(module, MaskModule))
+
+    # In stage 2 the mask weighting module is frozen, so its two convolutions are folded into one small matrix per level
+    # (non-persistent buffers) whenever the parameters may have changed: here, on load, on a move or cast, and, outside
+    # torch.compile, when a version counter says so.
+    def _weighting(self) -> list[tuple[Tensor, Tensor]] | None:
+        if not self.weight_mask:
+            return None
+        levels = range(len(self.channels))
+        return [(self.get_buffer(f"pool_rows_{i}"), self.get_buffer(f"pool_bias_{i}")) for i in levels]
+
+    def _compose(self) -> None:
+        if not self.weight_mask:
+            return
+        with torch.no_grad():
+            for i, module in enumerate(self._modules_of_levels()):
+                parameters = [p.to(acc_dtype(p.dtype)) for p in module.weighting()]
+                for name, value in zip(("pool_rows", "pool_bias"), compose_weighting(*parameters), strict=True):
+                    self.register_buffer(f"{name}_{i}", value, persistent=False)
+        self._composed_from = self._versions()
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        if not self.weight_mask:
+            return ()
+        parameters = [p for module in self._modules_of_levels() for p in module.weighting()]
+        return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
+        super()._apply(fn, recurse)
+        self._compose()
+        return self
+
+
+def _align(conv: Any, x: Tensor) -> Tensor:
+    """The 1x1 convolution in the dtype of ``x``, as autocast would run it: features may leave an autocast region in half."""
+    weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
+    return nn.functional.conv2d(x, weight, bias)

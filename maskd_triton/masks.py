@@ -1,0 +1,193 @@
+"""Stage 1: receptive tokens and mask weights, learned on a frozen teacher."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from ._eager import acc_dtype
+from ._levels import Levels, as_list, per_level
+
+
+class MaskModule(nn.Module):
+    r"""Receptive tokens of one feature level: T masks of every image, their weights, and the masked features.
+
+    .. math::
+        m = \sigma(E x), \quad w = \mathrm{softmax}_t(\mathrm{conv}_{1\times1}(\mathrm{avgpool}(\mathrm{conv}_{3\times3}(x)))),
+        \quad y = x \sum_t w_t m_t
+
+    Args:
+        channels: C, channels of the teacher's features.
+        num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
+        weight_mask: weigh the masks per image; False sums them without weights.
+
+    Shape:
+        ``x [N, C, H, W]``; ``masks(x) [N, T, H, W]`` and ``weights(x) [N, T]`` in float32 (float64 for float64 ``x``);
+        ``forward(x)`` gives the masked features in the shape and dtype of ``x`` and the scalar Dice loss.
+
+    Parameters are ``mask_token [T, C]`` (initialised N(0, 0.01^2)) and the mask weighting module ``prob``
+    (conv3x3, pool, conv1x1; N(0, 2 / fan_out), bias 0), named and initialised as in the official implementation.
+
+    Raises ValueError for sizes that are not positive ints, and for features with other channels.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import MaskModule
+        >>> masked, dice = MaskModule(16, num_tokens=6)(torch.randn(2, 16, 8, 8))
+        >>> masked.shape, dice.shape
+        (torch.Size([2, 16, 8, 8]), torch.Size([]))
+    """
+
+    def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True) -> None:
+        super().__init__()
+        (self.channels,) = per_level(channels, "channels", 1)
+        (self.num_tokens,) = per_level(num_tokens, "num_tokens", 1)
+        self.weight_mask = weight_mask
+        self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
+        if weight_mask:
+            conv3, conv1 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, num_tokens, 1)
+            for conv in (conv3, conv1):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            self.prob = nn.Sequential(conv3, nn.AdaptiveAvgPool2d(1), conv1)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}"
+
+    def weighting(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the 3x3 and of the 1x1 convolution of the mask weighting module."""
+        if not self.weight_mask:
+            raise ValueError("weight_mask=False: this module has no mask weights")
+        conv3, conv1 = self.prob[0], self.prob[2]
+        return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
+
+    def masks(self, x: Tensor) -> Tensor:
+        """``sigmoid(E x)``: ``[N, T, H, W]``."""
+        F.check_features(x, "x", self.channels)
+        return F.receptive_masks(x, self.mask_token)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Softmax mask weights ``[N, T]``; ValueError with ``weight_mask=False``."""
+        F.check_features(x, "x", self.channels)
+        return F.mask_weights(x, *self.weighting())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        masks = self.masks(x)
+        weights = self.weights(x) if self.weight_mask else None
+        return F.masked_features(x, masks, weights), F.dice_loss(masks)
+
+
+class MaskLearner(nn.Module):
+    """Stage 1 for all feature levels of a frozen teacher: replaces its features by masked ones, keeps the Dice loss.
+
+    Args:
+        channels: channels of each level, an int for a single level.
+        num_tokens: T, receptive tokens per level.
+        weight_mask: weigh the masks per image.
+
+    Shape:
+        ``forward(features)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``.
+        :meth:`dice_loss` is then the sum of the levels' Dice losses of that call.
+
+    The learner's parameters are the only ones to train; put ``learner.parameters()`` into the optimizer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from maskd_triton import MaskLearner
+        >>> teacher = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 5, 1))
+        >>> learner = MaskLearner(16, num_tokens=4)
+        >>> with learner.attach(teacher, "0"):
+        ...     loss = teacher(torch.randn(2, 3, 8, 8)).square().mean() + learner.dice_loss()
+        >>> loss.backward()
+        >>> learner.mask_modules[0].mask_token.grad.shape, teacher[1].weight.grad
+        (torch.Size([4, 16]), None)
+    """
+
+    def __init__(self, channels: int | Sequence[int], num_tokens: int = 6, weight_mask: bool = True) -> None:
+        super().__init__()
+        self.channels = per_level(channels, "channels")
+        self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in self.channels)
+        self._dice: Tensor | None = None
+        self._attached = False
+
+    def forward(self, features: Levels) -> Levels:
+        tensors, keys = as_list(features, "features")
+        if len(tensors) != len(self.mask_modules):
+            raise ValueError(f"features: expected {len(self.mask_modules)} levels, got {len(tensors)}")
+        for i, (x, c) in enumerate(zip(tensors, self.channels, strict=True)):
+            F.check_features(x, f"features[{keys[i] if keys else i!r}]", c)
+        results = [module(x) for module, x in zip(self.mask_modules, tensors, strict=True)]
+        self._dice = torch.stack([dice.to(acc_dtype(dice.dtype)) for _, dice in results]).sum()
+        return _like(features, [y for y, _ in results], keys)
+
+    def dice_loss(self) -> Tensor:
+        """Sum over levels of the Dice losses of the latest forward; RuntimeError before the first one."""
+        if self._dice is None:
+            raise RuntimeError("dice_loss: no features seen yet; run the teacher inside `with learner.attach(...)` first")
+        return self._dice
+
+    @contextmanager
+    def attach(self, teacher: nn.Module, name: str) -> Iterator["MaskLearner"]:
+        """Mask the output of ``teacher``'s module ``name`` while the block lasts.
+
+        Inside the block all parameters of the teacher are frozen and its normalisation and dropout layers are in eval
+        mode (also if the teacher is switched to train mode, which torchvision's detectors need to return losses). On
+        exit, also by an exception, parameters' ``requires_grad``, training flags and hooks are as they were.
+
+        Args:
+            teacher: the frozen model, on the learner's device.
+            name: dotted name of the module whose output (a tensor, sequence or mapping of levels) is masked.
+
+        Raises:
+            AttributeError: the teacher has no such module.
+            RuntimeError: the learner is attached already.
+        """
+        if self._attached:
+            raise RuntimeError("attach: this learner is attached already; leave that block first")
+        target = teacher.get_submodule(name)
+        training = [(m, m.training) for m in teacher.modules()]
+        frozen = [(p, p.requires_grad) for p in teacher.parameters()]
+        fixed = [m for m in teacher.modules() if isinstance(m, _FIXED)]
+        hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
+        hooks.append(target.register_forward_hook(_replace_output(self)))
+        self._attached, self._dice = True, None
+        try:
+            for parameter, _ in frozen:
+                parameter.requires_grad_(False)
+            for layer in fixed:
+                layer.training = False
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter, flag in frozen:
+                parameter.requires_grad_(flag)
+            for module, flag in training:
+                module.training = flag
+            self._attached, self._dice = False, None
+
+
+_FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def _to_eval(module: nn.Module, _inputs: Any) -> None:
+    module.training = False
+
+
+def _replace_output(learner: MaskLearner) -> Callable[[nn.Module, Any, Any], Any]:
+    return lambda _module, _inputs, output: learner(output)
+
+
+def _like(features: Levels, tensors: list[Tensor], keys: list[Any] | None) -> Levels:
+    """``tensors`` in the container of ``features``."""
+    if isinstance(features, Tensor):
+        return tensors[0]
+    if isinstance(features, Mapping):
+        return type(features)(zip(keys or (), tensors, strict=True))  # type: ignore[call-arg]
+    if isinstance(features, tuple) and hasattr(features, "_make"):
+        return features._make(tensors)
+    return type(features)(tensors)  # type: ignore[call-arg]
