@@ -4,6 +4,7 @@
 configuration and the autograd formula are the same in eager mode, under compile and in an exported graph.
 """
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -29,19 +30,23 @@ def _kernels() -> ModuleType:
 
 def _split_masks(masks: Tensor, student: Sequence[Tensor], num_tokens: int) -> list[Tensor]:
     """Views ``[N, T, P]`` of the flat buffer that holds the masks of all levels."""
-    sizes = [s.shape[0] * num_tokens * s.shape[2] for s in student]
-    parts = torch.split(masks, sizes)
-    return [m.view(s.shape[0], num_tokens, s.shape[2]) for m, s in zip(parts, student, strict=True)]
+    parts = torch.split(masks, _mask_sizes(student, num_tokens))
+    shapes = [(s.shape[0], num_tokens, s.shape[2]) for s in student]
+    return [m[: math.prod(shape)].view(shape) for m, shape in zip(parts, shapes, strict=True)]
+
+
+def _mask_sizes(student: Sequence[Tensor], num_tokens: int) -> list[int]:
+    """Elements of each level in the flat buffer, padded so that every level starts 16-byte aligned."""
+    return [(s.shape[0] * num_tokens * s.shape[2] + 3) // 4 * 4 for s in student]
 
 
 def _new_outputs(student: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Empty per-image losses [levels, N], flat masks of all levels, gradient coefficients [levels, N, T]."""
     first = student[0]
     acc, n, levels = _eager.acc_dtype(first.dtype), first.shape[0], len(student)
-    pixels = sum(s.shape[2] for s in student)
     return (
         first.new_empty((levels, n), dtype=acc),
-        first.new_empty((n * num_tokens * pixels,), dtype=acc),
+        first.new_empty((sum(_mask_sizes(student, num_tokens)),), dtype=acc),
         first.new_empty((levels, n, num_tokens), dtype=acc),
     )
 

@@ -1,0 +1,62 @@
+"""What one tile computes: addressing in any layout, receptive-token projections, masks.
+
+A tile is ``[BLOCK_C, BLOCK_P]`` of a feature map, channels by pixels. Strides come as ``quotient * ALIGN`` with a constexpr
+``ALIGN`` (a divisor of 8), which tells the compiler how wide an access may be at sizes that 16 does not divide.
+"""
+
+import triton
+import triton.language as tl
+
+PIXELS, CHANNELS, NEITHER = 0, 1, 2  # the axis along which a tensor is contiguous
+
+
+@triton.jit
+def tile_offsets(c, p, stride_c, stride_p, FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_P] inside one image; 64-bit when an image has 2**31 elements or more."""
+    if WIDE:
+        c = c.to(tl.int64)
+        p = p.to(tl.int64)
+    if FAST == 0:
+        return c[:, None] * (stride_c * ALIGN) + p[None, :]
+    if FAST == 1:
+        return c[:, None] + p[None, :] * (stride_p * ALIGN)
+    return c[:, None] * (stride_c * ALIGN) + p[None, :] * (stride_p * ALIGN)
+
+
+@triton.jit
+def load_rows(ptr, c, C, DTYPE: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr):
+    """Rows [SPLIT * TP, BLOCK_C] of a [T, C] matrix as DTYPE; SPLIT = 2 appends the rounding residue as rows of its own,
+    so that float32 tokens keep 16 bits in a bfloat16 product."""
+    row = tl.arange(0, SPLIT * TP)
+    t = row % TP
+    value = tl.load(ptr + t[:, None] * C + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0.0)
+    if SPLIT == 1:
+        return value.to(DTYPE)
+    value = value.to(tl.float32)
+    if DTYPE == tl.float16:
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)  # an infinite token would turn into NaN below
+    high = value.to(DTYPE)
+    return tl.where((row < TP)[:, None], high, (value - high.to(tl.float32)).to(DTYPE))
+
+
+@triton.jit
+def add_projection(acc, rows, x, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    """``acc + rows @ x``, exact products, sums in ACC; never tf32."""
+    if ACC == tl.float64:
+        return acc + tl.sum(rows[:, :, None] * x[None, :, :], axis=1)
+    if UPCAST:  # the interpreter has no bfloat16 arithmetic
+        return tl.dot(rows.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(rows, x, acc, input_precision="ieee")
+
+
+@triton.jit
+def join_split(acc, TP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr):
+    """[SPLIT * TP, BLOCK_P] -> [TP, BLOCK_P]: add the products of the residue rows."""
+    if SPLIT == 1:
+        return acc
+    return tl.sum(tl.reshape(acc, (SPLIT, TP, BLOCK_P)), axis=0)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
