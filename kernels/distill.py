@@ -239,7 +239,7 @@ def forward(
         for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
             _, c, p = s.shape
             height, width = heights[i], p // heights[i]
-            config = tuning.forward_config(s.dtype, num_tokens, _fast(s))
+            config = tuning.forward_config(max(s.dtype.itemsize, t.dtype.itemsize), num_tokens, _fast(s))
             rows = triton.next_power_of_2(max(num_tokens, tuning.MIN_ROWS))
             tiles = triton.cdiv(p, config.block_p)
             borders = 2 * (triton.cdiv(width, config.block_p) + triton.cdiv(height, config.block_p)) + 4
@@ -285,7 +285,7 @@ def backward(
     with _device_of(coefficients):
         for i, (s, t, g) in enumerate(zip(student, teacher, grads, strict=True)):
             _, c, p = s.shape
-            config = tuning.backward_config(s.dtype, num_tokens, _fast(s))
+            config = tuning.backward_config(num_tokens, _fast(s))
             tiles = triton.cdiv(p, config.block_p)
             layout = _layout(s, t, g)
             backward_kernel[(n * tiles, triton.cdiv(c, config.block_c))](

@@ -43,10 +43,12 @@ def load_rows(ptr, c, C, DTYPE: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
 def add_projection(acc, rows, x, ACC: tl.constexpr, UPCAST: tl.constexpr):
     """``acc + rows @ x``, exact products, sums in ACC; never tf32."""
     if ACC == tl.float64:
-        return acc + tl.sum(rows[:, :, None] * x[None, :, :], axis=1)
-    if UPCAST:  # the interpreter has no bfloat16 arithmetic
-        return tl.dot(rows.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(rows, x, acc, input_precision="ieee")
+        acc += tl.sum(rows[:, :, None] * x[None, :, :], axis=1)
+    elif UPCAST:  # the interpreter has no bfloat16 arithmetic
+        acc = tl.dot(rows.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(rows, x, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

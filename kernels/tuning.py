@@ -1,32 +1,53 @@
-"""Launch configurations: a pure function of dtype, tokens and layout, so that nothing is timed or compiled twice."""
+"""Launch configurations: a pure function of dtype, tokens and layout, so that nothing is timed or compiled twice.
+
+Chosen by compiling (``python -m bench.inspect``): no spill and 16-byte loads on sm_80, sm_90, sm_100 and gfx942, at least two
+programs per multiprocessor, and runs of at least 128 contiguous bytes. Not yet timed on a GPU.
+"""
 
 from dataclasses import dataclass
 
 import torch
+
+from .tiles import CHANNELS
 
 MIN_ROWS = 8  # tokens are padded to at least this many rows of a matrix product
 
 
 @dataclass(frozen=True)
 class Config:
+    """Channels and pixels of a tile, threads of a program, stages of the load pipeline."""
+
     block_c: int
     block_p: int
-    num_warps: int
+    threads: int
     num_stages: int = 1
 
-
-def forward_config(dtype: torch.dtype, num_tokens: int, fast: int) -> Config:
-    """Blocks of the forward and border kernels."""
-    if dtype == torch.float64:  # no matrix instruction: the product is a [T, C, P] block
-        return Config(8, 16 if num_tokens > 16 else 32, 4)
-    if num_tokens <= 8:
-        return Config(32, 128, 4, 3)
-    return Config(32, 64, 4, 2) if num_tokens <= 32 else Config(32, 32, 4, 2)
+    @property
+    def num_warps(self) -> int:
+        return self.threads // warp_size()
 
 
-def backward_config(dtype: torch.dtype, num_tokens: int, fast: int) -> Config:
-    """Blocks of the backward kernel."""
-    return Config(32, 64 if num_tokens > 16 else 128, 4)
+def warp_size() -> int:
+    """Threads in a warp: 64 on AMD's CDNA GPUs."""
+    return 64 if torch.version.hip else 32
+
+
+def forward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
+    """Tile of the forward and border kernels; ``itemsize`` is that of the wider of the two feature dtypes."""
+    if itemsize == 8:  # no matrix instruction: the product is a [T, C, P] block
+        return Config(4, 16, 256) if num_tokens > 16 else Config(8, 32, 128)
+    if num_tokens > 8:
+        return Config(16, 64, 256, 2) if itemsize == 4 else Config(32, 64, 256, 2)
+    if fast == CHANNELS:
+        return Config(32, 64, 256, 3) if itemsize == 4 else Config(64, 64, 256, 3)
+    return Config(16, 64, 128, 3) if itemsize == 4 else Config(16, 128, 128, 3)
+
+
+def backward_config(num_tokens: int, fast: int) -> Config:
+    """Tile of the backward kernel."""
+    if fast == CHANNELS:
+        return Config(128, 32, 128)
+    return Config(32, 64 if num_tokens > 16 else 128, 128)
 
 
 def finish_block(rows: int) -> int:

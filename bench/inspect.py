@@ -1,0 +1,206 @@
+"""Compile every kernel for GPUs that are not here and report what each costs: ``python -m bench.inspect``.
+
+The launchers themselves are run, on CPU tensors, with a driver that only knows its target: what is compiled is exactly what a
+launch on that GPU would compile, and nothing is executed. Exit status 1 if a kernel spills registers or loads features
+narrower than the alignment of its input allows.
+"""
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from maskd_triton.kernels import distill
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = (distill.forward_kernel, distill.border_kernel, distill.finish_kernel, distill.backward_kernel)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class _TargetOnly:
+    """Enough of a driver to compile without a GPU."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int | None = None) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stage-2 call; ``layout`` is "nchw" or "nhwc"."""
+
+    dtype: str = "bf16"
+    layout: str = "nchw"
+    channels: int = 256
+    tokens: int = 6
+    height: int = 50
+    width: int = 84
+    weighted: bool = True
+    custom: bool = True
+
+    def __str__(self) -> str:
+        flags = ("w" if self.weighted else "-") + ("c" if self.custom else "-")
+        return f"{self.dtype} {self.layout} C{self.channels} T{self.tokens} {self.height}x{self.width} {flags}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Costs of one compiled kernel; ``load_bytes`` counts global loads by their width."""
+
+    kernel: str
+    registers: int
+    spills: int
+    shared: int
+    load_bytes: dict[int, int]
+
+
+def compile_case(case: Case, target: str) -> dict[str, Any]:
+    """The compiled kernels of one forward and backward, by kernel name."""
+    n, p = 2, case.height * case.width
+    shape = (n, p, case.channels) if case.layout == "nhwc" else (n, case.channels, p)
+    s, t = (torch.empty(shape, dtype=DTYPES[case.dtype]) for _ in range(2))
+    if case.layout == "nhwc":
+        s, t = s.transpose(1, 2), t.transpose(1, 2)
+    acc = torch.float64 if case.dtype == "fp64" else torch.float32
+    tokens, rows = torch.empty(case.tokens, case.channels), torch.empty(9, case.tokens, case.channels)
+    loss, coefficients = torch.empty(1, n, dtype=acc), torch.empty(1, n, case.tokens, dtype=acc)
+    masks = [torch.empty(n, case.tokens, p, dtype=acc)]
+    weighting = ([rows], [torch.empty(case.tokens)]) if case.weighted else ([], [])
+    with _compiling_for(TARGETS[target]) as compiled:
+        step = torch.zeros((), dtype=torch.int64)
+        distill.forward(
+            [s], [t], [tokens], *weighting, [case.height], case.custom, step, 1000, 1.0, 1e-12, loss, masks, coefficients
+        )
+        distill.backward(torch.empty(1, n, dtype=acc), [s], [t], masks, coefficients)
+    return compiled
+
+
+@contextlib.contextmanager
+def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Any]]:
+    compiled: dict[str, Any] = {}
+
+    def compile_only(kernel: Any) -> Any:
+        def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            compiled[kernel.fn.__name__] = type(kernel).run(kernel, *args, grid=grid, warmup=True, **kwargs)
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", _TargetOnly(target)))
+        stack.enter_context(mock.patch.object(distill, "_check_device"))
+        stack.enter_context(mock.patch.object(distill.tuning, "warp_size", return_value=target.warp_size))
+        for kernel in KERNELS:
+            kernel.device_caches.clear()
+            stack.enter_context(mock.patch.object(kernel, "run", compile_only(kernel)))
+        yield compiled
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+
+def facts(name: str, kernel: Any) -> Facts:
+    """Registers, spills, shared memory and load widths of one compiled kernel."""
+    if kernel.metadata.target.backend == "hip":
+        return _amd_facts(name, kernel)
+    ptx = kernel.asm["ptx"]
+    usage = _ptxas_report(ptx, kernel.metadata.target.arch)
+    widths: dict[int, int] = {}
+    for modifiers in re.findall(r"\bld\.global((?:\.[a-zA-Z0-9:_]+)*)", ptx):
+        vector = re.search(r"\.v(\d)\b", modifiers)
+        bits = re.search(r"\.[bfus](\d+)\b", modifiers)
+        size = (int(vector[1]) if vector else 1) * (int(bits[1]) if bits else 0) // 8
+        widths[size] = widths.get(size, 0) + 1
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?, 0x([0-9a-f]+)", ptx):
+        widths[int(size, 16)] = widths.get(int(size, 16), 0) + 1
+    registers = int(re.search(r"Used (\d+) registers", usage)[1])  # type: ignore[index]
+    spills = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", usage).groups()))  # type: ignore[union-attr]
+    return Facts(name, registers, spills, kernel.metadata.shared, widths)
+
+
+def _ptxas_report(ptx: str, arch: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [get_ptxas(arch).path, "-v", name, str(source), "-o", str(Path(folder, "kernel.o"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _amd_facts(name: str, kernel: Any) -> Facts:
+    code = kernel.asm["amdgcn"]
+    count = {key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count")}  # type: ignore[index]
+    widths: dict[int, int] = {}
+    for suffix in re.findall(r"^\s+(?:global|buffer)_load_(\w+)", code, re.M):
+        size = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short_d16": 2}.get(suffix, 2)
+        widths[size] = widths.get(size, 0) + 1
+    return Facts(name, count["vgpr_count"], count["vgpr_spill_count"], kernel.metadata.shared, widths)
+
+
+def cases() -> list[Case]:
+    """Every branch and configuration the library can launch: dtypes, layouts, token counts, flags, odd sizes."""
+    branches = [Case(d, layout) for d in DTYPES for layout in ("nchw", "nhwc")]
+    flags = [Case(weighted=w, custom=c) for w in (False, True) for c in (False, True) if not (w and c)]
+    counts = [Case(d, tokens=t) for d in ("bf16", "fp32", "fp64") for t in (1, 16, 32, 64)]
+    counts += [Case(d, "nhwc", tokens=t) for d in ("bf16", "fp32") for t in (16, 64)]
+    sizes = [Case(channels=19, tokens=8), Case(height=13, width=21), Case(height=30, width=35), Case("fp32", channels=4096)]
+    return branches + flags + counts + sizes
+
+
+def problems(case: Case, fact: Facts) -> list[str]:
+    """What is wrong with a compiled kernel: spilled registers, or no 16-byte loads where half and
+    float32 features allow them (float64 is for tests)."""
+    found = [f"{fact.spills} bytes spilled"] if fact.spills else []
+    along = case.channels if case.layout == "nhwc" else case.height * case.width
+    aligned = along * DTYPES[case.dtype].itemsize % 16 == 0 and case.dtype != "fp64"
+    if aligned and fact.kernel in ("forward_kernel", "backward_kernel") and not fact.load_bytes.get(16):
+        found.append(f"no 16-byte loads: {fact.load_bytes}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    arguments = parser.parse_args()
+    print(f"triton {triton.__version__}")
+    failed = 0
+    for target in arguments.target:
+        for case in cases():
+            for name, kernel in compile_case(case, target).items():
+                fact = facts(name, kernel)
+                wrong = problems(case, fact)
+                failed += len(wrong)
+                line = (
+                    f"{target:7s} {case!s:34s} {name:16s} regs {fact.registers:3d} spill {fact.spills:3d} smem {fact.shared:6d}"
+                )
+                print(line, f"loads {fact.load_bytes}", *wrong, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Scenes of real handwritten digits on real photographs, with a class per pixel. Nothing is downloaded."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+SIZE = 40  # pixels per side of a scene
+NUM_CLASSES = 11  # 0 is background, 1 + d is the digit d
+DIGIT_SIZES = range(15, 21)
+
+# Shares of the digits (in the order of the data set) and of the photographs' columns: no split sees another's pixels.
+SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """``images [N, 3, 40, 40]`` in [-1, 1] and ``labels [N, 40, 40]`` with values below NUM_CLASSES."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "Scenes":
+        return Scenes(self.images.to(device), self.labels.to(device))
+
+
+def make_scenes(split: str, count: int, seed: int = 0) -> Scenes:
+    """``count`` scenes of two or three digits, each in its own quarter so that none hides another."""
+    rng = np.random.default_rng([seed, list(SPLITS).index(split)])
+    digits, classes = _digits(split)
+    photos = _photos(split)
+    images = np.empty((count, 3, SIZE, SIZE), dtype=np.float32)
+    labels = np.zeros((count, SIZE, SIZE), dtype=np.int64)
+    for image, label in zip(images, labels, strict=True):
+        photo = photos[rng.integers(len(photos))]
+        top, left = (rng.integers(side - SIZE + 1) for side in photo.shape[1:])
+        image[:] = photo[:, top : top + SIZE, left : left + SIZE]
+        for quarter in rng.permutation(4)[: rng.integers(2, 4)]:
+            index, size = rng.integers(len(classes)), int(rng.choice(DIGIT_SIZES))
+            ink = digits[size][index]
+            row, column = np.array(divmod(quarter, 2)) * (SIZE // 2) + rng.integers(SIZE // 2 - size + 1, size=2)
+            rows, columns = slice(row, row + size), slice(column, column + size)
+            colour = rng.uniform(size=(3, 1, 1))
+            image[:, rows, columns] = ink * colour + (1 - ink) * image[:, rows, columns]
+            label[rows, columns][ink > 0.5] = 1 + classes[index]
+    return Scenes(torch.from_numpy(images) * 2 - 1, torch.from_numpy(labels))
+
+
+def _digits(split: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """The split's digits as opacities in [0, 1], enlarged to every size, and their classes."""
+    data = load_digits()
+    part = _share(split, len(data.target))
+    ink = torch.from_numpy(data.images[part]).float()[:, None] / 16
+    sizes = {s: interpolate(ink, (s, s), mode="bilinear")[:, 0].numpy() for s in DIGIT_SIZES}
+    return sizes, data.target[part]
+
+
+def _photos(split: str) -> list[np.ndarray]:
+    """The split's columns of both photographs at half size, as ``[3, H, W]`` in [0, 1]."""
+    photos = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
+    halves = [torch.nn.functional.avg_pool2d(photo, 2).numpy() for photo in photos]
+    return [half[:, :, _share(split, half.shape[2])] for half in halves]
+
+
+def _share(split: str, length: int) -> slice:
+    start, stop = SPLITS[split]
+    return slice(round(start * length), round(stop * length))

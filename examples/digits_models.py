@@ -1,0 +1,102 @@
+"""One small segmentation net in two sizes: a teacher and a student with about a sixteenth of its parameters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from .digits_data import NUM_CLASSES
+
+
+class SegmentationNet(nn.Module):
+    """Backbone (strides 2, 4, 8), feature pyramid ``neck`` with three levels, and a head that sums the levels."""
+
+    def __init__(self, widths: Sequence[int], neck_width: int) -> None:
+        super().__init__()
+        self.neck_channels = [neck_width] * len(widths)
+        self.backbone = Backbone(widths)
+        self.neck = Pyramid(widths, neck_width)
+        self.head = Head(neck_width, len(widths))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The levels that are distilled."""
+        return self.neck(self.backbone(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores ``[N, NUM_CLASSES, H, W]`` at the size of the images."""
+        return self.scores(self.features(images), images.shape[-2:])
+
+    def scores(self, levels: list[Tensor], size: torch.Size) -> Tensor:
+        return interpolate(self.head(levels), size, mode="bilinear")
+
+
+def make_teacher() -> SegmentationNet:
+    return SegmentationNet(widths=(32, 64, 128), neck_width=64)
+
+
+def make_student() -> SegmentationNet:
+    return SegmentationNet(widths=(8, 16, 32), neck_width=16)
+
+
+class Backbone(nn.Module):
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(conv_bn_relu(before, width, stride=2), Residual(width))
+            for before, width in zip((3, *widths), widths, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(conv_bn_relu(width, width), conv_bn_relu(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.convs(x)
+
+
+class Pyramid(nn.Module):
+    """A top-down feature pyramid whose levels end standardised: mean 0 and variance 1 in every channel.
+
+    Stage 1 needs that: on features of very different scales one token takes all the weight and the others go empty.
+    """
+
+    def __init__(self, widths: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
+        self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in widths)
+        self.standardise = nn.ModuleList(nn.BatchNorm2d(width, affine=False) for _ in widths)
+
+    def forward(self, stages: list[Tensor]) -> list[Tensor]:
+        levels = [conv(x) for conv, x in zip(self.lateral, stages, strict=True)]
+        for i in reversed(range(len(levels) - 1)):
+            levels[i] = levels[i] + interpolate(levels[i + 1], levels[i].shape[-2:], mode="nearest")
+        return [bn(conv(x)) for bn, conv, x in zip(self.standardise, self.smooth, levels, strict=True)]
+
+
+class Head(nn.Module):
+    def __init__(self, width: int, levels: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(conv_bn_relu(width, width) for _ in range(levels))
+        self.classify = nn.Conv2d(width, NUM_CLASSES, 1)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        first, *others = [conv(x) for conv, x in zip(self.convs, levels, strict=True)]
+        for x in others:
+            first = first + interpolate(x, first.shape[-2:], mode="bilinear")
+        return self.classify(first)
+
+
+def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
