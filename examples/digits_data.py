@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import avg_pool2d, interpolate
 
 SIZE = 40  # pixels per side of a scene
 NUM_CLASSES = 11  # 0 is background, 1 + d is the digit d
 DIGIT_SIZES = range(15, 21)
 
-# Shares of the digits (in the order of the data set) and of the photographs' columns: no split sees another's pixels.
+# Shares of the digits (in the data set's order) and of the photographs' columns: splits share nothing.
 SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
 
 
@@ -44,11 +44,12 @@ def make_scenes(split: str, count: int, seed: int = 0) -> Scenes:
         for quarter in rng.permutation(4)[: rng.integers(2, 4)]:
             index, size = rng.integers(len(classes)), int(rng.choice(DIGIT_SIZES))
             ink = digits[size][index]
-            row, column = np.array(divmod(quarter, 2)) * (SIZE // 2) + rng.integers(SIZE // 2 - size + 1, size=2)
+            corner = np.array(divmod(quarter, 2)) * (SIZE // 2)
+            row, column = corner + rng.integers(SIZE // 2 - size + 1, size=2)
             rows, columns = slice(row, row + size), slice(column, column + size)
             colour = rng.uniform(size=(3, 1, 1))
             image[:, rows, columns] = ink * colour + (1 - ink) * image[:, rows, columns]
-            label[rows, columns][ink > 0.5] = 1 + classes[index]
+            label[rows, columns][ink > 0.4] = 1 + classes[index]
     return Scenes(torch.from_numpy(images) * 2 - 1, torch.from_numpy(labels))
 
 
@@ -63,8 +64,8 @@ def _digits(split: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
 
 def _photos(split: str) -> list[np.ndarray]:
     """The split's columns of both photographs at half size, as ``[3, H, W]`` in [0, 1]."""
-    photos = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
-    halves = [torch.nn.functional.avg_pool2d(photo, 2).numpy() for photo in photos]
+    photos = [torch.tensor(image).permute(2, 0, 1).float() / 255 for image in load_sample_images().images]
+    halves = [avg_pool2d(photo, 2).numpy() for photo in photos]
     return [half[:, :, _share(split, half.shape[2])] for half in halves]
 
 

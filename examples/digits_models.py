@@ -1,16 +1,15 @@
-"""One small segmentation net in two sizes: a teacher and a student with about a sixteenth of its parameters."""
+"""One small segmentation net in two sizes: a teacher, and a student a sixteenth of it."""
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from .digits_data import NUM_CLASSES
+from .digits_data import NUM_CLASSES, SIZE
 
 
 class SegmentationNet(nn.Module):
-    """Backbone (strides 2, 4, 8), feature pyramid ``neck`` with three levels, and a head that sums the levels."""
+    """Backbone (strides 2, 4, 8), feature pyramid ``neck`` with three levels, head that sums the levels."""
 
     def __init__(self, widths: Sequence[int], neck_width: int) -> None:
         super().__init__()
@@ -25,10 +24,10 @@ class SegmentationNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores ``[N, NUM_CLASSES, H, W]`` at the size of the images."""
-        return self.scores(self.features(images), images.shape[-2:])
+        return self.scores(self.features(images))
 
-    def scores(self, levels: list[Tensor], size: torch.Size) -> Tensor:
-        return interpolate(self.head(levels), size, mode="bilinear")
+    def scores(self, levels: list[Tensor]) -> Tensor:
+        return interpolate(self.head(levels), (SIZE, SIZE), mode="bilinear")
 
 
 def make_teacher() -> SegmentationNet:
@@ -67,7 +66,7 @@ class Residual(nn.Module):
 class Pyramid(nn.Module):
     """A top-down feature pyramid whose levels end standardised: mean 0 and variance 1 in every channel.
 
-    Stage 1 needs that: on features of very different scales one token takes all the weight and the others go empty.
+    Stage 1 needs that: on raw features one token takes all the weight and the others go empty.
     """
 
     def __init__(self, widths: Sequence[int], width: int) -> None:
@@ -98,5 +97,7 @@ class Head(nn.Module):
 
 def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
     )

@@ -1,0 +1,193 @@
+"""The three trainings of the demo: the teacher, its receptive tokens (stage 1), and a student (stage 2)."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from maskd_triton import MaskedDistillLoss, MaskLearner
+
+from .digits_data import NUM_CLASSES, Scenes
+from .digits_models import SegmentationNet, make_student, make_teacher
+
+BATCH = 32
+NUM_TOKENS = 6
+BACKGROUND_WEIGHT = 0.4  # most pixels are background
+WEIGHT_DECAY = 0.01
+TEACHER_LR = 3e-3
+TOKEN_LR = 1e-2
+STUDENT_LR = 8e-3
+CUSTOM_MASKS_AFTER = 0.25  # share of the student's steps
+
+VARIANTS = ("student alone", "plain feature MSE", "MasKD")
+
+Module = TypeVar("Module", bound=nn.Module)
+Tick = Callable[[], object]  # called once per training step: the progress bar
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every student is trained and judged with."""
+
+    train: Scenes
+    validation: Scenes
+    test: Scenes
+    teacher: SegmentationNet
+    levels: list[Tensor]  # the teacher's features of the training scenes
+    learner: MaskLearner
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """What one student's training leaves behind."""
+
+    variant: str
+    seed: int
+    test_miou: float
+    curve: list[tuple[int, float]]  # step, validation mIoU
+
+
+class PlainFeatureMSE(nn.Module):
+    """The baseline: mean squared difference over all pixels, behind the same 1x1 aligns as MasKD's."""
+
+    def __init__(self, channels: Sequence[int], student_channels: Sequence[int], loss_weight: float) -> None:
+        super().__init__()
+        pairs = zip(student_channels, channels, strict=True)
+        self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in pairs)
+        self.loss_weight = loss_weight
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        levels = zip(self.align, student, teacher, strict=True)
+        return self.loss_weight * sum(mse_loss(conv(s), t) for conv, s, t in levels)
+
+
+def train_teacher(train: Scenes, steps: int, tick: Tick) -> SegmentationNet:
+    torch.manual_seed(0)
+    teacher = _on(train, make_teacher())
+    optimizer, schedule = _adamw(teacher.parameters(), TEACHER_LR, steps)
+    for batch in _batches(len(train), steps, seed=0):
+        _step(task_loss(teacher(train.images[batch]), train.labels[batch]), optimizer, schedule)
+        tick()
+    return teacher.eval()
+
+
+def learn_tokens(teacher: SegmentationNet, train: Scenes, steps: int, tick: Tick) -> tuple[MaskLearner, dict[str, list[float]]]:
+    """Stage 1: the teacher must still solve its task on masked features, and the masks must differ (Dice)."""
+    torch.manual_seed(0)
+    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS).to(train.images.device)
+    optimizer = torch.optim.Adam(learner.parameters(), TOKEN_LR, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
+    history: dict[str, list[float]] = {"task loss": [], "dice": []}
+    with learner.attach(teacher, "neck"):
+        for batch in _batches(len(train), steps, seed=0):
+            task = task_loss(teacher(train.images[batch]), train.labels[batch])
+            dice = learner.dice_loss()
+            _step(task + dice, optimizer, schedule)
+            history["task loss"].append(task.item())
+            history["dice"].append(dice.item())
+            tick()
+    return learner, history
+
+
+@torch.no_grad()
+def teacher_features(teacher: SegmentationNet, scenes: Scenes) -> list[Tensor]:
+    """The levels of all scenes, computed once: nothing augments them and every student needs them."""
+    chunks = [teacher.features(images) for images in scenes.images.split(200)]
+    return [torch.cat(level) for level in zip(*chunks, strict=True)]
+
+
+def train_student(study: Study, variant: str, loss_weight: float, seed: int, steps: int, tick: Tick) -> StudentRun:
+    """Stage 2: task loss plus the variant's distillation loss. A seed fixes initialisation and batches."""
+    train = study.train
+    torch.manual_seed(seed)
+    student = _on(train, make_student())
+    trained = list(student.parameters())
+    criterion = None
+    if variant != "student alone":
+        criterion = _on(train, make_criterion(study, variant, student.neck_channels, loss_weight, steps))
+        torch.manual_seed(seed)  # the two criteria drew different amounts for their own initialisation
+        for conv in criterion.align:
+            conv.reset_parameters()
+        trained += criterion.align.parameters()
+    optimizer, schedule = _adamw(trained, STUDENT_LR, steps)
+    curve = []
+    for step, batch in enumerate(_batches(len(train), steps, seed), start=1):
+        features = student.features(train.images[batch])
+        loss = task_loss(student.scores(features), train.labels[batch])
+        if criterion is not None:
+            loss = loss + criterion(features, [level[batch] for level in study.levels])
+        _step(loss, optimizer, schedule)
+        if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
+            curve.append((step, mean_iou(student, study.validation)))
+        tick()
+    return StudentRun(variant, seed, mean_iou(student, study.test), curve)
+
+
+def make_criterion(
+    study: Study, variant: str, student_channels: list[int], loss_weight: float, steps: int
+) -> PlainFeatureMSE | MaskedDistillLoss:
+    channels = study.teacher.neck_channels
+    if variant == "plain feature MSE":
+        return PlainFeatureMSE(channels, student_channels, loss_weight)
+    return MaskedDistillLoss(
+        channels,
+        NUM_TOKENS,
+        student_channels=student_channels,
+        custom_mask_warmup=round(CUSTOM_MASKS_AFTER * steps),
+        loss_weight=loss_weight,
+        pretrained=study.learner,
+    )
+
+
+def task_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    weight = torch.ones(NUM_CLASSES, device=scores.device)
+    weight[0] = BACKGROUND_WEIGHT
+    return cross_entropy(scores, labels, weight)
+
+
+@torch.no_grad()
+def mean_iou(net: SegmentationNet, scenes: Scenes) -> float:
+    """Intersection over union over all pixels of all scenes, averaged over the classes that occur."""
+    training = net.training
+    net.eval()
+    confusion = torch.zeros(NUM_CLASSES**2, device=scenes.labels.device)
+    for images, labels in zip(scenes.images.split(200), scenes.labels.split(200), strict=True):
+        pairs = labels * NUM_CLASSES + net(images).argmax(1)
+        confusion += torch.bincount(pairs.flatten(), minlength=NUM_CLASSES**2)
+    net.train(training)
+    confusion = confusion.view(NUM_CLASSES, NUM_CLASSES)
+    both = confusion.diag()
+    return (both / (confusion.sum(0) + confusion.sum(1) - both)).nanmean().item()
+
+
+def _on(scenes: Scenes, module: Module) -> Module:
+    """On the scenes' device, channels last: convolutions are then faster on CPUs and GPUs alike."""
+    return module.to(scenes.images.device, memory_format=torch.channels_last)
+
+
+def _adamw(
+    parameters: Iterable[nn.Parameter], lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+
+
+def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+
+
+def _batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Indices of ``steps`` batches from fresh permutations, drawn on the CPU: the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(left) < BATCH:
+            left = torch.randperm(count, generator=generator)
+        batch, left = left[:BATCH], left[BATCH:]
+        yield batch
