@@ -47,8 +47,7 @@ def check_features(x: Tensor, name: str, channels: int | None = None) -> None:
 def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor, num_tokens: int) -> None:
     check_features(t, f"teacher[{i}]")
     check_features(s, f"student[{i}]")
-    # dimension by dimension: comparing torch.Size as a whole makes torch.compile specialise on every size
-    if any(a != b for a, b in zip(s.shape, t.shape, strict=True)):
+    if s.shape != t.shape:
         raise ValueError(
             f"student[{i}]: expected the shape of teacher[{i}], {list(t.shape)}, got {list(s.shape)} "
             "(different channels: give student_channels; different sizes: resize one of them)"
