@@ -5,8 +5,14 @@ Features are ``x [N, C, P]`` with ``P = H*W`` (a view of ``[N, C, H, W]``, any s
 float64 features.
 """
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 # A 3x3 convolution with padding 1, averaged over all positions, is linear in nine sums of the input: everything,
 # minus what the window pushes over one of the four borders, plus the four corners that this takes off twice.
@@ -23,6 +29,19 @@ _TAP_SIGNS = (
     ((0, 0, 1), (0, 0, 0), (0, 0, 0)),
     ((1, 0, 0), (0, 0, 0), (0, 0, 0)),
 )
+
+
+def _full_precision(function: Function) -> Function:
+    """Autocast would run the products of an autocast region in half precision."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: object) -> object:
+        if not torch.amp.is_autocast_available(x.device.type):
+            return function(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return run  # type: ignore[return-value]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,6 +63,7 @@ def strip_sums(x: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([x.sum(2, dtype=acc), *(b.sum(2, dtype=acc) for b in borders), *corners], dim=1)
 
 
+@_full_precision
 def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
     """Fold conv1x1(avgpool(conv3x3(.))) into one linear map of the strip sums.
 
@@ -57,12 +77,14 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
     return rows.contiguous(), w1 @ b3 + b1
 
 
+@_full_precision
 def masks(x: Tensor, tokens: Tensor) -> Tensor:
     """``sigmoid(tokens @ x)``: ``x [N, C, P]``, ``tokens [T, C]`` -> ``[N, T, P]`` in the accumulation dtype."""
     acc = acc_dtype(x.dtype)
     return torch.sigmoid(torch.matmul(tokens.to(acc), x.to(acc)))
 
 
+@_full_precision
 def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """Softmax mask weights ``[N, T]`` of ``x [N, C, P]`` from :func:`compose_weighting`'s rows and bias."""
     sums = strip_sums(x, height, width)
@@ -70,6 +92,7 @@ def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> T
     return torch.softmax(logits, dim=1)
 
 
+@_full_precision
 def distill_forward(
     student: Tensor,
     teacher: Tensor,
@@ -102,6 +125,7 @@ def distill_forward(
     return (share * a).sum(1), m, 2 * share
 
 
+@_full_precision
 def distill_backward(grad: Tensor, student: Tensor, teacher: Tensor, m: Tensor, coefficients: Tensor) -> Tensor:
     """Gradient of one level's per-image losses for ``student``, in its dtype and (dense) strides."""
     scale = torch.einsum("ntp,ntp,nt->np", m, m, coefficients * grad[:, None])
@@ -112,6 +136,7 @@ def distill_backward(grad: Tensor, student: Tensor, teacher: Tensor, m: Tensor, 
     return out.copy_((student.to(m.dtype) - teacher.to(m.dtype)).mul_(scale[:, None, :]))
 
 
+@_full_precision
 def pairwise_dice(m: Tensor) -> Tensor:
     """Mean Dice coefficient of the ``T (T - 1)`` ordered pairs of ``m [N, T, P]``; 0 for ``T = 1`` or ``N = 0``."""
     n, t, _ = m.shape
@@ -122,6 +147,7 @@ def pairwise_dice(m: Tensor) -> Tensor:
     return (dice * others).sum() / max(n * t * (t - 1), 1)
 
 
+@_full_precision
 def learned_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, height: int, width: int) -> Tensor:
     """Softmax mask weights ``[N, T]``, cheap to differentiate for the convolutions: no ``[T, C, C]`` product."""
     sums = strip_sums(x, height, width)
@@ -131,6 +157,7 @@ def learned_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, h
     return torch.softmax(pooled @ w1.flatten(1).T + b1, dim=1)
 
 
+@_full_precision
 def gate(x: Tensor, m: Tensor, w: Tensor | None) -> Tensor:
     """``x * sum_t w[n, t] m[n, t, p]`` (``w`` None: an unnormalised sum) in the dtype of ``x``."""
     a = m.sum(1) if w is None else torch.einsum("nt,ntp->np", w, m)

@@ -65,6 +65,11 @@ def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor, num
             f"teacher[{i}]: requires grad, but the loss is differentiable in the student only; "
             "compute the teacher under torch.no_grad() or pass teacher.detach()"
         )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and t.is_inference():
+        raise ValueError(
+            f"teacher[{i}]: an inference tensor cannot be kept for the backward pass; compute the teacher under "
+            "torch.no_grad() instead of torch.inference_mode(), or pass teacher.clone()"
+        )
     if tokens.requires_grad:
         raise ValueError(f"tokens[{i}]: requires grad, but tokens are frozen in stage 2; pass tokens.detach()")
     if tokens.shape != (num_tokens, t.shape[1]):
@@ -123,7 +128,7 @@ def masked_distill_loss(
     Raises:
         TypeError: a level that is no float tensor, float64 mixed with other dtypes, a mapping with a sequence.
         ValueError: level counts, keys, shapes, channels or devices that do not match; a teacher or tokens that require
-            grad; an unknown ``reduction`` or ``impl``.
+            grad; a teacher computed under ``inference_mode`` where a gradient is wanted; an unknown ``reduction`` or ``impl``.
         RuntimeError: ``impl="triton"`` on CPU tensors without ``TRITON_INTERPRET=1``.
 
     Example:

@@ -1,9 +1,15 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+"""What every test runs under: the interpreter where there is no GPU, and uninitialised memory that shows.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
+"""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -18,3 +24,21 @@ def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     if request.param[0] == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``empty`` means NaN: an element that is read before, or never, written spoils the result instead of hiding."""
+
+    def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            out = function(*args, **kwargs)
+            if type(out) is Tensor and out.is_floating_point() and out.device.type in ("cpu", "cuda"):
+                with torch.no_grad():
+                    out.fill_(float("nan"))
+            return out
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

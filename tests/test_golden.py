@@ -5,21 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import LAYOUTS, in_layout
 
 from maskd_triton import MaskedDistillLoss, MaskModule
 
 DATA = Path(__file__).parent / "data"
 DISTILL = sorted(p.stem for p in DATA.glob("*.npz") if not p.stem.startswith("learn"))
 LEARN = sorted(p.stem for p in DATA.glob("learn*.npz"))
-
-
-def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values with pixels ("nchw") or channels ("channels_last", permuted "nlc") next to each other."""
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "nlc":
-        return x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:])
-    return x.contiguous()
 
 
 def parameters(data: np.lib.npyio.NpzFile) -> dict[str, torch.Tensor]:
@@ -41,7 +33,7 @@ def criterion_for(data: np.lib.npyio.NpzFile, segmentation: bool, impl: str) -> 
     )
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "nlc"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("name", DISTILL)
 def test_distill(name: str, dtype: torch.dtype, bound: float, layout: str, target: tuple[str, str]) -> None:

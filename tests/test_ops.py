@@ -43,7 +43,8 @@ def test_gradcheck(weighted: bool, target: tuple[str, str]) -> None:
         # masks that follow the student are constants for the gradient, so only uncustomised ones can be checked
         return _ops.distill(list(levels), teacher, tokens, rows, bias, heights, False, *rest)[0]
 
-    assert torch.autograd.gradcheck(loss, student)
+    # every element in eager torch; the interpreter is slow, and a random projection misses no wrong gradient either
+    assert torch.autograd.gradcheck(loss, student, fast_mode=target[0] == "triton")
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

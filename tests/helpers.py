@@ -1,0 +1,27 @@
+"""Tensors in the layouts that users bring."""
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("nchw", "channels_last", "nlc")
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """The same values with pixels ("nchw") or channels ("channels_last", permuted "nlc") next to each other."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "nlc":
+        return x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:])
+    return x.contiguous()
+
+
+def moved(x: Tensor, device: str) -> Tensor:
+    """``x`` on ``device`` with its strides and storage offset, which ``Tensor.to`` would not keep."""
+    storage = x.new_empty(0).set_(x.untyped_storage())
+    return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def rounding(dtype: torch.dtype, target: tuple[str, str]) -> float:
+    """Relative error of rounding float32 to ``dtype``: half a unit, but Triton's interpreter truncates to bfloat16."""
+    truncates = dtype == torch.bfloat16 and target == ("triton", "cpu")
+    return torch.finfo(dtype).eps / (1 if truncates else 2)
