@@ -70,6 +70,14 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
     Args: ``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``.
     Returns ``rows [9, T, C]`` and ``bias [T]`` such that the logits of an image are
     ``sum_s rows[s] @ strip_sums[s] / P + bias``.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> w3, b3, w1, b1 = torch.randn(8, 8, 3, 3), torch.randn(8), torch.randn(6, 8, 1, 1), torch.randn(6)
+        >>> rows, bias = F.compose_weighting(w3, b3, w1, b1)
+        >>> rows.shape, bias.shape
+        (torch.Size([9, 6, 8]), torch.Size([6]))
     """
     w1 = w1.flatten(1)
     taps = torch.einsum("to,ockl->tckl", w1, w3)

@@ -10,7 +10,12 @@ Levels = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
 
 def per_level(value: int | Sequence[int], name: str, levels: int | None = None) -> list[int]:
     """``value`` as one positive int per level; an int is repeated ``levels`` times (None: it means one level)."""
-    values = [value] * (levels or 1) if isinstance(value, int) else list(value)
+    if isinstance(value, int):
+        values = [value] * (levels or 1)
+    elif isinstance(value, Sequence):
+        values = list(value)
+    else:
+        raise TypeError(f"{name}: expected a positive int or one per level, got {value!r}")
     if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f"{name}: expected a positive int or one per level, got {value!r}")
     if levels is not None and len(values) != levels:

@@ -44,7 +44,24 @@ def check_features(x: Tensor, name: str, channels: int | None = None) -> None:
         raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
 
 
-def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor, num_tokens: int) -> None:
+def _check_tokens(tokens: Sequence[Tensor], weighting: Sequence[tuple[Tensor, Tensor]] | None) -> None:
+    for i, e in enumerate(tokens):
+        if e.dim() != 2 or 0 in e.shape:
+            raise ValueError(f"tokens[{i}]: expected [T, C] with at least one token, got shape {list(e.shape)}")
+        if e.requires_grad:
+            raise ValueError(f"tokens[{i}]: requires grad, but tokens are frozen in stage 2; pass tokens.detach()")
+        if len(e) != len(tokens[0]):
+            raise ValueError(f"tokens[{i}]: expected {len(tokens[0])} tokens, as on level 0, got {len(e)}")
+        if weighting is not None:
+            rows, bias = weighting[i]
+            if rows.shape != (9, *e.shape) or bias.shape != e.shape[:1]:
+                raise ValueError(
+                    f"weighting[{i}]: expected rows {[9, *e.shape]} and bias {[len(e)]}, "
+                    f"got {list(rows.shape)} and {list(bias.shape)}"
+                )
+
+
+def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor) -> None:
     check_features(t, f"teacher[{i}]")
     check_features(s, f"student[{i}]")
     if s.shape != t.shape:
@@ -70,12 +87,9 @@ def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor, num
             f"teacher[{i}]: an inference tensor cannot be kept for the backward pass; compute the teacher under "
             "torch.no_grad() instead of torch.inference_mode(), or pass teacher.clone()"
         )
-    if tokens.requires_grad:
-        raise ValueError(f"tokens[{i}]: requires grad, but tokens are frozen in stage 2; pass tokens.detach()")
-    if tokens.shape != (num_tokens, t.shape[1]):
+    if tokens.shape[1] != t.shape[1]:
         raise ValueError(
-            f"teacher[{i}]: expected {tokens.shape[-1]} channels to match tokens {list(tokens.shape)}, "
-            f"got shape {list(t.shape)}"
+            f"teacher[{i}]: expected {tokens.shape[1]} channels to match tokens {list(tokens.shape)}, got shape {list(t.shape)}"
         )
 
 
@@ -135,7 +149,7 @@ def masked_distill_loss(
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> s, t = torch.zeros(2, 8, 4, 4, requires_grad=True), torch.ones(2, 8, 4, 4)
-        >>> float(F.masked_distill_loss(s, t, [torch.zeros(6, 8)]))  # masks of 0.5 everywhere: half the MSE
+        >>> F.masked_distill_loss(s, t, [torch.zeros(6, 8)]).item()  # masks of 0.5 everywhere: half the MSE
         0.5
     """
     check_choice(reduction, "reduction", _REDUCTIONS)
@@ -146,8 +160,9 @@ def masked_distill_loss(
             raise ValueError(f"{name}: expected one entry for each of the {len(students)} levels, got {len(given)}")
     if not students:
         raise ValueError("student: expected at least one level, got none")
+    _check_tokens(tokens, weighting)
     for i, (s, t, e) in enumerate(zip(students, teachers, tokens, strict=True)):
-        _check_pair(s, t, e, i, students[0], tokens[0].shape[0])
+        _check_pair(s, t, e, i, students[0])
     per_image, _, _ = _ops.distill(
         [s.flatten(2) for s in students],
         [t.flatten(2) for t in teachers],
@@ -195,7 +210,14 @@ def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> T
     four borders, four corners. Exact, and differentiable in every argument.
 
     Args: ``x [N, C, H, W]``, ``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``.
-    Returns ``[N, T]``, float32 (float64 for float64 ``x``).
+    Returns ``[N, T]``, float32 (float64 for float64 ``x``). Raises ValueError or TypeError for an ``x`` that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> parameters = torch.randn(8, 8, 3, 3), torch.zeros(8), torch.zeros(2, 8, 1, 1), torch.zeros(2)
+        >>> F.mask_weights(torch.randn(1, 8, 4, 4), *parameters)
+        tensor([[0.5000, 0.5000]])
     """
     check_features(x, "x", w3.shape[1])
     return _eager.learned_weights(x.flatten(2), w3, b3, w1, b1, x.shape[2], x.shape[3])
@@ -205,6 +227,14 @@ def dice_loss(masks: Tensor) -> Tensor:
     """Mean Dice coefficient over images and ordered pairs of different masks (T = 1: zero).
 
     ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. Args: ``masks [N, T, H, W]``. Returns a scalar.
+    Raises ValueError for any other number of dimensions. Source: section 3.2 of the paper, with the squared areas of its code.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> left, right = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> F.dice_loss(torch.stack([left, right]).view(1, 2, 1, 2)), F.dice_loss(torch.ones(1, 2, 1, 2))
+        (tensor(0.), tensor(1.))
     """
     if masks.dim() != 4:
         raise ValueError(f"masks: expected [N, T, H, W], got shape {list(masks.shape)}")
@@ -215,6 +245,14 @@ def masked_features(x: Tensor, masks: Tensor, weights: Tensor | None = None) -> 
     """``x * sum_t w[n, t] * m[n, t]``, what the teacher's heads see in stage 1; an unnormalised sum without weights.
 
     Args: ``x [N, C, H, W]``, ``masks [N, T, H, W]``, ``weights [N, T]``. Returns ``[N, C, H, W]`` in the dtype of ``x``.
+    Raises ValueError naming the argument whose shape does not fit.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> x, masks = torch.ones(1, 8, 2, 2), torch.full((1, 6, 2, 2), 0.5)
+        >>> F.masked_features(x, masks)[0, 0, 0, 0], F.masked_features(x, masks, torch.full((1, 6), 1 / 6))[0, 0, 0, 0]
+        (tensor(3.), tensor(0.5000))
     """
     check_features(x, "x")
     if masks.dim() != 4 or masks.shape[0] != x.shape[0] or masks.shape[2:] != x.shape[2:]:

@@ -113,7 +113,7 @@ class MaskedDistillLoss(nn.Module):
             )
         self._composed_from: tuple[tuple[int, int], ...] = ()
         self._compose()
-        self.register_load_state_dict_post_hook(lambda module, _: module._compose())
+        self.register_load_state_dict_post_hook(_recompose)
 
     def extra_repr(self) -> str:
         return (
@@ -186,6 +186,11 @@ class MaskedDistillLoss(nn.Module):
         super()._apply(fn, recurse)
         self._compose()
         return self
+
+
+def _recompose(criterion: Any, _incompatible_keys: object) -> None:
+    """A function of the module, not a lambda: a criterion can be pickled."""
+    criterion._compose()
 
 
 def _align(conv: Any, x: Tensor) -> Tensor:

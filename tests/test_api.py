@@ -1,0 +1,305 @@
+"""The criterion's contract: what it takes, what it refuses and in which words, what it keeps."""
+
+import copy
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
+from maskd_triton import functional as F
+
+SHAPES = [(2, 4, 6, 5), (2, 3, 3, 2)]
+CHANNELS = [4, 3]
+
+
+def trained(channels: int | list[int] = CHANNELS, num_tokens: int = 6) -> MaskLearner:
+    """A learner whose masks differ visibly from 0.5."""
+    torch.manual_seed(0)
+    learner = MaskLearner(channels, num_tokens)
+    with torch.no_grad():
+        for module in learner.mask_modules:
+            module.mask_token.mul_(100)
+    return learner
+
+
+def criterion_of(learner: MaskLearner | None = None, **options: object) -> MaskedDistillLoss:
+    learner = learner or trained()
+    return MaskedDistillLoss(learner.channels, pretrained=learner, **options)  # type: ignore[arg-type]
+
+
+def features(seed: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+def expected(criterion: MaskedDistillLoss, student: list[Tensor], teacher: list[Tensor], custom_mask: bool = False) -> Tensor:
+    """The literal formulas in float64 with the criterion's present parameters: one loss per level."""
+    modules = list(criterion.mask_modules)
+    return reference.distill_loss_levels(
+        [s.double() for s in student],
+        [t.double() for t in teacher],
+        [m.mask_token.double() for m in modules],
+        [tuple(p.double() for p in m.weighting()) for m in modules],  # type: ignore[misc]
+        custom_mask=custom_mask,
+    )
+
+
+def agree(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------------
+
+
+def test_containers() -> None:
+    criterion, s, t = criterion_of(), features(1), features(2)
+    want = expected(criterion, s, t)
+    agree(criterion(s, t, reduction="none"), want)
+    agree(criterion(tuple(s), tuple(t)), want.sum())
+    keyed_teacher = OrderedDict(p3=t[0], p4=t[1])
+    agree(criterion({"p4": s[1], "p3": s[0]}, keyed_teacher, reduction="none"), want)  # by key, in the teacher's order
+    single = criterion_of(trained(4))
+    agree(single(s[0], t[0]), expected(single, s[:1], t[:1]).sum())
+    agree(single([s[0]], t[0]), expected(single, s[:1], t[:1]).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_loss_dtype(dtype: torch.dtype) -> None:
+    criterion = criterion_of()
+    loss = criterion(features(1, dtype), features(2, dtype))
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.shape == ()
+    agree(loss, expected(criterion, features(1, dtype), features(2, dtype)).sum())
+
+
+def test_only_align_is_trained() -> None:
+    assert not [n for n, p in criterion_of().named_parameters() if p.requires_grad]
+    criterion = criterion_of(student_channels=[2, 5])
+    assert {n for n, p in criterion.named_parameters() if p.requires_grad} == {
+        f"align.{i}.{name}" for i in range(2) for name in ("weight", "bias")
+    }
+
+
+def test_align_runs_in_the_features_dtype() -> None:
+    """Half features from an autocast region meet a float32 criterion outside of it, and inside."""
+    criterion = criterion_of(student_channels=[2, 5])
+    s = [torch.randn(2, c, *shape[2:]).bfloat16().requires_grad_() for c, shape in zip((2, 5), SHAPES, strict=True)]
+    t = features(2, torch.bfloat16)
+    aligned = [
+        torch.nn.functional.conv2d(x, conv.weight.bfloat16(), conv.bias.bfloat16())
+        for x, conv in zip(s, criterion.align, strict=True)
+    ]
+    outside = criterion(s, t)
+    agree(outside, expected(criterion, aligned, t).sum())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = criterion(s, t)
+    agree(inside, outside.double())
+    inside.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in criterion.align.parameters())
+
+
+def test_untrained_tokens_warn_once() -> None:
+    with pytest.warns(UserWarning, match=r"without pretrained=.*MaskLearner") as caught:
+        criterion = MaskedDistillLoss(4)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+        criterion_of()
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+X = torch.zeros(2, 4, 3, 3)
+WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: MaskedDistillLoss(0), ValueError, "channels: expected a positive int or one per level, got 0"),
+    (lambda: MaskedDistillLoss([4, -1]), ValueError, "channels: expected a positive int or one per level, got [4, -1]"),
+    (lambda: MaskedDistillLoss([]), ValueError, "channels: expected a positive int or one per level, got []"),
+    (lambda: MaskedDistillLoss([4.0]), ValueError, "channels: expected a positive int"),
+    (lambda: MaskedDistillLoss("4"), ValueError, "channels: expected a positive int or one per level, got '4'"),
+    (lambda: MaskedDistillLoss(None), TypeError, "channels: expected a positive int or one per level, got None"),
+    (lambda: MaskedDistillLoss(4, 0), ValueError, "num_tokens: expected a positive int"),
+    (lambda: MaskedDistillLoss(4, 2.5), TypeError, "num_tokens: expected a positive int"),
+    (lambda: MaskedDistillLoss(4, True), ValueError, "num_tokens: expected a positive int"),
+    (lambda: MaskedDistillLoss([4, 3], student_channels=[2]), ValueError, "student_channels: expected one value for each of the 2"),
+    (lambda: MaskedDistillLoss(4, impl="cuda"), ValueError, "impl: expected one of 'auto', 'triton', 'eager', got 'cuda'"),
+    (lambda: MaskedDistillLoss(4, custom_mask_warmup=-1), ValueError, "custom_mask_warmup: expected"),
+    (lambda: MaskedDistillLoss(4, loss_weight=-1.0), ValueError, "loss_weight: expected"),
+    (lambda: MaskedDistillLoss(4, loss_weight=float("nan")), ValueError, "loss_weight: expected"),
+    (lambda: MaskedDistillLoss(4, eps=-1e-3), ValueError, "eps: expected"),
+    (lambda: MaskedDistillLoss(4, pretrained=3), TypeError, "pretrained: expected a path, a state dict or a MaskLearner, got int"),
+    (lambda: MaskModule(4, 65.0), TypeError, "num_tokens: expected a positive int"),
+    (lambda: MaskLearner([4, 0]), ValueError, "channels: expected a positive int"),
+    (lambda: MaskModule(4, 6, False).weights(X), ValueError, "weight_mask=False: this module has no mask weights"),
+    (lambda: MaskModule(5).masks(X), ValueError, "x: expected 5 channels, got 4"),
+    (lambda: MaskLearner([4, 4])([X]), ValueError, "features: expected 2 levels, got 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "sentence"), WRONG_CONSTRUCTIONS, ids=[case[2] for case in WRONG_CONSTRUCTIONS])
+@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
+def test_wrong_constructions(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert sentence in str(caught.value)
+
+
+S, T = features(1), features(2)
+WRONG_CALLS: list[tuple[str, object, object, type[Exception], str]] = [
+    ("too few levels", S[:1], T[:1], ValueError, "teacher: expected 2 levels, got 1"),
+    ("unequal levels", S[:1], T, ValueError, "student and teacher: expected as many levels in both, got 1 and 2"),
+    ("no levels", [], [], ValueError, "teacher: expected 2 levels, got 0"),
+    ("mapping with list", {"a": S[0], "b": S[1]}, T, TypeError, "expected both or neither to be a mapping of levels"),
+    ("other keys", {"a": S[0], "c": S[1]}, {"a": T[0], "b": T[1]}, ValueError, "student: expected the levels ['a', 'b']"),
+    ("no tensors", 3, 4, TypeError, "teacher: expected a tensor, or a sequence or mapping of tensors, got int"),
+    ("string", "ab", "ab", TypeError, "teacher: expected a tensor, or a sequence or mapping of tensors, got str"),
+    ("level of another type", [S[0], None], T, TypeError, "student[1]: expected a tensor, got NoneType"),
+    ("teacher's channels", S, [T[0], T[0]], ValueError, "teacher[1]: expected 3 channels, got 4 (shape [2, 4, 6, 5])"),
+    ("student's channels", [S[0], S[0]], T, ValueError, "student[1]: expected 3 channels, got 4 (shape [2, 4, 6, 5])"),
+    ("sizes", [S[0][..., :4], S[1]], T, ValueError, "student[0]: expected the shape of teacher[0], [2, 4, 6, 5], got [2, 4, 6, 4]"),
+    ("batches", [S[0][:1], S[1]], T, ValueError, "student[0]: expected the shape of teacher[0], [2, 4, 6, 5], got [1, 4, 6, 5]"),
+    ("batches of levels", [S[0], S[1][:1]], [T[0], T[1][:1]], ValueError, "student[1]: expected the batch size of level 0, 2, got 1"),
+    ("three dimensions", [S[0][0], S[1]], T, ValueError, "student[0]: expected features [N, C, H, W], got shape [4, 6, 5]"),
+    ("no pixel", [S[0][..., :0], S[1]], [T[0][..., :0], T[1]], ValueError, "teacher[0]: expected at least one channel and one pixel"),
+    ("integers", S, [T[0].long(), T[1]], TypeError, "teacher[0]: expected float16, bfloat16, float32 or float64 features, got torch.int64"),
+    ("complex", [S[0].cfloat(), S[1]], T, TypeError, "student[0]: expected float16, bfloat16, float32 or float64 features"),
+    ("float64 student", [S[0].double(), S[1].double()], T, TypeError, "expected all features to be float64 or none"),
+    ("devices", S, [T[0].to("meta"), T[1]], ValueError, "teacher[0]: expected the device of student[0], cpu, got meta"),
+    ("teacher with gradient", S, [T[0], T[1].clone().requires_grad_()], ValueError, "teacher[1]: requires grad"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "sentence"), [c[1:] for c in WRONG_CALLS], ids=[c[0] for c in WRONG_CALLS]
+)
+def test_wrong_calls(student: object, teacher: object, error: type[Exception], sentence: str) -> None:
+    criterion = criterion_of()
+    with pytest.raises(error) as caught:
+        criterion(student, teacher)
+    assert sentence in str(caught.value)
+    assert int(criterion.warmup_step) == 0  # a refused call is no step
+
+
+def test_wrong_reduction() -> None:
+    with pytest.raises(ValueError, match="reduction: expected one of 'sum', 'none', got 'mean'"):
+        criterion_of()(S, T, reduction="mean")
+
+
+WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: F.masked_distill_loss(S, T, []), ValueError, "tokens: expected one entry for each of the 2 levels, got 0"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], []), ValueError, "weighting: expected one entry for each of the 1"),
+    (lambda: F.masked_distill_loss([], [], []), ValueError, "student: expected at least one level, got none"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 5)]), ValueError, "teacher[0]: expected 5 channels to match tokens [6, 5]"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4, requires_grad=True)]), ValueError, "tokens[0]: requires grad"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(4)]), ValueError, "tokens[0]: expected [T, C] with at least one token, got shape [4]"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(0, 4)]), ValueError, "tokens[0]: expected [T, C]"),
+    (lambda: F.masked_distill_loss([X, X], [X, X], [torch.zeros(6, 4), torch.zeros(5, 4)]), ValueError, "tokens[1]: expected 6 tokens, as on level 0, got 5"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [(torch.zeros(9, 6, 3), torch.zeros(6))]), ValueError, "weighting[0]: expected rows [9, 6, 4] and bias [6], got [9, 6, 3] and [6]"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], impl="gpu"), ValueError, "impl: expected one of"),
+    (lambda: F.receptive_masks(X, torch.zeros(6, 5)), ValueError, "x: expected 5 channels, got 4"),
+    (lambda: F.masked_features(X, torch.zeros(2, 6, 3, 4)), ValueError, "masks: expected [N, T, H, W] over x [2, 4, 3, 3]"),
+    (lambda: F.masked_features(X, torch.zeros(2, 6, 3, 3), torch.zeros(2, 5)), ValueError, "weights: expected [2, 6]"),
+    (lambda: F.dice_loss(torch.zeros(6, 3, 3)), ValueError, "masks: expected [N, T, H, W], got shape [6, 3, 3]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "sentence"), WRONG_FORMULAS, ids=[case[2] for case in WRONG_FORMULAS])
+def test_wrong_formulas(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert sentence in str(caught.value)
+
+
+# --- the composed mask weighting never goes stale ---------------------------------------------------------------------
+
+
+def changed_by_load(criterion: MaskedDistillLoss) -> None:
+    other = trained()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5).add_(0.1)
+    criterion.load_state_dict(criterion_of(other).state_dict())
+
+
+def changed_in_place(criterion: MaskedDistillLoss) -> None:
+    with torch.no_grad():
+        criterion.mask_modules[1].prob[0].weight.mul_(-2)
+
+
+def changed_by_copy(criterion: MaskedDistillLoss) -> None:
+    with torch.no_grad():
+        criterion.mask_modules[0].prob[2].bias.copy_(torch.arange(6.0))
+
+
+def changed_by_assignment(criterion: MaskedDistillLoss) -> None:
+    criterion.mask_modules[0].prob[2].bias = torch.nn.Parameter(torch.arange(6.0), requires_grad=False)
+
+
+def changed_by_reset(criterion: MaskedDistillLoss) -> None:
+    criterion.mask_modules[0].prob[0].reset_parameters()
+
+
+def changed_by_submodule_load(criterion: MaskedDistillLoss) -> None:
+    criterion.mask_modules.load_state_dict({k: v * 3 for k, v in criterion.mask_modules.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [changed_by_load, changed_in_place, changed_by_copy, changed_by_assignment, changed_by_reset, changed_by_submodule_load],
+)
+def test_changed_weighting_is_seen(change: Callable[[MaskedDistillLoss], None]) -> None:
+    criterion = criterion_of()
+    before = criterion(S, T)
+    change(criterion)
+    after = criterion(S, T)
+    assert (after - before).abs() > 1e-3 * before
+    agree(after, expected(criterion, S, T).sum())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+def test_copies_are_equal_and_independent(copied: Callable[[MaskedDistillLoss], MaskedDistillLoss]) -> None:
+    criterion = criterion_of(student_channels=[4, 3])
+    criterion(S, T)
+    other = copied(criterion)
+    assert int(other.warmup_step) == 1
+    assert torch.equal(other(S, T), criterion(S, T))
+    before = criterion(S, T)
+    changed_in_place(other)
+    assert not torch.equal(other(S, T), before)
+    assert torch.equal(criterion(S, T), before)
+
+
+def test_double() -> None:
+    criterion = criterion_of().double()
+    s, t = features(1, torch.float64), features(2, torch.float64)
+    torch.testing.assert_close(criterion(s, t, reduction="none"), expected(criterion, s, t), rtol=1e-12, atol=0)
+
+
+def test_half_parameters() -> None:
+    """model.half() on the whole: tokens are rounded, sums are not."""
+    criterion = criterion_of().half()
+    s, t = features(1, torch.float16), features(2, torch.float16)
+    agree(criterion(s, t), expected(criterion, s, t).sum())
+
+
+def test_gives_the_same_inside_inference_mode_and_no_grad() -> None:
+    criterion = criterion_of()
+    want = criterion(S, T)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(criterion(S, T), want)
+            made_inside = criterion_of()
+        assert torch.equal(made_inside.eval()(S, T), want)
+
+
+def test_repr_shows_the_settings() -> None:
+    text = repr(criterion_of(loss_weight=7.0, custom_mask_warmup=8500))
+    assert "num_tokens=6" in text
+    assert "loss_weight=7.0" in text
+    assert "custom_mask_warmup=8500" in text
