@@ -1,9 +1,12 @@
-# make test: set up and run every check.
+# make demo: set up, train and distil on real images, about 5 minutes on 2 cores. make test: set up and run every check.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test clean
+.PHONY: demo test clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m examples.digits --out demo_output
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -11,11 +14,13 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+$(VENV)/demo.stamp: EXTRAS := demo
+$(VENV)/test.stamp: EXTRAS := test,dev,demo
 $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("maskd_triton needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch triton
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import environment
+
 from . import digits_report as report
 from .digits_data import SPLITS, make_scenes
 from .digits_models import make_student, make_teacher
@@ -75,13 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.plot_curves(args.out / "curves.png", stage1, unmasked, runs, teacher_miou["validation"])
     wall_time = time.perf_counter() - start
     results = {
-        "command": " ".join(["python -m examples.digits", *(sys.argv[1:] if argv is None else argv)]),
         "wall_seconds": round(wall_time, 1),
         "settings": asdict(settings),
         "loss_weights": LOSS_WEIGHTS,
         "teacher_miou": teacher_miou,
         "stage1": stage1,
-        **report.environment(torch.device(args.device)),
+        **environment.describe(torch.device(args.device), report.PACKAGES),
     }
     report.write_results(args.out / "results.json", results, runs, masks)
     print(f"  {wall_time:.0f} s in all. Written to {args.out.resolve()}: masks.png, curves.png, results.json")

@@ -1,0 +1,161 @@
+"""Time and memory of the loss against what a user would pick instead: ``python -m bench``.
+
+Every contender gets the same inputs and must give the same loss and gradient before it is timed. GB/s counts the bytes an
+ideal implementation moves: student and teacher read once, and for the backward pass the gradient written once.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import contenders, environment, measure
+from .contenders import CONTENDERS, SAME_LOSS, Contender
+from .workloads import DTYPES, LAYOUTS, WORKLOADS, Inputs, Workload, make_inputs, variant
+
+# Largest accepted distance from the literal formulas, relative to the largest element; half features: their own rounding.
+AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; ``ideal_bytes`` must be moved by any implementation."""
+
+    workload: str
+    mode: str
+    contender: str
+    median_ms: float
+    lower_ms: float
+    upper_ms: float
+    runs: int
+    peak_extra_bytes: int
+    ideal_bytes: int
+    loss_error: float | None
+    gradient_error: float | None
+
+
+def step(contender: Contender, inputs: Inputs, backward: bool) -> Tensor:
+    for s in inputs.student:
+        s.grad = None
+    loss = contender(inputs)
+    if backward:
+        loss.backward()
+    return loss.detach()
+
+
+def errors(contender: Contender, inputs: Inputs, expected: list[Tensor]) -> tuple[float, float]:
+    """Distance of loss and gradient from ``expected``, relative to the largest element."""
+    got = result(contender, inputs)
+    loss, *grads = ((g.float() - e.float()).abs().max() / e.float().abs().max() for g, e in zip(got, expected, strict=True))
+    return loss.item(), torch.stack(grads).max().item()
+
+
+def result(contender: Contender, inputs: Inputs) -> list[Tensor]:
+    return [step(contender, inputs, True), *(s.grad.clone() for s in inputs.student if s.grad is not None)]
+
+
+def chosen(device: torch.device, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Contenders that run here, and why others do not."""
+    runs, left_out = dict(CONTENDERS), {}
+    if device.type == "cpu":
+        del runs["ours, impl=eager"]
+        left_out["ours, impl=eager"] = 'is "ours" on the CPU: Triton needs a GPU'
+    if compiled:
+        for name in ("literal", "collapsed"):
+            runs[f"{name}, compiled"] = torch.compile(CONTENDERS[name])
+    else:
+        left_out["literal, compiled; collapsed, compiled"] = "without --compile"
+    return runs, left_out
+
+
+def bench(workload: Workload, device: torch.device, seconds: float, compiled: bool, tell: Callable[[str], None]) -> list[Row]:
+    inputs = make_inputs(workload, device)
+    expected = result(contenders.literal, inputs)
+    runs, _ = chosen(device, compiled)
+    rows = []
+    for name, contender in runs.items():
+        distance: tuple[float | None, float | None] = (None, None)
+        if name.partition(",")[0] in SAME_LOSS:
+            distance = errors(contender, inputs, expected)
+            if not max(distance) <= AGREEMENT[workload.dtype]:  # type: ignore[type-var]
+                tell(f"  {name}: loss and gradient are off by {distance}; not timed")
+                continue
+        for backward in (False, True):
+
+            def call(contender: Contender = contender, backward: bool = backward) -> Tensor:
+                return step(contender, inputs, backward)
+
+            time = measure.time(call, device, seconds)
+            for s in inputs.student:
+                s.grad = None  # or the next call would free it: a gradient counts as memory of the call
+            rows.append(
+                Row(
+                    str(workload), "forward+backward" if backward else "forward", name,
+                    **asdict(time), peak_extra_bytes=measure.peak_bytes(call, device),
+                    ideal_bytes=workload.feature_bytes * (3 if backward else 2),
+                    loss_error=distance[0], gradient_error=distance[1],
+                )
+            )  # fmt: skip
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Rows with their time and memory relative to ours, workload by workload."""
+    ours = {(r.workload, r.mode): r for r in rows if r.contender == "ours"}
+    lines = []
+    for (workload, mode), base in ours.items():
+        lines.append(f"\n{workload}, {mode}")
+        lines.append(
+            f"  {'':22}{'ms':>10} {'quartiles':>21} {'x ours':>8} {'extra MiB':>10} {'x ours':>8} {'GB/s':>7} {'grad err':>9}"
+        )
+        for r in (r for r in rows if (r.workload, r.mode) == (workload, mode)):
+            error = "-" if r.gradient_error is None else f"{r.gradient_error:.1e}"
+            quartiles = f"{r.lower_ms:.3f} .. {r.upper_ms:.3f}"
+            lines.append(
+                f"  {r.contender:22}{r.median_ms:10.3f} {quartiles:>21} {r.median_ms / base.median_ms:8.1f}"
+                f" {r.peak_extra_bytes / 2**20:10.1f} {r.peak_extra_bytes / max(base.peak_extra_bytes, 1):8.1f}"
+                f" {r.ideal_bytes / r.median_ms / 1e6:7.1f} {error:>9}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], default=["fpn"], help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, help="images, instead of the workload's")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=[None], help="instead of the workload's")
+    parser.add_argument("--compile", action="store_true", help="also literal and collapsed under torch.compile")
+    parser.add_argument("--seconds", type=float, default=3.0, help="timed per contender and mode")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    rows: list[Row] = []
+    for name in args.workloads:
+        for dtype in args.dtype:
+            for layout in args.layout:
+                workload = variant(WORKLOADS[name], batch=args.batch, dtype=dtype, layout=layout)
+                found = bench(workload, device, args.seconds, args.compile, print)
+                print(table(found), flush=True)
+                rows += found
+    _, left_out = chosen(device, args.compile)
+    for contender, reason in left_out.items():
+        print(f"\nleft out: {contender} ({reason})")
+    if args.out:
+        write(args.out, {**environment.describe(device), "left_out": left_out, "rows": [asdict(r) for r in rows]})
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Time and memory of one call on this device."""
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would print into the table
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Time:
+    """Median and quartiles in milliseconds over ``runs`` timings."""
+
+    median_ms: float
+    lower_ms: float
+    upper_ms: float
+    runs: int
+
+
+def time(call: Call, device: torch.device, seconds: float) -> Time:
+    """CUDA: L2 flushed before every run (triton.testing). CPU: torch.utils.benchmark with this process's threads."""
+    call()
+    if device.type == "cuda":
+        import triton.testing
+
+        call()
+        runs = triton.testing.do_bench(call, rep=int(1000 * seconds), return_mode="all")
+    else:
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        runs = [1000 * t for t in timer.blocked_autorange(min_run_time=seconds).times]
+        while len(runs) < 5:  # a call slower than `seconds` is run one at a time
+            runs.append(1000 * timer.timeit(1).median)
+    lower, median, upper = torch.tensor(runs, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+    return Time(median, lower, upper, len(runs))
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """The most that was allocated at a time during the call, beyond what was there before; the result counts."""
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(accumulate(changes, initial=0))

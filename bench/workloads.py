@@ -1,0 +1,95 @@
+"""Named stage-2 inputs of the sizes people train with."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from maskd_triton import functional as F
+from maskd_triton.reference import Weighting
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = ("nchw", "channels_last")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Feature levels ``(C, H, W)`` of a batch and the criterion's settings."""
+
+    name: str
+    levels: tuple[tuple[int, int, int], ...]
+    batch: int
+    tokens: int = 6
+    dtype: str = "fp32"
+    layout: str = "nchw"
+    custom_mask: bool = True
+
+    def __str__(self) -> str:
+        mode = "" if self.custom_mask else " uncustomised"
+        return f"{self.name} N{self.batch} {self.dtype} {self.layout}{mode}"
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of one feature tensor of all levels."""
+        return self.batch * sum(c * h * w for c, h, w in self.levels) * DTYPES[self.dtype].itemsize
+
+
+def pyramid(height: int, width: int, channels: int = 256, levels: int = 5) -> tuple[tuple[int, int, int], ...]:
+    """An FPN's levels, strides 4, 8, 16, ... of an image."""
+    return tuple((channels, -(-height // 2**k), -(-width // 2**k)) for k in range(2, 2 + levels))
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("fpn", pyramid(800, 1344), batch=2),
+        Workload("fpn_odd", pyramid(789, 1333), batch=2),
+        Workload("segmentation", ((19, 64, 128), (19, 128, 256)), batch=16, tokens=8),
+        Workload("vit", ((1024, 37, 37),), batch=16, layout="channels_last"),
+        Workload("tiny", ((256, 7, 7),), batch=2),
+    )
+}
+
+
+@dataclass
+class Inputs:
+    """Tensors of a workload; ``student`` are leaves that require grad."""
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    tokens: list[Tensor]
+    weighting: list[Weighting]
+    composed: list[tuple[Tensor, Tensor]]
+    custom_mask: bool
+
+
+def make_inputs(workload: Workload, device: torch.device) -> Inputs:
+    """Random features, and frozen parameters of the size trained ones have."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device) * scale
+
+    def features() -> list[Tensor]:
+        memory = torch.channels_last if workload.layout == "channels_last" else torch.contiguous_format
+        shapes = [(workload.batch, *level) for level in workload.levels]
+        return [normal(*shape).to(DTYPES[workload.dtype], memory_format=memory) for shape in shapes]
+
+    t, channels = workload.tokens, [c for c, _, _ in workload.levels]
+    weighting = [
+        (normal(c, c, 3, 3, scale=a), normal(c), normal(t, c, 1, 1, scale=a), normal(t))
+        for c, a in ((c, c**-0.5) for c in channels)
+    ]
+    return Inputs(
+        student=[x.requires_grad_() for x in features()],
+        teacher=features(),
+        tokens=[normal(t, c, scale=c**-0.5) for c in channels],
+        weighting=weighting,
+        composed=[F.compose_weighting(*level) for level in weighting],
+        custom_mask=workload.custom_mask,
+    )
+
+
+def variant(workload: Workload, **changes: object) -> Workload:
+    """The workload with those settings that are not None changed."""
+    return replace(workload, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]

@@ -1,0 +1,55 @@
+"""The benchmark's commands run, and what they write can be believed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import measure
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> str:
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_command(tmp_path: Path) -> None:
+    shown = run("-m", "bench", "tiny", "--device", "cpu", "--seconds", "0.02", "--out", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert results["command"].startswith("python -m bench tiny")
+    assert {"date", "commit", "device", "threads", "left_out"} <= results.keys()
+    rows = {(r["contender"], r["mode"]): r for r in results["rows"]}
+    assert {c for c, _ in rows} == {"ours", "literal", "collapsed", "feature MSE"}
+    for (contender, mode), row in rows.items():
+        assert 0 < row["lower_ms"] <= row["median_ms"] <= row["upper_ms"]
+        assert row["ideal_bytes"] == (3 if mode == "forward+backward" else 2) * 2 * 256 * 7 * 7 * 4
+        assert f"{row['median_ms']:.3f}" in shown
+        if contender in ("ours", "collapsed"):
+            assert row["loss_error"] < 1e-6
+            assert row["gradient_error"] < 1e-6
+    ours, literal = (rows[c, "forward+backward"]["peak_extra_bytes"] for c in ("ours", "literal"))
+    gradient = 2 * 256 * 7 * 7 * 4
+    assert gradient <= ours < literal / 4
+
+
+def test_memory_is_counted_exactly() -> None:
+    def call() -> torch.Tensor:
+        a = torch.ones(1000, 250)
+        b = a + 1
+        del a
+        return b * 2  # two arrays of a megabyte live at a time
+
+    assert 2_000_000 <= measure.peak_bytes(call, torch.device("cpu")) < 2_001_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_gpu_visit_without_a_gpu(tmp_path: Path) -> None:
+    assert "torch sees no GPU here" in run("-m", "bench.gpu_visit", "--out", str(tmp_path / "visit"))
+    assert not (tmp_path / "visit").exists()
