@@ -23,6 +23,15 @@ def per_level(value: int | Sequence[int], name: str, levels: int | None = None) 
     return values
 
 
+def positive_int(value: int, name: str) -> int:
+    """``value``; TypeError or ValueError unless it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a positive int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    return value
+
+
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
     """The tensors of ``features`` and, for a mapping, their keys; ``keys`` gives the order a mapping must follow."""
     if isinstance(features, Tensor):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 _KEY = re.compile(r"(?:^|.*\.)(mask_modules\.\d+\..+)$")
 _BARE = re.compile(r"(mask_token|prob\.[02]\.(?:weight|bias))$")
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
+
+# What torch.load is seen to raise for files that are no checkpoint: its unpickler trusts the bytes it follows.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    struct.error,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def mask_state(source: Source) -> dict[str, Tensor]:
@@ -70,7 +86,7 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
             problems.append(f"misshapen: {key} is {list(value.shape)}, expected {list(expected[key].shape)}")
         elif not value.is_floating_point():
             problems.append(f"wrong dtype: {key} is {value.dtype}, expected floating point")
-        elif not torch.isfinite(value).all():
+        elif not torch.isfinite(value.to(expected[key].dtype)).all():
             problems.append(f"not finite: {key}")
     if problems:
         raise ValueError("pretrained: the mask entries do not fit:\n  " + "\n  ".join(problems))
@@ -89,13 +105,14 @@ def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
         raise IsADirectoryError(f"pretrained: expected a file, got the folder {path}")
     if not path.is_file():
         raise FileNotFoundError(f"pretrained: no such file: {path}")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"pretrained: {path} cannot be loaded safely (weights_only=True): it is damaged, or holds more than "
-            "tensors and plain containers"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except _DAMAGE as error:
+            raise ValueError(
+                f"pretrained: {path} cannot be loaded safely (weights_only=True): it is damaged, or holds more than "
+                "tensors and plain containers"
+            ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"pretrained: expected {path} to hold a state dict, got {type(loaded).__name__}")
     return loaded, str(path)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from ._eager import acc_dtype
-from ._levels import Levels, as_list, per_level
+from ._levels import Levels, as_list, per_level, positive_int
 
 
 class MaskModule(nn.Module):
@@ -43,8 +43,8 @@ class MaskModule(nn.Module):
 
     def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True) -> None:
         super().__init__()
-        (self.channels,) = per_level(channels, "channels", 1)
-        (self.num_tokens,) = per_level(num_tokens, "num_tokens", 1)
+        self.channels = positive_int(channels, "channels")
+        self.num_tokens = positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
         self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
         if weight_mask:
@@ -113,6 +113,10 @@ class MaskLearner(nn.Module):
         self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in self.channels)
         self._dice: Tensor | None = None
         self._attached = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is a learner that no teacher is attached to."""
+        return self.__dict__ | {"_dice": None, "_attached": False}
 
     def forward(self, features: Levels) -> Levels:
         tensors, keys = as_list(features, "features")

@@ -126,7 +126,7 @@ WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskedDistillLoss(None), TypeError, "channels: expected a positive int or one per level, got None"),
     (lambda: MaskedDistillLoss(4, 0), ValueError, "num_tokens: expected a positive int"),
     (lambda: MaskedDistillLoss(4, 2.5), TypeError, "num_tokens: expected a positive int"),
-    (lambda: MaskedDistillLoss(4, True), ValueError, "num_tokens: expected a positive int"),
+    (lambda: MaskedDistillLoss(4, True), TypeError, "num_tokens: expected a positive int"),
     (lambda: MaskedDistillLoss([4, 3], student_channels=[2]), ValueError, "student_channels: expected one value for each of the 2"),
     (lambda: MaskedDistillLoss(4, impl="cuda"), ValueError, "impl: expected one of 'auto', 'triton', 'eager', got 'cuda'"),
     (lambda: MaskedDistillLoss(4, custom_mask_warmup=-1), ValueError, "custom_mask_warmup: expected"),
