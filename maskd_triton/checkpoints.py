@@ -21,6 +21,7 @@ _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLO
 _DAMAGE = (
     pickle.UnpicklingError,
     struct.error,
+    AssertionError,
     AttributeError,
     EOFError,
     LookupError,
@@ -73,7 +74,7 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 def load_masks(modules: nn.ModuleList, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
-    Raises ValueError listing every missing, unexpected, misshapen and non-finite entry.
+    Raises ValueError listing every missing, unexpected, misshapen, sparse or non-finite entry.
     """
     found = mask_state(source)
     expected = {f"mask_modules.{k}": v for k, v in modules.state_dict().items()}
@@ -84,6 +85,8 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
             continue
         if value.shape != expected[key].shape:
             problems.append(f"misshapen: {key} is {list(value.shape)}, expected {list(expected[key].shape)}")
+        elif value.is_meta or value.layout != torch.strided:
+            problems.append(f"not a dense tensor: {key}")
         elif not value.is_floating_point():
             problems.append(f"wrong dtype: {key} is {value.dtype}, expected floating point")
         elif not torch.isfinite(value.to(expected[key].dtype)).all():

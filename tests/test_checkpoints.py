@@ -163,6 +163,10 @@ PROBLEMS: dict[str, tuple[dict[str, Tensor | None], list[str]]] = {
         {"level_1__mask_token": torch.ones(3, 5)},
         ["misshapen: mask_modules.1.mask_token is [3, 5], expected [3, 6]"],
     ),
+    "transposed": (
+        {"level_1__mask_token": torch.ones(6, 3)},
+        ["misshapen: mask_modules.1.mask_token is [6, 3], expected [3, 6]"],
+    ),
     "broadcastable": (
         {"level_1__mask_token": torch.ones(1, 6)},
         ["misshapen: mask_modules.1.mask_token is [1, 6], expected [3, 6]"],
@@ -177,6 +181,8 @@ PROBLEMS: dict[str, tuple[dict[str, Tensor | None], list[str]]] = {
         {"level_0__mask_token": torch.full((3, 4), 1e300, dtype=torch.float64)},
         ["not finite: mask_modules.0.mask_token"],
     ),
+    "sparse": ({"level_0__mask_token": torch.ones(3, 4).to_sparse()}, ["not a dense tensor: mask_modules.0.mask_token"]),
+    "meta": ({"level_0__mask_token": torch.ones(3, 4, device="meta")}, ["not a dense tensor: mask_modules.0.mask_token"]),
     "all_at_once": (
         {
             "level_0__prob__0__bias": None,
@@ -291,6 +297,23 @@ CONTENTS = {
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_files_that_are_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     assert_refused(content, tmp_path / "tokens.pth")
+
+
+def test_legacy_file_with_a_damaged_storage_key(tmp_path: Path) -> None:
+    """torch's reader asserts where the storages a legacy file announces are not those it holds."""
+    path = saved(learned().state_dict(), tmp_path, _use_new_zipfile_serialization=False)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"mask_modules.0.mask_token")  # the key of this entry's storage follows its name
+    damaged = 0
+    for i in range(at + 20, min(at + 400, len(data))):
+        broken_data = bytearray(data)
+        broken_data[i] ^= 1
+        path.write_bytes(broken_data)
+        try:
+            mask_state(path)
+        except ValueError:
+            damaged += 1
+    assert damaged > 20  # all others load, or change a name
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

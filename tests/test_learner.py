@@ -352,7 +352,8 @@ def test_norm_and_dropout_stay_in_eval_mode(norm: type[nn.Module], dropout: type
     teacher, learner = teacher_of("list", norm, dropout), learner_of()
     statistics = {k: v.clone() for k, v in teacher.named_buffers()}
     assert any("running_var" in k for k in statistics)
-    with learner.attach(teacher.eval(), "body.fpn"):
+    with learner.attach(teacher.train(), "body.fpn"):
+        assert not any(m.training for m in teacher.modules() if isinstance(m, norm | dropout))
         expected = teacher(IMAGES)
         for _ in range(3):
             teacher.train()
