@@ -112,7 +112,7 @@ def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Any]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", _TargetOnly(target)))
-        stack.enter_context(mock.patch.object(distill, "_check_device"))
+        stack.enter_context(mock.patch.object(distill.launch, "check_device"))
         stack.enter_context(mock.patch.object(distill.tuning, "warp_size", return_value=target.warp_size))
         for kernel in KERNELS:
             kernel.device_caches.clear()

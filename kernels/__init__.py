@@ -2,5 +2,6 @@
 
 tiles.py    what one tile computes, shared by the kernels
 distill.py  stage 2: forward, border strips, finish, backward
+launch.py   what every launcher needs to know about its tensors
 tuning.py   which block sizes to launch with
 """

@@ -8,15 +8,14 @@ teacher and masks and writes the gradient: 5 passes over a feature tensor in all
 """
 
 from collections.abc import Sequence
-from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from .tiles import CHANNELS, NEITHER, PIXELS, add_projection, join_split, load_rows, sigmoid, tile_offsets
+from . import launch, tuning
+from .tiles import add_projection, join_split, load_rows, sigmoid, tile_offsets
 
 _SIZES = ["C_Q", "P_Q", "tiles", "partials"]
 _STRIDES = ["s_n", "s_c", "s_p", "t_n", "t_c", "t_p"]
@@ -228,42 +227,43 @@ def forward(
     coefficients: Tensor,
 ) -> None:
     """Fill ``loss [levels, N]``, ``masks`` (one ``[N, T, P]`` per level) and ``coefficients [levels, N, T]``."""
-    _check_device(loss)
+    launch.check_device(loss)
     n, num_tokens = coefficients.shape[1:]
     if n == 0:
         return
-    acc = _TL[loss.dtype]
+    acc = launch.TL_DTYPE[loss.dtype]
     weighted = len(pool_rows) > 0
     high = torch.tensor(loss_weight, dtype=torch.float32).item()  # a CPU tensor: rounds, does not sync
-    with _device_of(loss):
+    with launch.device_of(loss):
         for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
             _, c, p = s.shape
             height, width = heights[i], p // heights[i]
-            config = tuning.forward_config(max(s.dtype.itemsize, t.dtype.itemsize), num_tokens, _fast(s))
+            config = tuning.forward_config(max(s.dtype.itemsize, t.dtype.itemsize), num_tokens, launch.fast(s))
             rows = triton.next_power_of_2(max(num_tokens, tuning.MIN_ROWS))
             tiles = triton.cdiv(p, config.block_p)
             borders = 2 * (triton.cdiv(width, config.block_p) + triton.cdiv(height, config.block_p)) + 4
             partials = tiles + (borders if weighted else 0)
             part = loss.new_empty((n, partials, 3, num_tokens))
-            layout = _layout(s, t)
+            layout = launch.layout(s, t)
             token = tokens[i].contiguous()
             pool = pool_rows[i].contiguous() if weighted else token
             step = warmup_step if warmup_step is not None else token
-            t_strides = _quotients(t, layout["ALIGN"])
+            t_strides = launch.quotients(t, layout["ALIGN"])
             forward_kernel[(n * tiles,)](
                 s, t, token, pool, step, masks[i], part,
                 custom_mask_warmup, c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, partials,
-                *_quotients(s, layout["ALIGN"]), *t_strides,
+                *launch.quotients(s, layout["ALIGN"]), *t_strides,
                 CUSTOM=custom_mask, WARMUP=warmup_step is not None, WEIGHTED=weighted, ACC=acc,
-                T=num_tokens, TP=rows, S_SPLIT=_split(s), T_SPLIT=_split(t), S_FAST=_fast(s), T_FAST=_fast(t), **layout,
-                UPCAST=_INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
+                T=num_tokens, TP=rows, S_SPLIT=launch.split(s), T_SPLIT=launch.split(t),
+                S_FAST=launch.fast(s), T_FAST=launch.fast(t), **layout,
+                UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
                 num_warps=config.num_warps,
             )  # fmt: skip
             if weighted:
                 border_kernel[(n * borders,)](
                     t, pool, part, height, width, c // layout["C_ALIGN"], tiles, partials, *t_strides,
-                    ACC=acc, T=num_tokens, TP=rows, SPLIT=_split(t), FAST=_fast(t),
-                    C_ALIGN=layout["C_ALIGN"], ALIGN=layout["ALIGN"], WIDE=layout["WIDE"], UPCAST=_INTERPRETED,
+                    ACC=acc, T=num_tokens, TP=rows, SPLIT=launch.split(t), FAST=launch.fast(t),
+                    C_ALIGN=layout["C_ALIGN"], ALIGN=layout["ALIGN"], WIDE=layout["WIDE"], UPCAST=launch.INTERPRETED,
                     BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
                 )  # fmt: skip
             finish_kernel[(n,)](
@@ -277,80 +277,23 @@ def backward(
     grad: Tensor, student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor], coefficients: Tensor
 ) -> list[Tensor]:
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
-    _check_device(coefficients)
+    launch.check_device(coefficients)
     n, num_tokens = coefficients.shape[1:]
     grads = [torch.empty_like(s) for s in student]
     if n == 0:
         return grads
-    with _device_of(coefficients):
+    with launch.device_of(coefficients):
         for i, (s, t, g) in enumerate(zip(student, teacher, grads, strict=True)):
             _, c, p = s.shape
-            config = tuning.backward_config(num_tokens, _fast(s))
+            config = tuning.backward_config(num_tokens, launch.fast(s))
             tiles = triton.cdiv(p, config.block_p)
-            layout = _layout(s, t, g)
+            layout = launch.layout(s, t, g)
             backward_kernel[(n * tiles, triton.cdiv(c, config.block_c))](
                 grad[i], s, t, masks[i], coefficients[i], g,
                 grad.stride(1), c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles,
-                *_quotients(s, layout["ALIGN"]), *_quotients(t, layout["ALIGN"]), *_quotients(g, layout["ALIGN"]),
-                ACC=_TL[coefficients.dtype], T=num_tokens, TP=triton.next_power_of_2(num_tokens),
-                S_FAST=_fast(s), T_FAST=_fast(t), G_FAST=_fast(g), **layout,
+                *(q for x in (s, t, g) for q in launch.quotients(x, layout["ALIGN"])),
+                ACC=launch.TL_DTYPE[coefficients.dtype], T=num_tokens, TP=triton.next_power_of_2(num_tokens),
+                S_FAST=launch.fast(s), T_FAST=launch.fast(t), G_FAST=launch.fast(g), **layout,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
             )  # fmt: skip
     return grads
-
-
-_TL = {torch.float32: tl.float32, torch.float64: tl.float64}
-_INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
-
-
-def _check_device(x: Tensor) -> None:
-    if x.device.type != "cuda" and not _INTERPRETED:
-        raise RuntimeError(
-            f'impl="triton": expected CUDA tensors, got {x.device.type} tensors; set TRITON_INTERPRET=1 before the first use '
-            'to run the kernels on the CPU (slow, for tests), or pass impl="auto" or "eager"'
-        )
-
-
-def _device_of(x: Tensor) -> torch.cuda.device:
-    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
-
-
-def _split(x: Tensor) -> int:
-    """Parts in which a float32 token enters a product with ``x``: 2 for half features."""
-    return 2 if x.dtype.itemsize == 2 else 1
-
-
-def _fast(x: Tensor) -> int:
-    """The axis of ``x [N, C, P]`` whose elements lie next to each other."""
-    if x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) != 1):
-        return PIXELS
-    return CHANNELS if x.stride(1) == 1 else NEITHER
-
-
-def _quotients(x: Tensor, align: int) -> tuple[int, int, int]:
-    """Strides in units of ``align``; the contiguous axis needs none."""
-    n, c, p = x.stride()
-    return n // align, 0 if _fast(x) == CHANNELS else c // align, 0 if _fast(x) == PIXELS else p // align
-
-
-def _layout(*tensors: Tensor) -> dict[str, int | bool]:
-    """How the tensors of one launch may be addressed: common alignment of rows and lengths, width of offsets."""
-    _, c, p = tensors[0].shape
-    fast = [_fast(x) for x in tensors]
-    align = 8
-    for x, axis in zip(tensors, fast, strict=True):
-        n_stride, c_stride, p_stride = x.stride()
-        align = gcd(align, n_stride)
-        align = gcd(align, c_stride) if axis != CHANNELS else align
-        align = gcd(align, p_stride) if axis != PIXELS else align
-    return {
-        "ALIGN": align,
-        "C_ALIGN": gcd(8, c) if CHANNELS in fast else 1,
-        "P_ALIGN": gcd(8, p) if PIXELS in fast else 1,
-        "WIDE": _wide(*tensors),
-    }
-
-
-def _wide(*tensors: Tensor) -> bool:
-    """Whether an offset inside one image leaves 32 bits."""
-    return any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 2**31 for x in tensors)
