@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from maskd_triton.kernels import distill
+from maskd_triton.kernels import distill, launch, learn, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,7 +30,16 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (distill.forward_kernel, distill.border_kernel, distill.finish_kernel, distill.backward_kernel)
+KERNELS = (
+    *(distill.forward_kernel, distill.border_kernel, distill.finish_kernel, distill.backward_kernel),
+    *(learn.mask_kernel, learn.border_sum_kernel, learn.gate_kernel),
+    *(learn.token_gradient_kernel, learn.feature_gradient_kernel),
+)
+# Kernels that move whole feature maps and must do so 16 bytes at a time
+FEATURE_KERNELS = (
+    *("forward_kernel", "backward_kernel", "mask_kernel", "gate_kernel"),
+    *("token_gradient_kernel", "feature_gradient_kernel"),
+)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -52,7 +61,7 @@ class _TargetOnly:
 
 @dataclass(frozen=True)
 class Case:
-    """One stage-2 call; ``layout`` is "nchw" or "nhwc"."""
+    """One call of both stages; ``layout`` is "nchw" or "nhwc"."""
 
     dtype: str = "bf16"
     layout: str = "nchw"
@@ -97,6 +106,12 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
             [s], [t], [tokens], *weighting, [case.height], case.custom, step, 1000, 1.0, 1e-12, loss, masks, coefficients
         )
         distill.backward(torch.empty(1, n, dtype=acc), [s], [t], masks, coefficients)
+        learn.mask_pass(t, tokens, case.height, case.weighted)
+        weights, pairs = torch.empty(n, case.tokens, dtype=acc), torch.empty(n, case.tokens, case.tokens, dtype=acc)
+        learn.gate(t, masks[0], weights)
+        learn.token_gradient(s, t, masks[0], weights, pairs, tokens, True)
+        strips = torch.empty((n, 9, case.channels) if case.weighted else 0, dtype=acc)
+        learn.feature_gradient(s, t, torch.empty(n, p, dtype=acc), masks[0], weights, pairs, tokens, strips, case.height)
     return compiled
 
 
@@ -112,8 +127,8 @@ def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Any]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", _TargetOnly(target)))
-        stack.enter_context(mock.patch.object(distill.launch, "check_device"))
-        stack.enter_context(mock.patch.object(distill.tuning, "warp_size", return_value=target.warp_size))
+        stack.enter_context(mock.patch.object(launch, "check_device"))
+        stack.enter_context(mock.patch.object(tuning, "warp_size", return_value=target.warp_size))
         for kernel in KERNELS:
             kernel.device_caches.clear()
             stack.enter_context(mock.patch.object(kernel, "run", compile_only(kernel)))
@@ -178,7 +193,7 @@ def problems(case: Case, fact: Facts) -> list[str]:
     found = [f"{fact.spills} bytes spilled"] if fact.spills else []
     along = case.channels if case.layout == "nhwc" else case.height * case.width
     aligned = along * DTYPES[case.dtype].itemsize % 16 == 0 and case.dtype != "fp64"
-    if aligned and fact.kernel in ("forward_kernel", "backward_kernel") and not fact.load_bytes.get(16):
+    if aligned and fact.kernel in FEATURE_KERNELS and not fact.load_bytes.get(16):
         found.append(f"no 16-byte loads: {fact.load_bytes}")
     return found
 

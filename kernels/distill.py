@@ -285,7 +285,7 @@ def backward(
     with launch.device_of(coefficients):
         for i, (s, t, g) in enumerate(zip(student, teacher, grads, strict=True)):
             _, c, p = s.shape
-            config = tuning.backward_config(num_tokens, launch.fast(s))
+            config = tuning.backward_config(s.dtype.itemsize, num_tokens, launch.fast(s))
             tiles = triton.cdiv(p, config.block_p)
             layout = launch.layout(s, t, g)
             backward_kernel[(n * tiles, triton.cdiv(c, config.block_c))](

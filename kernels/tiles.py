@@ -62,3 +62,21 @@ def join_split(acc, TP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr
 @triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def pick_row(x, i, ROWS: tl.constexpr):
+    """Row ``i`` of ``x [ROWS, BLOCK]``."""
+    return tl.sum(tl.where((tl.arange(0, ROWS) == i)[:, None], x, 0.0), axis=0)
+
+
+@triton.jit
+def mask_gradient(m, gx, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr):
+    """Gradient [TP, BLOCK_P] of the mask logits: ``dm = weight * gx + pair @ m``, ``dl = dm m (1 - m)``."""
+    token = tl.arange(0, TP)
+    real = token < T
+    dm = tl.load(weight_ptr + token, mask=real, other=0.0)[:, None] * gx[None, :]
+    for j in range(T):
+        column = tl.load(pair_ptr + j * T + token, mask=real, other=0.0)
+        dm += column[:, None] * pick_row(m, j, TP)[None, :]
+    return dm * m * (1.0 - m)

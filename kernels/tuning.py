@@ -43,8 +43,10 @@ def forward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
     return Config(16, 64, 128, 3) if itemsize == 4 else Config(16, 128, 128, 3)
 
 
-def backward_config(num_tokens: int, fast: int) -> Config:
-    """Tile of the backward kernel."""
+def backward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
+    """Tile of the kernels that write a feature map; ``itemsize`` is that of the widest feature dtype."""
+    if itemsize == 8:
+        return Config(64, 16, 128) if fast == CHANNELS else Config(16, 64, 128)
     if fast == CHANNELS:
         return Config(128, 32, 128)
     return Config(32, 64 if num_tokens > 16 else 128, 128)

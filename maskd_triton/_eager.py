@@ -93,11 +93,15 @@ def masks(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 @_full_precision
-def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    """Softmax mask weights ``[N, T]`` of ``x [N, C, P]`` from :func:`compose_weighting`'s rows and bias."""
-    sums = strip_sums(x, height, width)
-    logits = torch.einsum("nsc,stc->nt", sums, rows.to(sums.dtype)) / (height * width) + bias.to(sums.dtype)
+def weights_of_sums(sums: Tensor, rows: Tensor, bias: Tensor, pixels: int) -> Tensor:
+    """Softmax mask weights ``[N, T]`` from strip sums ``[N, 9, C]`` and :func:`compose_weighting`'s rows and bias."""
+    logits = torch.einsum("nsc,stc->nt", sums, rows.to(sums.dtype)) / pixels + bias.to(sums.dtype)
     return torch.softmax(logits, dim=1)
+
+
+def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """Softmax mask weights ``[N, T]`` of ``x [N, C, P]``."""
+    return weights_of_sums(strip_sums(x, height, width), rows, bias, height * width)
 
 
 @_full_precision
@@ -144,29 +148,68 @@ def distill_backward(grad: Tensor, student: Tensor, teacher: Tensor, m: Tensor, 
     return out.copy_((student.to(m.dtype) - teacher.to(m.dtype)).mul_(scale[:, None, :]))
 
 
-@_full_precision
-def pairwise_dice(m: Tensor) -> Tensor:
-    """Mean Dice coefficient of the ``T (T - 1)`` ordered pairs of ``m [N, T, P]``; 0 for ``T = 1`` or ``N = 0``."""
-    n, t, _ = m.shape
-    gram = torch.bmm(m, m.transpose(1, 2))
+def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean Dice coefficient of the ``T (T - 1)`` ordered pairs, 0 for ``T = 1`` or ``N = 0``, and its gradient for the masks.
+
+    ``gram [N, T, T]``; the gradient is ``pairs @ m`` with ``pairs [N, T, T]``.
+    """
+    n, t, _ = gram.shape
     area = torch.diagonal(gram, dim1=1, dim2=2)
-    dice = 2 * gram / (area[:, :, None] + area[:, None, :] + 2e-12)
-    others = 1 - torch.eye(t, dtype=m.dtype, device=m.device)
-    return (dice * others).sum() / max(n * t * (t - 1), 1)
+    others = 1 - torch.eye(t, dtype=gram.dtype, device=gram.device)
+    share = others / (area[:, :, None] + area[:, None, :] + 2e-12) / max(n * t * (t - 1), 1)
+    dice = 2 * share * gram
+    # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
+    falling = (dice / (area[:, :, None] + area[:, None, :] + 2e-12)).sum(2)
+    return dice.sum(), 4 * share - 4 * torch.diag_embed(falling)
+
+
+# Stage 1, one level at a time: the same four functions as in kernels/learn.py, in plain torch.
 
 
 @_full_precision
-def learned_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, height: int, width: int) -> Tensor:
-    """Softmax mask weights ``[N, T]``, cheap to differentiate for the convolutions: no ``[T, C, C]`` product."""
-    sums = strip_sums(x, height, width)
-    w3, b3, w1, b1 = (p.to(sums.dtype) for p in (w3, b3, w1, b1))
-    seen = torch.einsum("skl,nsc->nckl", tap_signs(sums), sums) / (height * width)
-    pooled = torch.einsum("ockl,nckl->no", w3, seen) + b3
-    return torch.softmax(pooled @ w1.flatten(1).T + b1, dim=1)
+def mask_pass(x: Tensor, tokens: Tensor, height: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``."""
+    m = masks(x, tokens)
+    sums = strip_sums(x, height, x.shape[2] // height) if weighted else m.new_empty(0)
+    return m, sums, torch.bmm(m, m.transpose(1, 2))
 
 
 @_full_precision
-def gate(x: Tensor, m: Tensor, w: Tensor | None) -> Tensor:
-    """``x * sum_t w[n, t] m[n, t, p]`` (``w`` None: an unnormalised sum) in the dtype of ``x``."""
-    a = m.sum(1) if w is None else torch.einsum("nt,ntp->np", w, m)
-    return (x.to(a.dtype) * a[:, None, :]).to(x.dtype)
+def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    """``x * sum_t w[n, t] m[n, t, p]`` in the dtype and, where it is dense, the strides of ``x``."""
+    a = torch.einsum("nt,ntp->np", w, m)
+    return torch.empty_like(x).copy_(x.to(a.dtype) * a[:, None, :])
+
+
+@_full_precision
+def token_gradient(
+    grad: Tensor, x: Tensor, m: Tensor, w: Tensor, pairs: Tensor, tokens: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the tokens ``[T, C]`` and of the mask weights ``[N, T]``, and ``grad . x`` ``[N, P]``."""
+    gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
+    dl = _logit_gradient(gx, m, w, pairs)
+    return torch.einsum("ntp,ncp->tc", dl, x.to(m.dtype)), torch.einsum("ntp,np->nt", m, gx), gx
+
+
+@_full_precision
+def feature_gradient(
+    grad: Tensor, x: Tensor, gx: Tensor, m: Tensor, w: Tensor, pairs: Tensor, tokens: Tensor, strips: Tensor, height: int
+) -> Tensor:
+    """Gradient of ``x [N, C, P]``; ``strips [N, 9, C]`` is that of its strip sums (empty without weighting)."""
+    d = grad.to(m.dtype) * torch.einsum("nt,ntp->np", w, m)[:, None, :]
+    d += torch.einsum("ntp,tc->ncp", _logit_gradient(gx, m, w, pairs), tokens.to(m.dtype))
+    if strips.numel() > 0:
+        image = d.unflatten(2, (height, -1))
+        every, top, bottom, left, right, *corners = strips.unbind(1)
+        d += every[:, :, None]
+        image[:, :, 0] += top[:, :, None]
+        image[:, :, -1] += bottom[:, :, None]
+        image[:, :, :, 0] += left[:, :, None]
+        image[:, :, :, -1] += right[:, :, None]
+        for (i, j), corner in zip(((0, 0), (0, -1), (-1, 0), (-1, -1)), corners, strict=True):
+            image[:, :, i, j] += corner
+    return torch.empty_like(x).copy_(d)
+
+
+def _logit_gradient(gx: Tensor, m: Tensor, w: Tensor, pairs: Tensor) -> Tensor:
+    return (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)

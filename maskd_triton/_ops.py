@@ -1,9 +1,10 @@
-"""The torch.library operators: one forward and one backward for all levels of stage 2.
+"""The torch.library operators: for each stage one forward and one backward for all levels.
 
 ``custom_op`` rather than ``triton_op``: the body is opaque to torch.compile, so the CPU path, the choice of launch
 configuration and the autograd formula are the same in eager mode, under compile and in an exported graph.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -14,10 +15,12 @@ from torch import Tensor
 from . import _eager
 
 
-def _kernels() -> ModuleType:
-    """The Triton launchers, imported on first use: the package itself must work without triton."""
+def _backend(stage: str, impl: str) -> ModuleType:
+    """The Triton launchers of a stage, imported on first use (the package itself must work without triton), or eager torch."""
+    if impl == "eager":
+        return _eager
     try:
-        from .kernels import distill as kernels
+        return importlib.import_module(f".kernels.{stage}", __package__)
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -25,7 +28,6 @@ def _kernels() -> ModuleType:
             'impl="triton" needs the triton package, which is not installed: install it, or pass impl="eager"',
             name="triton",
         ) from error
-    return kernels
 
 
 def _split_masks(masks: Tensor, student: Sequence[Tensor], num_tokens: int) -> list[Tensor]:
@@ -75,7 +77,7 @@ def distill(
     loss, masks, coefficients = _new_outputs(student, tokens[0].shape[0])
     outputs = _split_masks(masks, student, tokens[0].shape[0])
     if impl == "triton":
-        _kernels().forward(
+        _backend("distill", impl).forward(
             student, teacher, tokens, pool_rows, pool_bias, heights, custom_mask, warmup_step, custom_mask_warmup,
             loss_weight, eps, loss, outputs, coefficients,
         )  # fmt: skip
@@ -117,7 +119,7 @@ def distill_backward(
     """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones."""
     levels = _split_masks(masks, student, coefficients.shape[2])
     if impl == "triton":
-        return _kernels().backward(grad, student, teacher, levels, coefficients)
+        return _backend("distill", impl).backward(grad, student, teacher, levels, coefficients)
     return [
         _eager.distill_backward(grad[i], s, t, levels[i], coefficients[i])
         for i, (s, t) in enumerate(zip(student, teacher, strict=True))
@@ -148,3 +150,132 @@ def _backward(ctx, grad, _masks, _coefficients):  # type: ignore[no-untyped-def]
 
 
 distill.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- stage 1 ----------------------------------------------------------------------------------------------------------
+
+_KEPT = 4  # tensors a level keeps for the backward pass: masks, weights, strip sums, Dice pairs
+
+
+@torch.library.custom_op("maskd_triton::learn", mutates_args=())
+def learn(
+    features: list[Tensor],
+    tokens: list[Tensor],
+    pool_rows: list[Tensor],
+    pool_bias: list[Tensor],
+    heights: list[int],
+    impl: str,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Masked features ``[N, C_i, P_i]``, Dice losses ``[levels]``, and what the backward pass needs of every level.
+
+    Arguments as for :func:`distill`; all but ``heights`` may require grad.
+    """
+    backend = _backend("learn", impl)
+    masked, dice, kept = [], [], []
+    for i, x in enumerate(features):
+        masks, sums, gram = backend.mask_pass(x, tokens[i], heights[i], bool(pool_rows))
+        if pool_rows:
+            weights = _eager.weights_of_sums(sums, pool_rows[i], pool_bias[i], x.shape[2])
+        else:
+            weights = masks.new_ones(masks.shape[:2])
+        level_dice, pairs = _eager.dice_of_gram(gram)
+        masked.append(backend.gate(x, masks, weights))
+        dice.append(level_dice)
+        kept += [masks, weights, sums, pairs]
+    return masked, torch.stack(dice), kept
+
+
+@learn.register_fake
+def _(
+    features: list[Tensor],
+    tokens: list[Tensor],
+    pool_rows: list[Tensor],
+    pool_bias: list[Tensor],
+    heights: list[int],
+    impl: str,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    acc, t, kept = _eager.acc_dtype(features[0].dtype), tokens[0].shape[0], []
+    for x in features:
+        n, c, p = x.shape
+        kept += [
+            x.new_empty((n, t, p), dtype=acc),
+            x.new_empty((n, t), dtype=acc),
+            x.new_empty((n, 9, c) if pool_rows else (0,), dtype=acc),
+            x.new_empty((n, t, t), dtype=acc),
+        ]
+    return [torch.empty_like(x) for x in features], features[0].new_empty(len(features), dtype=acc), kept
+
+
+@torch.library.custom_op("maskd_triton::learn_backward", mutates_args=())
+def learn_backward(
+    grad_masked: list[Tensor],
+    grad_dice: Tensor,
+    features: list[Tensor],
+    tokens: list[Tensor],
+    pool_rows: list[Tensor],
+    kept: list[Tensor],
+    heights: list[int],
+    need_features: bool,
+    impl: str,
+) -> list[Tensor]:
+    """Gradients of tokens, then pool rows and biases (with weighting), then features (if needed), each for all levels."""
+    backend = _backend("learn", impl)
+    to_tokens, to_rows, to_bias, to_features = [], [], [], []
+    for i, (g, x) in enumerate(zip(grad_masked, features, strict=True)):
+        masks, weights, sums, pairs = kept[_KEPT * i : _KEPT * (i + 1)]
+        pairs = pairs * grad_dice[i]
+        token_grad, weight_grad, gx = backend.token_gradient(g, x, masks, weights, pairs, tokens[i], need_features)
+        to_tokens.append(token_grad.to(tokens[i].dtype).contiguous())
+        strips = sums.new_empty(0)
+        if pool_rows:
+            logit_grad = weights * (weight_grad - (weights * weight_grad).sum(1, keepdim=True))
+            rows, pixels = pool_rows[i], x.shape[2]
+            to_rows.append(torch.einsum("nt,nsc->stc", logit_grad / pixels, sums).to(rows.dtype).contiguous())
+            to_bias.append(logit_grad.sum(0).to(rows.dtype))
+            strips = torch.einsum("nt,stc->nsc", logit_grad / pixels, rows.to(sums.dtype)).contiguous()
+        if need_features:
+            args = (g, x, gx, masks, weights, pairs, tokens[i], strips, heights[i])
+            to_features.append(backend.feature_gradient(*args))
+    return to_tokens + to_rows + to_bias + to_features
+
+
+@learn_backward.register_fake
+def _(
+    grad_masked: list[Tensor],
+    grad_dice: Tensor,
+    features: list[Tensor],
+    tokens: list[Tensor],
+    pool_rows: list[Tensor],
+    kept: list[Tensor],
+    heights: list[int],
+    need_features: bool,
+    impl: str,
+) -> list[Tensor]:
+    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in [*tokens, *pool_rows]]
+    bias = [rows.new_empty(rows.shape[1]) for rows in pool_rows]
+    return like + bias + ([torch.empty_like(x) for x in features] if need_features else [])
+
+
+def _learn_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    features, tokens, rows, _, ctx.heights, ctx.impl = inputs
+    ctx.levels, ctx.weighted = len(features), len(rows) > 0
+    _, _, kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.need_features = any(x.requires_grad for x in features)
+    ctx.save_for_backward(*features, *tokens, *rows, *kept)
+
+
+def _learn_backward(ctx, grad_masked, grad_dice, _kept):  # type: ignore[no-untyped-def]
+    k = ctx.levels
+    features, tokens = ctx.saved_tensors[:k], ctx.saved_tensors[k : 2 * k]
+    rows, kept = ctx.saved_tensors[2 * k : -_KEPT * k], ctx.saved_tensors[-_KEPT * k :]
+    grads = learn_backward(
+        grad_masked, grad_dice, list(features), list(tokens), list(rows), list(kept), ctx.heights, ctx.need_features, ctx.impl
+    )
+    parts = [grads[i * k : (i + 1) * k] for i in range(len(grads) // k)]
+    to_tokens = parts.pop(0)
+    to_rows, to_bias = (parts.pop(0), parts.pop(0)) if ctx.weighted else ([], [])
+    return parts[0] if ctx.need_features else [None] * k, to_tokens, to_rows, to_bias, None, None
+
+
+learn.register_autograd(_learn_backward, setup_context=_learn_setup_context)

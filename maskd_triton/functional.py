@@ -17,7 +17,7 @@ __all__ = [
     "dice_loss",
     "mask_weights",
     "masked_distill_loss",
-    "masked_features",
+    "masked_features_and_dice",
     "receptive_masks",
 ]
 
@@ -48,8 +48,6 @@ def _check_tokens(tokens: Sequence[Tensor], weighting: Sequence[tuple[Tensor, Te
     for i, e in enumerate(tokens):
         if e.dim() != 2 or 0 in e.shape:
             raise ValueError(f"tokens[{i}]: expected [T, C] with at least one token, got shape {list(e.shape)}")
-        if e.requires_grad:
-            raise ValueError(f"tokens[{i}]: requires grad, but tokens are frozen in stage 2; pass tokens.detach()")
         if len(e) != len(tokens[0]):
             raise ValueError(f"tokens[{i}]: expected {len(tokens[0])} tokens, as on level 0, got {len(e)}")
         if weighting is not None:
@@ -87,6 +85,8 @@ def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor) -> 
             f"teacher[{i}]: an inference tensor cannot be kept for the backward pass; compute the teacher under "
             "torch.no_grad() instead of torch.inference_mode(), or pass teacher.clone()"
         )
+    if tokens.requires_grad:
+        raise ValueError(f"tokens[{i}]: requires grad, but tokens are frozen in stage 2; pass tokens.detach()")
     if tokens.shape[1] != t.shape[1]:
         raise ValueError(
             f"teacher[{i}]: expected {tokens.shape[1]} channels to match tokens {list(tokens.shape)}, got shape {list(t.shape)}"
@@ -220,7 +220,8 @@ def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> T
         tensor([[0.5000, 0.5000]])
     """
     check_features(x, "x", w3.shape[1])
-    return _eager.learned_weights(x.flatten(2), w3, b3, w1, b1, x.shape[2], x.shape[3])
+    parameters = [p.to(_eager.acc_dtype(x.dtype)) for p in (w3, b3, w1, b1)]
+    return _eager.weights(x.flatten(2), *compose_weighting(*parameters), x.shape[2], x.shape[3])
 
 
 def dice_loss(masks: Tensor) -> Tensor:
@@ -238,25 +239,67 @@ def dice_loss(masks: Tensor) -> Tensor:
     """
     if masks.dim() != 4:
         raise ValueError(f"masks: expected [N, T, H, W], got shape {list(masks.shape)}")
-    return _eager.pairwise_dice(masks.flatten(2))
+    flat = masks.flatten(2)
+    return _eager.dice_of_gram(torch.bmm(flat, flat.transpose(1, 2)))[0]
 
 
-def masked_features(x: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``x * sum_t w[n, t] * m[n, t]``, what the teacher's heads see in stage 1; an unnormalised sum without weights.
+def masked_features_and_dice(
+    features: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[list[Tensor], Tensor]:
+    r"""Stage 1: what the teacher's heads see, and how much the masks overlap.
 
-    Args: ``x [N, C, H, W]``, ``masks [N, T, H, W]``, ``weights [N, T]``. Returns ``[N, C, H, W]`` in the dtype of ``x``.
-    Raises ValueError naming the argument whose shape does not fit.
+    .. math::
+        y = x \sum_t w_t m_t, \qquad m = \sigma(E x), \qquad
+        \mathrm{dice} = \operatorname{mean}_n \operatorname{mean}_{i \ne j} \frac{2 G_{ij}}{G_{ii} + G_{jj} + 2 \cdot 10^{-12}},
+        \quad G_{ij} = \sum_p m_i m_j
+
+    Args:
+        features: ``[N, C_i, H_i, W_i]`` of each level.
+        tokens: ``[T, C_i]`` of each level.
+        weighting: ``(rows, bias)`` of each level from :func:`compose_weighting`, which give the weights ``w``; None sums the
+            masks without weights.
+        impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
+
+    Returns masked features in the shapes, dtypes and (dense) strides of ``features``, and the Dice losses ``[levels]`` in
+    float32 (float64 for float64 features). Differentiable once, in every tensor; sums are taken in float32, also under
+    autocast, in a fixed order. Source: sections 3.1 and 3.2 of the paper; gradients in closed form.
+
+    Raises TypeError and ValueError naming the argument that does not fit; RuntimeError for ``impl="triton"`` on CPU tensors
+    without ``TRITON_INTERPRET=1``.
 
     Example:
         >>> import torch
         >>> from maskd_triton import functional as F
-        >>> x, masks = torch.ones(1, 8, 2, 2), torch.full((1, 6, 2, 2), 0.5)
-        >>> F.masked_features(x, masks)[0, 0, 0, 0], F.masked_features(x, masks, torch.full((1, 6), 1 / 6))[0, 0, 0, 0]
-        (tensor(3.), tensor(0.5000))
+        >>> x, tokens = torch.ones(1, 8, 2, 2), torch.zeros(6, 8)
+        >>> (y,), dice = F.masked_features_and_dice([x], [tokens])  # six masks of a half
+        >>> y[0, 0, 0, 0], dice
+        (tensor(3.), tensor([1.]))
     """
-    check_features(x, "x")
-    if masks.dim() != 4 or masks.shape[0] != x.shape[0] or masks.shape[2:] != x.shape[2:]:
-        raise ValueError(f"masks: expected [N, T, H, W] over x {list(x.shape)}, got shape {list(masks.shape)}")
-    if weights is not None and weights.shape != masks.shape[:2]:
-        raise ValueError(f"weights: expected {list(masks.shape[:2])}, got shape {list(weights.shape)}")
-    return _eager.gate(x.flatten(2), masks.flatten(2), weights).unflatten(2, x.shape[2:])
+    check_choice(impl, "impl", IMPLS)
+    for name, given in (("tokens", tokens), ("weighting", weighting)):
+        if given is not None and len(given) != len(features):
+            raise ValueError(f"{name}: expected one entry for each of the {len(features)} levels, got {len(given)}")
+    if not features:
+        raise ValueError("features: expected at least one level, got none")
+    _check_tokens(tokens, weighting)
+    first = features[0]
+    for i, (x, e) in enumerate(zip(features, tokens, strict=True)):
+        check_features(x, f"features[{i}]", e.shape[1])
+        for value, name in ((x, f"features[{i}]"), (e, f"tokens[{i}]")):
+            if value.device != first.device:
+                raise ValueError(f"{name}: expected the device of features[0], {first.device}, got {value.device}")
+        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(f"features[{i}]: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
+    masked, dice, _ = _ops.learn(
+        [x.flatten(2) for x in features],
+        list(tokens),
+        [rows for rows, _ in weighting or ()],
+        [bias for _, bias in weighting or ()],
+        [x.shape[2] for x in features],
+        resolve_impl(impl, first.device),
+    )
+    return [y.unflatten(2, x.shape[2:]) for y, x in zip(masked, features, strict=True)], dice

@@ -23,6 +23,7 @@ class MaskModule(nn.Module):
         channels: C, channels of the teacher's features.
         num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
         weight_mask: weigh the masks per image; False sums them without weights.
+        impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`; concerns ``forward``.
 
     Shape:
         ``x [N, C, H, W]``; ``masks(x) [N, T, H, W]`` and ``weights(x) [N, T]`` in float32 (float64 for float64 ``x``);
@@ -41,8 +42,10 @@ class MaskModule(nn.Module):
         (torch.Size([2, 16, 8, 8]), torch.Size([]))
     """
 
-    def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True) -> None:
+    def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True, *, impl: str = "auto") -> None:
         super().__init__()
+        F.check_choice(impl, "impl", F.IMPLS)
+        self.impl = impl
         self.channels = positive_int(channels, "channels")
         self.num_tokens = positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
@@ -75,9 +78,17 @@ class MaskModule(nn.Module):
         return F.mask_weights(x, *self.weighting())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        masks = self.masks(x)
-        weights = self.weights(x) if self.weight_mask else None
-        return F.masked_features(x, masks, weights), F.dice_loss(masks)
+        F.check_features(x, "x", self.channels)
+        (masked,), dice = F.masked_features_and_dice([x], [self.mask_token], _weighting([self], x), impl=self.impl)
+        return masked, dice[0]
+
+
+def _weighting(modules: Sequence[MaskModule], x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """The composed mask weighting of every level, in the precision in which sums of features like ``x`` are taken."""
+    if not modules[0].weight_mask:
+        return None
+    acc = acc_dtype(x.dtype)
+    return [F.compose_weighting(*(p.to(acc) for p in module.weighting())) for module in modules]
 
 
 class MaskLearner(nn.Module):
@@ -87,6 +98,7 @@ class MaskLearner(nn.Module):
         channels: channels of each level, an int for a single level.
         num_tokens: T, receptive tokens per level.
         weight_mask: weigh the masks per image.
+        impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`.
 
     Shape:
         ``forward(features)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``.
@@ -107,8 +119,12 @@ class MaskLearner(nn.Module):
         (torch.Size([4, 16]), None)
     """
 
-    def __init__(self, channels: int | Sequence[int], num_tokens: int = 6, weight_mask: bool = True) -> None:
+    def __init__(
+        self, channels: int | Sequence[int], num_tokens: int = 6, weight_mask: bool = True, *, impl: str = "auto"
+    ) -> None:
         super().__init__()
+        F.check_choice(impl, "impl", F.IMPLS)
+        self.impl = impl
         self.channels = per_level(channels, "channels")
         self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in self.channels)
         self._dice: Tensor | None = None
@@ -124,9 +140,11 @@ class MaskLearner(nn.Module):
             raise ValueError(f"features: expected {len(self.mask_modules)} levels, got {len(tensors)}")
         for i, (x, c) in enumerate(zip(tensors, self.channels, strict=True)):
             F.check_features(x, f"features[{keys[i] if keys else i!r}]", c)
-        results = [module(x) for module, x in zip(self.mask_modules, tensors, strict=True)]
-        self._dice = torch.stack([dice.to(acc_dtype(dice.dtype)) for _, dice in results]).sum()
-        return _like(features, [y for y, _ in results], keys)
+        modules = [module for module in self.mask_modules if isinstance(module, MaskModule)]
+        tokens = [module.mask_token for module in modules]
+        masked, dice = F.masked_features_and_dice(tensors, tokens, _weighting(modules, tensors[0]), impl=self.impl)
+        self._dice = dice.sum()
+        return _like(features, masked, keys)
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest forward; RuntimeError before the first one."""

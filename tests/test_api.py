@@ -203,8 +203,14 @@ WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [(torch.zeros(9, 6, 3), torch.zeros(6))]), ValueError, "weighting[0]: expected rows [9, 6, 4] and bias [6], got [9, 6, 3] and [6]"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], impl="gpu"), ValueError, "impl: expected one of"),
     (lambda: F.receptive_masks(X, torch.zeros(6, 5)), ValueError, "x: expected 5 channels, got 4"),
-    (lambda: F.masked_features(X, torch.zeros(2, 6, 3, 4)), ValueError, "masks: expected [N, T, H, W] over x [2, 4, 3, 3]"),
-    (lambda: F.masked_features(X, torch.zeros(2, 6, 3, 3), torch.zeros(2, 5)), ValueError, "weights: expected [2, 6]"),
+    (lambda: F.masked_features_and_dice([X], []), ValueError, "tokens: expected one entry for each of the 1 levels, got 0"),
+    (lambda: F.masked_features_and_dice([], []), ValueError, "features: expected at least one level, got none"),
+    (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 5)]), ValueError, "features[0]: expected 5 channels, got 4"),
+    (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4, device="meta")]), ValueError, "tokens[0]: expected the device of features[0], cpu, got meta"),
+    (lambda: F.masked_features_and_dice([X, X.double()], [torch.zeros(6, 4)] * 2), TypeError, "features[1]: expected all features to be float64 or none"),
+    (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4)], impl="gpu"), ValueError, "impl: expected one of"),
+    (lambda: MaskModule(4, impl="gpu"), ValueError, "impl: expected one of"),
+    (lambda: MaskLearner(4, impl="gpu"), ValueError, "impl: expected one of"),
     (lambda: F.dice_loss(torch.zeros(6, 3, 3)), ValueError, "masks: expected [N, T, H, W], got shape [6, 3, 3]"),
 ]  # fmt: skip
 

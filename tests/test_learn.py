@@ -1,0 +1,307 @@
+"""Stage 1 against the literal formulas in float64: sizes, layouts, dtypes, upstream gradients, degenerate inputs."""
+
+import copy
+
+import pytest
+import torch
+from helpers import LAYOUTS, in_layout, moved, rounding
+from torch import Tensor
+
+from maskd_triton import MaskLearner, MaskModule, _ops, reference
+from maskd_triton import functional as F
+
+Target = tuple[str, str]
+HALF = (torch.float16, torch.bfloat16)
+SHAPES = [
+    ((1, 1, 1, 1), 1),
+    ((3, 5, 1, 7), 2),
+    ((2, 70, 5, 1), 6),
+    ((1, 13, 7, 11), 8),
+    ((2, 16, 3, 3), 19),
+    ((1, 3, 2, 5), 64),
+    ((1, 8, 16, 17), 3),
+]
+DICE_SCALE = 3.0
+
+
+def module_of(channels: int, num_tokens: int, weighted: bool, impl: str) -> MaskModule:
+    """Parameters of the size trained ones have, exact in float32."""
+    torch.manual_seed(channels + num_tokens)
+    module = MaskModule(channels, num_tokens, weighted, impl=impl)
+    with torch.no_grad():
+        module.mask_token.mul_(100 * channels**-0.5)
+        if weighted:
+            module.prob[0].weight.mul_(0.3)
+            module.prob[0].bias.normal_()
+            module.prob[2].bias.normal_()
+    return module
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(module: MaskModule, x: Tensor, g: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Masked features, Dice loss and all gradients by the literal formulas in ``dtype``."""
+    module = copy.deepcopy(module).to("cpu", dtype)
+    x = x.detach().cpu().to(dtype).requires_grad_()
+    weighting = module.weighting() if module.weight_mask else None
+    y, dice = reference.masked_features_and_dice(x, module.mask_token, weighting)
+    return collected(module, x, y, dice, g.cpu().to(dtype))
+
+
+def measured(module: MaskModule, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The same from the library."""
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    y, dice = module(x)
+    assert y.dtype == x.dtype
+    assert dice.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return collected(module, x, y, dice, g)
+
+
+def collected(module: MaskModule, x: Tensor, y: Tensor, dice: Tensor, g: Tensor) -> dict[str, Tensor]:
+    torch.autograd.backward([y, dice], [g, torch.full_like(dice, DICE_SCALE)])
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    return {k: v.detach().cpu().double() for k, v in {"y": y, "dice": dice, "x": x.grad, **grads}.items()}
+
+
+def close(got: dict[str, Tensor], want: dict[str, Tensor], bounds: dict[str, float], default: float) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        error, largest = (got[name] - value).abs().max().item(), value.abs().max().item()
+        assert error <= bounds.get(name, default) * largest, (name, error / largest)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize(("shape", "num_tokens"), SHAPES, ids=str)
+def test_float64_matches_the_formulas(shape: tuple[int, ...], num_tokens: int, weighted: bool, target: Target) -> None:
+    impl, device = target
+    module = module_of(shape[1], num_tokens, weighted, impl).to(device).double()
+    x, g = normal(*shape).double(), normal(*shape, seed=1).double()
+    want = expected(module, x, g)
+    for layout in LAYOUTS if impl == "eager" else [LAYOUTS[(num_tokens + weighted) % 3]]:
+        placed = in_layout(x, layout).to(device)
+        got = measured(module, placed, in_layout(g, layout).to(device))
+        close(got, want, {}, 2e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 9, 7), (1, 64, 4, 8)], ids=str)
+def test_error_is_that_of_the_dtype(shape: tuple[int, ...], dtype: torch.dtype, layout: str, target: Target) -> None:
+    """Sums are float32 whatever the features: only the last rounding of y and of the feature gradient depends on them."""
+    impl, device = target
+    module = module_of(shape[1], 6, True, impl).to(device)
+    x, g = (in_layout(normal(*shape, seed=i).to(dtype), layout) for i in (0, 1))
+    want, plain = expected(module, x, g), expected(module, x, g, dtype)
+    got = measured(module, x.to(device), g.to(device))
+    # Measured: at most 2.7e-6 (the 3x3 weight's gradient); a kernel's bfloat16 tokens keep 16 bits
+    sums = 4e-6 if dtype != torch.bfloat16 or impl == "eager" else 5e-5
+    rounded = sums if dtype == torch.float32 else rounding(dtype, target) + sums
+    close(got, want, {"y": rounded, "x": rounded}, sums)
+    eps = max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps)  # sums round more than once
+    for name, value in want.items():  # and never above that of the formulas in this dtype
+        allowed = (plain[name] - value).abs().max() + eps * value.abs().max()
+        assert (got[name] - value).abs().max() <= 2 * allowed, name
+
+
+GRADIENTS = ["expanded", "transposed", "sliced", "channels_last", "scalar"]
+
+
+@pytest.mark.parametrize("form", GRADIENTS)
+def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
+    impl, device = target
+    shape = (2, 5, 4, 6)
+    module = module_of(5, 3, True, impl).to(device).double()
+    x = normal(*shape).double()
+    g = {
+        "expanded": normal(2, 1, 4, 6, seed=1).double().expand(shape),
+        "transposed": normal(2, 5, 6, 4, seed=1).double().transpose(2, 3),
+        "sliced": normal(2, 9, 5, 7, seed=1).double()[:, 2:7, 1:, :6],
+        "channels_last": in_layout(normal(*shape, seed=1).double(), "channels_last"),
+        "scalar": torch.ones((), dtype=torch.float64).expand(shape),
+    }[form]
+    close(measured(module, x.to(device), moved(g, device)), expected(module, x, g), {}, 1e-12)
+
+
+def test_a_pyramid_is_its_levels(target: Target) -> None:
+    """All levels in one call: outputs, Dice sum and gradients of each level alone."""
+    impl, device = target
+    learner = MaskLearner([4, 9, 4], num_tokens=3, impl=impl).to(device).double()
+    xs = [normal(2, c, h, w, seed=c).double().to(device) for c, h, w in ((4, 5, 5), (9, 2, 3), (4, 1, 1))]
+    gs = [normal(*x.shape, seed=7).double().to(device) for x in xs]
+    ys = learner(xs)
+    loss = sum(((y * g).sum() for y, g in zip(ys, gs, strict=True)), DICE_SCALE * learner.dice_loss())
+    loss.backward()
+    total = 0.0
+    for module, x, g, y in zip(learner.mask_modules, xs, gs, ys, strict=True):
+        want = expected(module, x, g)
+        total += want["dice"].item()
+        assert torch.allclose(y.cpu(), want["y"], rtol=1e-12, atol=1e-14)
+        for name, p in module.named_parameters():
+            assert (p.grad.cpu() - want[name]).abs().max() <= 1e-12 * want[name].abs().max(), name
+    assert learner.dice_loss().item() == pytest.approx(total, rel=1e-12)
+
+
+def test_frozen_features_get_no_gradient_and_change_nothing(target: Target) -> None:
+    impl, device = target
+    module = module_of(5, 3, True, impl).to(device)
+    x, g = normal(2, 5, 4, 3).to(device), normal(2, 5, 4, 3, seed=1).to(device)
+    with_x = measured(module, x, g)
+    module.zero_grad()
+    kept = x.clone()
+    y, dice = module(x)
+    torch.autograd.backward([y, dice], [g, torch.full_like(dice, DICE_SCALE)])
+    assert x.grad is None
+    assert torch.equal(x, kept)
+    for name, p in module.named_parameters():
+        assert torch.equal(p.grad.cpu().double(), with_x[name]), name
+
+
+def test_two_runs_are_bit_equal(target: Target) -> None:
+    impl, device = target
+    module = module_of(33, 6, True, impl).to(device)
+    x, g = normal(2, 33, 9, 17).to(device), normal(2, 33, 9, 17, seed=1).to(device)
+    first, second = measured(module, x, g), measured(module, x, g)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_small_gradients_are_not_lost(dtype: torch.dtype, target: Target) -> None:
+    """A mean over a large head's output gives gradients below what float16 can hold: tokens must not stand still."""
+    impl, device = target
+    module = module_of(8, 4, False, impl).to(device)
+    x = normal(1, 8, 5, 6).to(dtype)
+    g = normal(1, 8, 5, 6, seed=1).to(dtype)
+    small = torch.tensor(2.0**-10 if dtype == torch.float16 else 2.0**-40, dtype=dtype)
+    grads = []
+    for scale in (torch.ones((), dtype=dtype), small):
+        module.zero_grad()
+        y, _ = module(x.to(device))
+        y.backward((g * scale).to(device))
+        grads.append(module.mask_token.grad.cpu().double() / scale.double())
+    want, bound = grads[0], 1e-5 if dtype != torch.float16 else 1e-2  # float16 rounds the upstream gradient itself
+    assert (grads[1] - want).abs().max() <= bound * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_saturated_and_empty_masks(dtype: torch.dtype, target: Target) -> None:
+    impl, device = target
+    module = module_of(4, 3, True, impl).to(device)
+    with torch.no_grad():
+        module.mask_token.copy_(torch.tensor([1e3, -1e3, 0.0])[:, None].expand(3, 4))
+    x, g = (normal(2, 4, 3, 3, seed=i).abs().to(dtype) + 1 for i in (0, 1))
+    got = measured(module, x.to(device), g.to(device))
+    assert all(value.isfinite().all() for value in got.values())
+    close(got, expected(module, x, g), {"y": rounding(dtype, target) + 2e-5, "x": rounding(dtype, target) + 2e-5}, 2e-5)
+
+
+def test_empty_batch(target: Target) -> None:
+    impl, device = target
+    learner = MaskLearner([4, 3], num_tokens=3, impl=impl).to(device)
+    ys = learner([torch.zeros(0, 4, 2, 2, device=device), torch.zeros(0, 3, 1, 1, device=device)])
+    (sum(y.sum() for y in ys) + learner.dice_loss()).backward()
+    assert [y.shape for y in ys] == [(0, 4, 2, 2), (0, 3, 1, 1)]
+    assert learner.dice_loss().item() == 0
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in learner.parameters())
+
+
+def test_only_the_dice_loss_is_used(target: Target) -> None:
+    """No gradient reaches y: the tokens still learn to differ, and the weighting gets zeros."""
+    impl, device = target
+    module = module_of(5, 3, True, impl).to(device).double()
+    x = normal(2, 5, 4, 3).double()
+    module(x.to(device))[1].backward()
+    want = expected(module, x, torch.zeros(2, 5, 4, 3))
+    assert (module.mask_token.grad.cpu() * DICE_SCALE - want["mask_token"]).abs().max() <= 1e-12
+    assert module.prob[0].weight.grad.abs().max() == 0
+
+
+def op_arguments(weighted: bool, target: Target, layout: str = "ncl", grad: bool = True) -> tuple:
+    impl, device = target
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.float64).requires_grad_(grad)
+
+    def features(c: int, p: int) -> Tensor:
+        x = torch.randn(2, p, c) if layout == "nlc" else torch.randn(2, c, p)
+        x = x.transpose(1, 2) if layout == "nlc" else x
+        return moved(x.double(), device).requires_grad_(grad)
+
+    rows, bias = ([leaf(9, 3, 5), leaf(9, 3, 2)], [leaf(3), leaf(3)]) if weighted else ([], [])
+    return [features(5, 12), features(2, 6)], [leaf(3, 5), leaf(3, 2)], rows, bias, [3, 2], impl
+
+
+@pytest.mark.parametrize("layout", ["ncl", "nlc"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_opcheck(weighted: bool, layout: str, target: Target) -> None:
+    args = op_arguments(weighted, target, layout)
+    torch.library.opcheck(_ops.learn, args)
+    xs, tokens, rows, _, heights, impl = op_arguments(weighted, target, layout, grad=False)
+    masked, dice, kept = _ops.learn(*op_arguments(weighted, target, layout, grad=False))
+    for need in (True, False):
+        back = ([y + 1 for y in masked], torch.ones_like(dice), xs, tokens, rows, kept, heights, need, impl)
+        torch.library.opcheck(_ops.learn_backward, back)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradcheck(weighted: bool, target: Target) -> None:
+    xs, tokens, rows, bias, heights, impl = op_arguments(weighted, target)
+    sizes = [len(xs), len(tokens), len(rows), len(bias)]
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        lists = [list(part) for part in torch.split(torch.arange(len(tensors)), sizes)]
+        masked, dice, _ = _ops.learn(*([tensors[i] for i in part] for part in lists), heights, impl)
+        return (*masked, dice)
+
+    assert torch.autograd.gradcheck(outputs, (*xs, *tokens, *rows, *bias), fast_mode=impl == "triton")
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compile_fullgraph(dynamic: bool, target: Target) -> None:
+    impl, device = target
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    learner = MaskLearner([7, 5], num_tokens=3, impl=impl).to(device)
+
+    def loss(features: list[Tensor]) -> Tensor:
+        ys = learner(features)
+        return sum(y.square().mean() for y in ys) + learner.dice_loss()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    for h, w in [(8, 12), (12, 14), (9, 18)] if dynamic else [(8, 12)] * 2:
+        features = [normal(2, 7, h, w).to(device), normal(2, 5, h // 2, w // 2).to(device)]
+        results = []
+        for function in (loss, compiled):
+            learner.zero_grad()
+            value = function(features)
+            value.backward()
+            results.append([value.detach(), *(p.grad.clone() for p in learner.parameters())])
+        for want, got in zip(*results, strict=True):
+            assert torch.allclose(got, want, rtol=1e-5, atol=1e-8)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype, target: Target) -> None:
+    impl, device = target
+    module = module_of(6, 3, True, impl).to(device)
+    x = normal(2, 6, 3, 4).to(device)
+    y, dice = module(x)
+    with torch.autocast(device, dtype):
+        y_inside, dice_inside = module(x)
+    assert torch.equal(y, y_inside)
+    assert torch.equal(dice, dice_inside)
+
+
+def test_functional_takes_lists(target: Target) -> None:
+    impl, device = target
+    xs = [normal(2, 4, 3, 3).to(device), normal(2, 2, 1, 5).to(device)]
+    tokens = [normal(3, 4, seed=2).to(device), normal(3, 2, seed=3).to(device)]
+    ys, dice = F.masked_features_and_dice(xs, tokens, impl=impl)
+    for x, e, y, d in zip(xs, tokens, ys, dice, strict=True):
+        want, want_dice = reference.masked_features_and_dice(x.double(), e.double())
+        assert torch.allclose(y.double(), want, rtol=1e-5, atol=1e-6)
+        assert d.item() == pytest.approx(want_dice.item(), rel=1e-6)
