@@ -35,9 +35,9 @@ def warp_size() -> int:
 def forward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
     """Tile of the forward and border kernels; ``itemsize`` is that of the wider of the two feature dtypes."""
     if itemsize == 8:  # no matrix instruction: the product is a [T, C, P] block
-        return Config(4, 16, 256) if num_tokens > 16 else Config(8, 32, 128)
+        return Config(4, 16, 128) if num_tokens > 16 else Config(8, 32, 128)
     if num_tokens > 8:
-        return Config(16, 64, 256, 2) if itemsize == 4 else Config(32, 64, 256, 2)
+        return Config(16, 64, 256, 2) if itemsize == 4 else Config(32, 64, 256, 3)
     if fast == CHANNELS:
         return Config(32, 64, 256, 3) if itemsize == 4 else Config(64, 64, 256, 3)
     return Config(16, 64, 128, 3) if itemsize == 4 else Config(16, 128, 128, 3)
@@ -46,7 +46,7 @@ def forward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
 def backward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
     """Tile of the kernels that write a feature map; ``itemsize`` is that of the widest feature dtype."""
     if itemsize == 8:
-        return Config(64, 16, 128) if fast == CHANNELS else Config(16, 64, 128)
+        return Config(64, 16, 256) if fast == CHANNELS else Config(16, 64, 256)
     if fast == CHANNELS:
         return Config(128, 32, 128)
     return Config(32, 64 if num_tokens > 16 else 128, 128)
