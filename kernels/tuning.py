@@ -35,7 +35,7 @@ def warp_size() -> int:
 def forward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
     """Tile of the forward and border kernels; ``itemsize`` is that of the wider of the two feature dtypes."""
     if itemsize == 8:  # no matrix instruction: the product is a [T, C, P] block
-        return Config(4, 16, 128) if num_tokens > 16 else Config(8, 32, 128)
+        return Config(2, 16, 256) if num_tokens > 16 else Config(8, 32, 128)
     if num_tokens > 8:
         return Config(16, 64, 256, 2) if itemsize == 4 else Config(32, 64, 256, 3)
     if fast == CHANNELS:

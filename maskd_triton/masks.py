@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import functional as F
 from ._eager import acc_dtype
 from ._levels import Levels, as_list, per_level, positive_int
+from ._outputs import find_module, refuse_compiled, replace_levels
 
 
 class MaskModule(nn.Module):
@@ -135,11 +136,14 @@ class MaskLearner(nn.Module):
         return self.__dict__ | {"_dice": None, "_attached": False}
 
     def forward(self, features: Levels) -> Levels:
-        tensors, keys = as_list(features, "features")
+        return self._mask(features, "features")
+
+    def _mask(self, features: Levels, name: str) -> Levels:
+        tensors, keys = as_list(features, name)
         if len(tensors) != len(self.mask_modules):
-            raise ValueError(f"features: expected {len(self.mask_modules)} levels, got {len(tensors)}")
+            raise ValueError(f"{name}: expected {len(self.mask_modules)} levels, got {len(tensors)}")
         for i, (x, c) in enumerate(zip(tensors, self.channels, strict=True)):
-            F.check_features(x, f"features[{keys[i] if keys else i!r}]", c)
+            F.check_features(x, f"{name}[{keys[i] if keys else i!r}]", c)
         modules = [module for module in self.mask_modules if isinstance(module, MaskModule)]
         tokens = [module.mask_token for module in modules]
         masked, dice = F.masked_features_and_dice(tensors, tokens, _weighting(modules, tensors[0]), impl=self.impl)
@@ -153,7 +157,7 @@ class MaskLearner(nn.Module):
         return self._dice
 
     @contextmanager
-    def attach(self, teacher: nn.Module, name: str) -> Iterator["MaskLearner"]:
+    def attach(self, teacher: nn.Module, name: str, *, output: str | None = None) -> Iterator["MaskLearner"]:
         """Mask the output of ``teacher``'s module ``name`` while the block lasts.
 
         Inside the block all parameters of the teacher are frozen and its normalisation and dropout layers are in eval
@@ -161,21 +165,25 @@ class MaskLearner(nn.Module):
         exit, also by an exception, parameters' ``requires_grad``, training flags and hooks are as they were.
 
         Args:
-            teacher: the frozen model, on the learner's device.
-            name: dotted name of the module whose output (a tensor, sequence or mapping of levels) is masked.
+            teacher: the frozen model, on the learner's device; not yet compiled: ``torch.compile`` it inside the block.
+            name: dotted name of the module whose output is masked: a tensor, sequence or mapping of levels, or a
+                dataclass like transformers' ``BackboneOutput``.
+            output: field of that dataclass (or mapping) that holds the levels; None: ``"feature_maps"``.
 
         Raises:
-            AttributeError: the teacher has no such module.
+            AttributeError: the teacher has no such module; the message lists near matches.
             RuntimeError: the learner is attached already.
+            ValueError: the teacher is compiled; and, when it runs, levels, channels or fields that do not fit.
         """
         if self._attached:
             raise RuntimeError("attach: this learner is attached already; leave that block first")
-        target = teacher.get_submodule(name)
+        refuse_compiled(teacher)
+        target = find_module(teacher, name)
         training = [(m, m.training) for m in teacher.modules()]
         frozen = [(p, p.requires_grad) for p in teacher.parameters()]
         fixed = [m for m in teacher.modules() if isinstance(m, _FIXED)]
         hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
-        hooks.append(target.register_forward_hook(_replace_output(self)))
+        hooks.append(target.register_forward_hook(_replace_output(self, name, output)))
         self._attached, self._dice = True, None
         try:
             for parameter, _ in frozen:
@@ -200,8 +208,13 @@ def _to_eval(module: nn.Module, _inputs: Any) -> None:
     module.training = False
 
 
-def _replace_output(learner: MaskLearner) -> Callable[[nn.Module, Any, Any], Any]:
-    return lambda _module, _inputs, output: learner(output)
+def _replace_output(learner: MaskLearner, module: str, field: str | None) -> Callable[[nn.Module, Any, Any], Any]:
+    name = f"output of the teacher's {module!r}"
+
+    def hook(_module: nn.Module, _inputs: Any, result: Any) -> Any:
+        return replace_levels(result, field, name, lambda levels: learner._mask(levels, name))
+
+    return hook
 
 
 def _like(features: Levels, tensors: list[Tensor], keys: list[Any] | None) -> Levels:

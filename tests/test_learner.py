@@ -339,7 +339,7 @@ def test_teacher_is_left_as_it_was(end: str, trained: bool) -> None:
         with pytest.raises(Interruption):
             block()
     else:
-        with pytest.raises(ValueError, match=r"features\[1\]: expected 5 channels, got 6"):
+        with pytest.raises(ValueError, match=r"'body.fpn'\[1\]: expected 5 channels, got 6"):
             block()
     assert snapshot(teacher) == before
     if end != "level_error":
@@ -450,7 +450,10 @@ def test_levels_that_do_not_fit(features: Any, error: type[Exception], sentence:
 @pytest.mark.parametrize("channels", [4, (4, 6, 6)])
 def test_attached_with_the_wrong_number_of_levels(channels: Any) -> None:
     learner, teacher = learner_of(channels), teacher_of()
-    with learner.attach(teacher, "body.fpn"), pytest.raises(ValueError, match=r"features: expected \d levels, got 2"):
+    with (
+        learner.attach(teacher, "body.fpn"),
+        pytest.raises(ValueError, match=r"output of the teacher's 'body.fpn': expected \d levels, got 2"),
+    ):
         teacher(IMAGES)
 
 
