@@ -1,0 +1,51 @@
+"""README's figures are those of the committed results, and its commands exist."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SPEED = json.loads((ROOT / "bench/results/cpu-fpn.json").read_text())
+DEMO = json.loads((ROOT / "bench/results/cpu-demo.json").read_text())
+MODE = "forward+backward"
+
+
+def test_speed() -> None:
+    rows = {r["contender"]: r for r in SPEED["rows"] if r["mode"] == MODE}
+    ours = rows["ours"]
+    for name, row in rows.items():
+        error = "-" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
+        line = (
+            f"| {name} | {row['median_ms']:.0f} | {row['median_ms'] / ours['median_ms']:.1f} "
+            f"| {row['peak_extra_bytes'] / 2**20:.0f} | {error} |"
+        )
+        assert line in README
+    faster = rows["literal"]["median_ms"] / ours["median_ms"]
+    smaller = rows["literal"]["peak_extra_bytes"] / ours["peak_extra_bytes"]
+    assert f"{faster:.0f} times faster" in README
+    assert f"{smaller:.0f} times less memory" in README
+    assert faster >= 8  # the goals on two CPU cores
+    assert smaller >= 10
+    for value in (SPEED["device"], SPEED["packages"]["torch"], SPEED["date"][:10]):
+        assert value in README
+
+
+def test_demo() -> None:
+    for name, scores in DEMO["test_miou"].items():
+        plus = "+" if "paired" in name else ""
+        assert f"| {name} | {scores['mean']:{plus}.3f} ± {scores['std']:.3f} |" in README
+    assert f"| teacher | {DEMO['teacher_miou']['test']:.3f} |" in README
+    assert f"{DEMO['settings']['student_steps']} steps" in README
+    assert f"{DEMO['settings']['seeds']} seeds" in README
+
+
+def test_commands_and_files_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for name in set(re.findall(r"^make (\w+)", README, re.M)):
+        assert re.search(rf"^{name}:", makefile, re.M), name
+    for module in set(re.findall(r"`python -m ([\w.]+)", README)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for path in set(re.findall(r"\]\(((?!http|#)[^)]+)\)", README)) | set(re.findall(r"`(tests/\w+\.py)`", README)):
+        assert (ROOT / path).exists(), path
