@@ -519,3 +519,34 @@ def test_align_is_trained_through_the_loss(target: Target) -> None:
     reference.distill_loss([aligned], [teacher], [module.mask_token], [module.weighting()]).backward()
     for got, expected in zip((student, *criterion.align[0].parameters()), (copy, weight, bias), strict=True):
         close(got.grad, expected.grad.cpu(), 1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_offsets(layout: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of 2**31 elements and more take 64-bit offsets; the same path, forced on small ones."""
+    if target[0] != "triton":
+        pytest.skip("eager torch has no offsets of its own")
+    from maskd_triton.kernels import launch
+
+    problem = Problem([(2, 9, 5, 7)], 6)
+    losses, grads = problem.expected(custom_mask=True)
+    monkeypatch.setattr(launch, "_wide", lambda *_: True)
+    got, got_grads = problem.measured(target, layout, custom_mask=True)
+    close(got, losses, 1e-12)
+    close(got_grads[0], grads[0], 1e-12)
+
+
+def test_when_offsets_become_wide() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from maskd_triton.kernels import launch
+
+    for channels, pixels, wide in [(2, 2**30, False), (2, 2**30 + 1, True), (1, 2**31, False), (4096, 2**19, False)]:
+        assert launch.layout(torch.empty((4, channels, pixels), device="meta"))["WIDE"] is wide
+
+
+def test_many_channels(target: Target) -> None:
+    problem = Problem([(1, 4096, 1, 3)], 2, weighted=False)
+    losses, grads = problem.expected()
+    got, got_grads = problem.measured(target)
+    close(got, losses, 1e-12)
+    close(got_grads[0], grads[0], 1e-12)
