@@ -1,11 +1,13 @@
-"""Reading learned tokens: our own state dicts and the three layouts other implementations write."""
+"""Learned tokens in files: writing ours; reading ours and the three layouts other implementations write."""
 
 import os
 import pickle
 import re
+import secrets
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,12 +41,14 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 
     ``source`` is a path, a module (``MaskLearner``, ``MaskedDistillLoss``), or a state dict: our own, a whole detector's
     (any prefix before ``mask_modules``, also below a ``"state_dict"`` key), the YOLOv5 port's (below ``"maskd_model"``),
-    or one level's bare ``mask_token`` (segmentation). Files are read with ``weights_only=True``: nothing is executed.
+    or one level's bare ``mask_token`` (segmentation). Files that end in ``.safetensors`` are read by safetensors, others by
+    torch with ``weights_only=True``: nothing in them is executed.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: a file that torch refuses to load safely; no mask entries; one entry under two prefixes.
+        ValueError: a file that cannot be loaded safely; no mask entries; one entry under two prefixes.
         TypeError: any other kind of source.
+        ModuleNotFoundError: a ``.safetensors`` file without the safetensors package.
     """
     state, origin = _state_dict(source)
     for key in _NESTED:
@@ -96,6 +100,71 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
     modules.load_state_dict({k.removeprefix("mask_modules."): v for k, v in found.items()})
 
 
+def save_masks(modules: nn.ModuleList, path: str | os.PathLike[str]) -> None:
+    """Write the tokens and mask weights of ``modules`` as CPU tensors ``mask_modules.{i}.<parameter>``.
+
+    In safetensors' format when ``path`` ends in ``.safetensors``, by ``torch.save`` otherwise; :func:`mask_state` reads both.
+    An existing file is replaced in one step once the new one is on disk: a process killed while saving leaves the old file
+    as it was, and at worst a ``.tmp`` file beside it. A symbolic link is kept and the file it leads to is replaced.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        IsADirectoryError: ``path`` is a folder.
+        ModuleNotFoundError: a ``.safetensors`` path without the safetensors package.
+
+    Example:
+        >>> import os, tempfile
+        >>> from maskd_triton import MaskLearner
+        >>> from maskd_triton.checkpoints import mask_state, save_masks
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_masks(MaskLearner(16, weight_mask=False).mask_modules, os.path.join(folder, "tokens.pt"))
+        ...     list(mask_state(os.path.join(folder, "tokens.pt")))
+        ['mask_modules.0.mask_token']
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"save: expected a file, got the folder {target}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"save: no such folder: {target.parent}")
+    package = _safetensors(f"save: {path}") if _is_safetensors(path) else None
+    # copies: safetensors refuses channels_last and shared memory, and torch writes all of the memory a view is part of
+    state = {
+        f"mask_modules.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in modules.state_dict().items()
+    }
+    unfinished = target.with_name(f".maskd-{secrets.token_hex(8)}.tmp")  # the same file system: replacing is one step
+    try:
+        with unfinished.open("xb") as file:
+            if package:
+                file.write(package.torch.save(state, metadata={"format": "pt"}))
+            else:
+                torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix.lower() == ".safetensors"
+
+
+def _safetensors(needed_by: str) -> ModuleType:
+    """The safetensors package, imported on first use."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise ModuleNotFoundError(
+            f"{needed_by}: a .safetensors file needs the safetensors package, which is not installed: "
+            "pip install 'maskd-triton[safetensors]'",
+            name="safetensors",
+        ) from error
+    return safetensors
+
+
 def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
     if isinstance(source, nn.Module):
         return source.state_dict(), type(source).__name__
@@ -108,6 +177,8 @@ def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
         raise IsADirectoryError(f"pretrained: expected a file, got the folder {path}")
     if not path.is_file():
         raise FileNotFoundError(f"pretrained: no such file: {path}")
+    if _is_safetensors(path):
+        return _read_safetensors(path), str(path)
     with path.open("rb") as file:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -119,6 +190,15 @@ def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"pretrained: expected {path} to hold a state dict, got {type(loaded).__name__}")
     return loaded, str(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    package = _safetensors(f"pretrained: {path}")
+    content = path.read_bytes()  # not mapped: a file cut short while it is read would end the process
+    try:
+        return package.torch.load(content)
+    except (package.SafetensorError, *_DAMAGE) as error:
+        raise ValueError(f"pretrained: {path} cannot be loaded safely: it is damaged, or no safetensors file") from error
 
 
 def _listing(names: Any, most: int = 8) -> str:

@@ -1,5 +1,6 @@
 """Stage 1: receptive tokens and mask weights, learned on a frozen teacher."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from . import functional as F
 from ._eager import acc_dtype
 from ._levels import Levels, as_list, per_level, positive_int
 from ._outputs import find_module, refuse_compiled, replace_levels
+from .checkpoints import Source, load_masks, save_masks
 
 
 class MaskModule(nn.Module):
@@ -99,6 +101,8 @@ class MaskLearner(nn.Module):
         channels: channels of each level, an int for a single level.
         num_tokens: T, receptive tokens per level.
         weight_mask: weigh the masks per image.
+        pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
+            :func:`maskd_triton.checkpoints.mask_state`. None: tokens as initialised in :class:`MaskModule`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`.
 
     Shape:
@@ -121,13 +125,21 @@ class MaskLearner(nn.Module):
     """
 
     def __init__(
-        self, channels: int | Sequence[int], num_tokens: int = 6, weight_mask: bool = True, *, impl: str = "auto"
+        self,
+        channels: int | Sequence[int],
+        num_tokens: int = 6,
+        weight_mask: bool = True,
+        *,
+        pretrained: Source | None = None,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         F.check_choice(impl, "impl", F.IMPLS)
         self.impl = impl
         self.channels = per_level(channels, "channels")
         self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in self.channels)
+        if pretrained is not None:
+            load_masks(self.mask_modules, pretrained)
         self._dice: Tensor | None = None
         self._attached = False
 
@@ -155,6 +167,18 @@ class MaskLearner(nn.Module):
         if self._dice is None:
             raise RuntimeError("dice_loss: no features seen yet; run the teacher inside `with learner.attach(...)` first")
         return self._dice
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokens for ``pretrained=``; see :func:`maskd_triton.checkpoints.save_masks` for formats and errors.
+
+        Example:
+            >>> import os, tempfile
+            >>> from maskd_triton import MaskedDistillLoss, MaskLearner
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     MaskLearner([16, 16]).save(os.path.join(folder, "tokens.pt"))
+            ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
+        """
+        save_masks(self.mask_modules, path)
 
     @contextmanager
     def attach(self, teacher: nn.Module, name: str, *, output: str | None = None) -> Iterator["MaskLearner"]:

@@ -1,6 +1,9 @@
 """Learned tokens from every source users have, and one clear sentence for every file that cannot be one."""
 
+import os
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -386,3 +389,238 @@ def test_criterion_round_trip(student_channels: list[int] | None, weight_mask: b
     other.load_state_dict(torch.load(saved(state, tmp_path), weights_only=True))
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
     assert torch.equal(other.eval()(student, teacher), criterion.eval()(student, teacher))
+
+
+SUFFIXES = [".pt", ".safetensors"]
+
+
+def needs_package_of(suffix: str) -> None:
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors", reason="needs the safetensors extra")
+
+
+def assert_equal_entries(learner: MaskLearner, other: nn.Module) -> None:
+    entries = learner.state_dict()
+    assert entries.keys() == other.state_dict().keys()
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, entries[key]), key
+
+
+@pytest.mark.parametrize("weight_mask", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+def test_sources_of_a_learner(source: Callable[[MaskLearner, Path], Any], weight_mask: bool, tmp_path: Path) -> None:
+    learner = learned(weight_mask)
+    loaded = MaskLearner(CHANNELS, TOKENS, weight_mask, pretrained=source(learner, tmp_path))
+    assert_equal_entries(learner, loaded)
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_learner_from_a_criterion_and_from_bare_entries() -> None:
+    learner = learned()
+    criterion = MaskedDistillLoss(CHANNELS, TOKENS, student_channels=[2, 3], pretrained=learner)
+    assert_equal_entries(learner, MaskLearner(CHANNELS, TOKENS, pretrained=criterion))
+    single = filled(MaskLearner(19, 8))
+    assert_equal_entries(single, MaskLearner(19, 8, pretrained=single.mask_modules[0].state_dict()))
+
+
+@pytest.mark.parametrize(("entries", "problems"), PROBLEMS.values(), ids=PROBLEMS)
+def test_entries_that_do_not_fit_a_learner(entries: dict[str, Tensor | None], problems: list[str]) -> None:
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        MaskLearner(CHANNELS, TOKENS, pretrained=broken(**entries))
+    assert sorted(str(caught.value).split("\n  ")[1:]) == sorted(problems)
+
+
+def test_wrong_sources_of_a_learner(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="pretrained: expected a path, a state dict or a MaskLearner, got int"):
+        MaskLearner(CHANNELS, TOKENS, pretrained=3)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"pretrained: no such file: .*nothing"):
+        MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("weight_mask", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ""])
+def test_saved_and_loaded(suffix: str, weight_mask: bool, kind: type, tmp_path: Path) -> None:
+    needs_package_of(suffix)
+    learner, path = learned(weight_mask), kind(tmp_path / f"tokens{suffix}")
+    learner.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == [f"tokens{suffix}"]
+    options = {"weight_mask": weight_mask, "custom_mask": False}
+    assert_holds(MaskedDistillLoss(CHANNELS, TOKENS, pretrained=path, **options), learner)
+    assert_equal_entries(learner, MaskLearner(CHANNELS, TOKENS, weight_mask, pretrained=path))
+    filled(learner, seed=9).save(path)
+    assert_equal_entries(learner, MaskLearner(CHANNELS, TOKENS, weight_mask, pretrained=path))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_saved_entries(suffix: str, tmp_path: Path) -> None:
+    """Masks only, no gradient, the dtypes and values of the module; what others' readers give."""
+    needs_package_of(suffix)
+    learner = learned().to(torch.bfloat16).to(memory_format=torch.channels_last)
+    with torch.no_grad():  # entries that share memory
+        whole = torch.randn(1000, 4, dtype=torch.bfloat16)
+        learner.mask_modules[0].mask_token.set_(whole[:3])
+        learner.mask_modules[0].prob[0].bias.set_(whole[0])
+    path = tmp_path / f"tokens{suffix}"
+    learner.save(path)
+    if suffix == ".pt":
+        state = torch.load(path, weights_only=True)
+    else:
+        state = pytest.importorskip("safetensors.torch").load_file(path)
+    expected = learner.state_dict()
+    assert state.keys() == expected.keys() == {k for k in expected if k.startswith("mask_modules.")}
+    for key, value in state.items():
+        assert value.dtype == torch.bfloat16
+        assert value.is_contiguous()
+        assert not value.requires_grad
+        assert torch.equal(value, expected[key]), key
+    assert path.stat().st_size < 6000 + 2 * sum(v.numel() for v in expected.values())  # not the 8000 bytes of ``whole``
+
+
+def test_safetensors_of_a_whole_detector(tmp_path: Path) -> None:
+    writer = pytest.importorskip("safetensors.torch", reason="needs the safetensors extra")
+    learner = learned()
+    writer.save_file(dict(mmdet(learner)["state_dict"]), tmp_path / "detector.SafeTensors")
+    criterion = MaskedDistillLoss(CHANNELS, TOKENS, custom_mask=False, pretrained=tmp_path / "detector.SafeTensors")
+    assert_holds(criterion, learner)
+
+
+@pytest.mark.parametrize("share", [0, 0.004, 0.02, 0.5, 0.99])
+def test_damaged_safetensors(share: float, tmp_path: Path) -> None:
+    needs_package_of(".safetensors")
+    path = tmp_path / "tokens.safetensors"
+    learned().save(path)
+    content = path.read_bytes()
+    other = saved(learned().state_dict(), tmp_path).read_bytes()
+    for damaged in (content[: int(share * len(content))], random_bytes(5), other, b'{"a": 1}' + bytes(20)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be loaded safely: it is damaged, or no safetensors file") as caught:
+            MaskLearner(CHANNELS, TOKENS, pretrained=path)
+        assert str(path) in str(caught.value)
+
+
+def test_safetensors_with_a_flipped_bit(tmp_path: Path) -> None:
+    """Whatever it does to the header, it is a ValueError, or entries that fit."""
+    needs_package_of(".safetensors")
+    path = tmp_path / "tokens.safetensors"
+    learned().save(path)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    refused = 0
+    for i in range(header):
+        damaged = bytearray(content)
+        damaged[i] ^= 1
+        path.write_bytes(damaged)
+        try:
+            MaskLearner(CHANNELS, TOKENS, pretrained=path)
+        except ValueError:
+            refused += 1
+    assert header - 50 < refused < header  # a bit of the metadata, or of a space, means nothing
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_save_where_there_is_no_place(suffix: str, tmp_path: Path) -> None:
+    needs_package_of(suffix)
+    learner = learned()
+    with pytest.raises(FileNotFoundError, match=r"save: no such folder: .*missing"):
+        learner.save(tmp_path / "missing" / f"tokens{suffix}")
+    (tmp_path / f"folder{suffix}").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"save: expected a file, got the folder .*folder"):
+        learner.save(tmp_path / f"folder{suffix}")
+    assert [p.name for p in tmp_path.iterdir()] == [f"folder{suffix}"]
+
+
+def test_save_through_a_link(tmp_path: Path) -> None:
+    """The link stays; the format is that of the name given, which is the one that is read."""
+    needs_package_of(".safetensors")
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link.safetensors", tmp_path / "there" / "tokens.pt"
+    link.symlink_to(target)
+    learned().save(link)
+    assert link.is_symlink()
+    assert_equal_entries(learned(), MaskLearner(CHANNELS, TOKENS, pretrained=link))
+    assert [p.name for p in target.parent.iterdir()] == ["tokens.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_saved_file_has_everyday_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    learned().save(tmp_path / "tokens.pt")
+    assert (tmp_path / "tokens.pt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "interrupt"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_failed_save_leaves_the_old_file_alone(
+    suffix: str, step: str, failure: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    needs_package_of(suffix)
+    path = tmp_path / f"tokens{suffix}"
+    learned().save(path)
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        assert len(list(tmp_path.iterdir())) == 2
+        raise failure
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(type(failure)):
+        filled(learned(), seed=9).save(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+
+
+KILLED = """
+import os, sys, torch
+from maskd_triton import MaskLearner
+path, step = sys.argv[1:]
+def die(*arguments, **options):
+    os._exit(42)
+def die_halfway(state, file):
+    file.write(b"PK" * 100)
+    file.flush()
+    os._exit(42)
+learner = MaskLearner([4, 6], 3)
+if step == "write":
+    torch.save = die_halfway
+else:
+    setattr(os, step, die)
+learner.save(path)
+"""
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
+def test_killed_save_leaves_the_old_file_whole(step: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.pt"
+    learned().save(path)
+    before = path.read_bytes()
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path), step], capture_output=True, text=True)
+    assert killed.returncode == 42, killed.stderr
+    assert path.read_bytes() == before
+    assert_equal_entries(learned(), MaskLearner(CHANNELS, TOKENS, pretrained=path))
+    assert [p.suffix for p in tmp_path.iterdir() if p != path] == [".tmp"]
+    filled(learned(), seed=9).save(path)
+    assert_equal_entries(filled(learned(), seed=9), MaskLearner(CHANNELS, TOKENS, pretrained=path))
+
+
+def test_safetensors_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [WithoutSafetensors(), *sys.meta_path])
+    sentence = r"a \.safetensors file needs the safetensors package.*pip install 'maskd-triton\[safetensors\]'"
+    with pytest.raises(ModuleNotFoundError, match="save: .*" + sentence) as caught:
+        learned().save(tmp_path / "tokens.safetensors")
+    assert caught.value.name == "safetensors"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "tokens.safetensors").write_bytes(b"")
+    with pytest.raises(ModuleNotFoundError, match="pretrained: .*" + sentence):
+        MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "tokens.safetensors")
+    learned().save(tmp_path / "tokens.pt")
+    assert_equal_entries(learned(), MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "tokens.pt"))
+
+
+class WithoutSafetensors:
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == "safetensors":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="safetensors")

@@ -1,0 +1,128 @@
+"""Whether learned masks are of any use: what the losses of stage 1 do not show.
+
+Dice near 0 and a low task loss are also what collapsed masks give: one token on everywhere and the others empty. Stage 2 is
+then a plain feature MSE.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._eager import _full_precision, acc_dtype
+
+# On the demo's scenes, useful tokens have coverages of .3 to .7, pairwise Dice up to .92 and weights up to .5; collapsed ones
+# (raw features) .0 to .01 or .987 and more, with .99 and more of the weight also where the favoured mask covers .90.
+EVERYWHERE = 0.98  # such a mask leaves hardly a pixel out: reconstructing under it is a plain MSE
+EMPTY = 0.02  # what the sigmoid's tails add up to; a mask of rare small objects alone may come this low, too
+SAME = 0.98  # two masks above this Dice tell the student nothing that one of them would not
+ALL_WEIGHT = 0.95  # what is left for all others is too little to move the loss
+
+
+@dataclass(frozen=True, eq=False)
+class LevelDiagnostics:
+    """How one level's T masks behave, on the device of the masks: nothing waits for it until a value is read.
+
+    Attributes:
+        coverage: ``[T]``, each mask's mean value over images and pixels: 0 empty, 1 on everywhere.
+        dice: ``[T, T]``, pairwise Dice coefficients, mean over images: 0 disjoint, 1 equal. The diagonal is 1, and 0 for
+            masks that are empty in every image.
+        weight: ``[T]``, each mask's mean weight; None without mask weighting.
+        entropy: scalar, entropy of an image's mask weights over log T, mean over images: 1 all weights equal (and for
+            T = 1), 0 one token has all of it; None without mask weighting.
+    """
+
+    coverage: Tensor
+    dice: Tensor
+    weight: Tensor | None
+    entropy: Tensor | None
+
+
+@torch.no_grad()
+def describe(masks: Tensor, weights: Tensor | None = None) -> LevelDiagnostics:
+    r"""Coverage, overlap and weights of one level's masks.
+
+    .. math::
+        \mathrm{coverage}_t = \operatorname{mean}_{n,p} m_{ntp}, \quad
+        \mathrm{dice}_{ij} = \operatorname{mean}_n \frac{2 G_{nij}}{G_{nii} + G_{njj} + 2 \cdot 10^{-12}}, \quad
+        G_{nij} = \sum_p m_{nip} m_{njp}, \quad
+        \mathrm{entropy} = \operatorname{mean}_n \frac{-\sum_t w_{nt} \log w_{nt}}{\log T}
+
+    Args: ``masks [N, T, H, W]``, ``weights [N, T]`` or None, of any float dtype, as :func:`functional.receptive_masks` and
+    :func:`functional.mask_weights` give them. Returns :class:`LevelDiagnostics` without gradients, on the device of the
+    arguments, in float32 (float64 for float64), also under autocast; an empty batch gives NaN.
+    Raises ValueError for shapes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton.diagnostics import describe
+        >>> left, both = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+        >>> level = describe(torch.stack([left, both]).view(1, 2, 1, 2), torch.tensor([[0.5, 0.5]]))
+        >>> level.coverage, level.dice[0, 1], level.entropy
+        (tensor([0.5000, 1.0000]), tensor(0.6667), tensor(1.))
+    """
+    if masks.dim() != 4 or 0 in masks.shape[1:]:
+        raise ValueError(f"masks: expected [N, T, H, W] with at least one token and one pixel, got shape {list(masks.shape)}")
+    if weights is not None and weights.shape != masks.shape[:2]:
+        raise ValueError(f"weights: expected shape {list(masks.shape[:2])}, as the masks, got {list(weights.shape)}")
+    coverage = masks.mean((0, 2, 3), dtype=acc_dtype(masks.dtype))
+    dice = _pairwise_dice(masks).mean(0)
+    if weights is None:
+        return LevelDiagnostics(coverage, dice, None, None)
+    w = weights.to(acc_dtype(weights.dtype))
+    # log 1 = 0: a single token has all the weight and shares it equally
+    entropy = torch.special.entr(w).sum(1) / math.log(w.shape[1]) if w.shape[1] > 1 else torch.ones_like(w[:, 0])
+    return LevelDiagnostics(coverage, dice, w.mean(0), entropy.mean())
+
+
+def collapsed(level: LevelDiagnostics) -> list[str]:
+    """Why tokens of this level are of no use, a sentence for each kind of failure; an empty list for healthy masks.
+
+    Reported are masks that are on everywhere, empty masks, masks that are the same as others (of those that are neither),
+    and a token that takes all weight; the thresholds are this module's constants. Values that are NaN (an empty batch)
+    report nothing. Copies the values to the host, so it waits for the device: call it between steps, not in every one.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton.diagnostics import collapsed, describe
+        >>> masks = torch.zeros(1, 3, 8, 8)
+        >>> masks[:, 1] = 1
+        >>> collapsed(describe(masks))
+        ['token 1 is on everywhere: coverage 1.00', 'tokens 0 and 2 are empty: coverage below 0.02']
+    """
+    coverage = level.coverage.tolist()
+    everywhere = [t for t, c in enumerate(coverage) if c > EVERYWHERE]
+    empty = [t for t, c in enumerate(coverage) if c < EMPTY]
+    sentences = [f"token {t} is on everywhere: coverage {coverage[t]:.2f}" for t in everywhere]
+    if empty:
+        sentences.append(f"{_named(empty)} empty: coverage below {EMPTY}")
+    dice = level.dice.tolist()
+    left = [t for t in range(len(coverage)) if t not in everywhere and t not in empty]
+    while left:
+        same = [t for t in left if t == left[0] or dice[left[0]][t] > SAME]
+        left = [t for t in left if t not in same]
+        if len(same) > 1:
+            least = min(dice[i][j] for i in same for j in same)
+            sentences.append(f"{_named(same)} the same: Dice {least:.2f}")
+    if level.weight is not None and level.entropy is not None and len(coverage) > 1:
+        for t, weight in enumerate(level.weight.tolist()):
+            if weight > ALL_WEIGHT:
+                sentences.append(f"token {t} takes all weight: mean {weight:.2f}, entropy of the weights {level.entropy:.2f}")
+    return sentences
+
+
+@_full_precision
+def _pairwise_dice(masks: Tensor) -> Tensor:
+    """``[N, T, H, W]`` -> ``[N, T, T]``."""
+    flat = masks.flatten(2).to(acc_dtype(masks.dtype))
+    gram = torch.bmm(flat, flat.transpose(1, 2))
+    area = torch.diagonal(gram, dim1=1, dim2=2)
+    return 2 * gram / (area[:, :, None] + area[:, None, :] + 2e-12)
+
+
+def _named(tokens: list[int]) -> str:
+    if len(tokens) == 1:
+        return f"token {tokens[0]} is"
+    joint = " and " if len(tokens) == 2 else ", "
+    return f"tokens {joint.join(map(str, tokens))} are"

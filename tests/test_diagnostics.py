@@ -1,0 +1,253 @@
+"""Coverage, Dice and weight entropy against loops in float64, and which masks are reported as collapsed."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maskd_triton import MaskModule, reference
+from maskd_triton.diagnostics import LevelDiagnostics, collapsed, describe
+
+SHAPES = {  # N, T, H, W
+    "everyday": (3, 6, 9, 7),
+    "one_token": (2, 1, 4, 5),
+    "one_pixel": (3, 4, 1, 1),
+    "one_row": (1, 2, 1, 8),
+    "many_tokens": (2, 64, 3, 4),
+}
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    masks = torch.sigmoid(2 * torch.randn(shape, generator=generator, dtype=torch.float64) - 0.5)
+    weights = torch.softmax(torch.randn(shape[:2], generator=generator, dtype=torch.float64), 1)
+    return masks.to(dtype), weights.to(dtype)
+
+
+def expected(masks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Coverage, Dice, weight and entropy, word for word."""
+    m, w = masks.double(), weights.double()
+    n, t = m.shape[:2]
+    coverage = torch.stack([m[:, i].mean() for i in range(t)])
+    dice = torch.zeros(t, t, dtype=torch.float64)
+    for k in range(n):
+        for i in range(t):
+            for j in range(t):
+                shared, own, other = ((m[k, a] * m[k, b]).sum() for a, b in ((i, j), (i, i), (j, j)))
+                dice[i, j] += 2 * shared / (own + other + 2e-12) / n
+    entropies = [-sum(p * math.log(p) for p in image) / math.log(t) if t > 1 else 1.0 for image in w.tolist()]
+    return coverage, dice, torch.stack([w[:, i].mean() for i in range(t)]), sum(entropies) / n
+
+
+def assert_describes(level: LevelDiagnostics, masks: Tensor, weights: Tensor, bound: float) -> None:
+    coverage, dice, weight, entropy = expected(masks, weights)
+    assert level.weight is not None
+    assert level.entropy is not None
+    assert level.entropy.shape == ()
+    for got, want in ((level.coverage, coverage), (level.dice, dice), (level.weight, weight)):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=bound)
+    assert abs(level.entropy.item() - entropy) <= bound
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+def test_against_loops(dtype: torch.dtype, bound: float, shape: tuple[int, ...]) -> None:
+    masks, weights = drawn(shape, dtype)
+    level = describe(masks, weights)
+    assert {v.dtype for v in vars(level).values()} == {dtype}
+    assert_describes(level, masks, weights, bound)
+    torch.testing.assert_close(level.dice.diag(), torch.ones(shape[1], dtype=dtype), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_off_diagonal_mean_is_the_dice_loss(shape: tuple[int, ...]) -> None:
+    masks, _ = drawn(shape)
+    t = shape[1]
+    others = describe(masks).dice.masked_fill(torch.eye(t, dtype=torch.bool), 0).sum() / max(t * (t - 1), 1)
+    assert abs(others.item() - reference.dice(masks).item()) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
+    masks, weights = drawn((2, 5, 70, 60), dtype)
+    level = describe(masks, weights)
+    assert {v.dtype for v in vars(level).values()} == {torch.float32}
+    assert_describes(level, masks, weights, 2e-6)
+
+
+def test_autocast_changes_nothing() -> None:
+    masks, weights = drawn((2, 4, 6, 5), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        level = describe(masks, weights)
+    assert_describes(level, masks, weights, 1e-6)
+
+
+def test_without_weights() -> None:
+    masks, weights = drawn((2, 3, 4, 4))
+    level = describe(masks)
+    assert level.weight is None
+    assert level.entropy is None
+    assert torch.equal(level.dice, describe(masks, weights).dice)
+    assert collapsed(level) == []
+
+
+def test_empty_batch() -> None:
+    level = describe(torch.zeros(0, 3, 4, 4), torch.zeros(0, 3))
+    assert [tuple(v.shape) for v in vars(level).values()] == [(3,), (3, 3), (3,), ()]
+    assert all(v.isnan().all() for v in vars(level).values())
+    assert collapsed(level) == []
+
+
+def test_nothing_is_read_and_no_gradient_is_kept() -> None:
+    """A meta tensor has no values: whatever waited for one would raise."""
+    level = describe(torch.ones(2, 3, 4, 4, device="meta"), torch.ones(2, 3, device="meta"))
+    assert {v.device.type for v in vars(level).values()} == {"meta"}
+    masks, weights = (x.requires_grad_() for x in drawn((2, 3, 4, 4)))
+    assert not any(v.requires_grad for v in vars(describe(masks, weights)).values())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        level.coverage = level.dice  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("masks", "weights", "sentence"),
+    [
+        ((3, 4, 4), None, r"masks: expected \[N, T, H, W\] .* got shape \[3, 4, 4\]"),
+        ((2, 0, 4, 4), None, "at least one token and one pixel"),
+        ((2, 3, 0, 4), None, "at least one token and one pixel"),
+        ((2, 3, 4, 4), (3, 2), r"weights: expected shape \[2, 3\], as the masks, got \[3, 2\]"),
+    ],
+)
+def test_wrong_shapes(masks: tuple[int, ...], weights: tuple[int, ...] | None, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        describe(torch.zeros(masks), None if weights is None else torch.zeros(weights))
+
+
+ON, OFF = 6.0, -6.0  # logits: masks of .9975 and .0025
+
+
+def masks_of(*rows: list[float]) -> Tensor:
+    """Masks ``[2, T, 1, W]`` from each token's logits."""
+    return torch.sigmoid(torch.tensor([[[row] for row in rows]] * 2))
+
+
+def weights_of(*row: float) -> Tensor:
+    return torch.tensor([row] * 2)
+
+
+QUARTERS = [[ON if p // 2 == t else OFF for p in range(8)] for t in range(4)]
+CASES: dict[str, tuple[Tensor, Tensor | None, list[str]]] = {
+    "quarters": (masks_of(*QUARTERS), weights_of(0.7, 0.1, 0.1, 0.1), []),
+    "background_and_objects": (
+        masks_of([ON] * 7 + [OFF], [OFF] * 7 + [ON], [0.0] * 8),
+        weights_of(0.9, 0.05, 0.05),
+        [],
+    ),
+    "as_in_the_study": (
+        masks_of([OFF] * 8, [OFF] * 8, [OFF] * 8, [ON] * 8, [OFF] * 8),
+        weights_of(0.002, 0.002, 0.003, 0.99, 0.003),
+        [
+            "token 3 is on everywhere: coverage 1.00",
+            "tokens 0, 1, 2, 4 are empty: coverage below 0.02",
+            "token 3 takes all weight: mean 0.99, entropy of the weights 0.04",
+        ],
+    ),
+    "unweighted": (
+        masks_of([ON] * 8, [OFF] * 8),
+        None,
+        ["token 0 is on everywhere: coverage 1.00", "token 1 is empty: coverage below 0.02"],
+    ),
+    "two_on_everywhere": (
+        masks_of([ON] * 8, [ON, OFF] * 4, [ON] * 8),
+        None,
+        ["token 0 is on everywhere: coverage 1.00", "token 2 is on everywhere: coverage 1.00"],
+    ),
+    "one_empty": (masks_of(*QUARTERS[:3], [OFF] * 8), None, ["token 3 is empty: coverage below 0.02"]),
+    "twins": (masks_of(QUARTERS[0], QUARTERS[1], QUARTERS[0]), None, ["tokens 0 and 2 are the same: Dice 1.00"]),
+    "two_pairs_of_twins": (
+        masks_of(QUARTERS[0], QUARTERS[1], QUARTERS[0], QUARTERS[1]),
+        None,
+        ["tokens 0 and 2 are the same: Dice 1.00", "tokens 1 and 3 are the same: Dice 1.00"],
+    ),
+    "untrained": (masks_of(*[[0.01, -0.01] * 4] * 3), None, ["tokens 0, 1, 2 are the same: Dice 1.00"]),
+    "all_weight_on_a_good_mask": (
+        masks_of(*QUARTERS[:2]),
+        weights_of(0.04, 0.96),
+        ["token 1 takes all weight: mean 0.96, entropy of the weights 0.24"],
+    ),
+    "one_token_on_everywhere": (masks_of([ON] * 8), weights_of(1.0), ["token 0 is on everywhere: coverage 1.00"]),
+    "one_good_token": (masks_of(QUARTERS[0]), weights_of(1.0), []),
+}
+
+
+@pytest.mark.parametrize(("masks", "weights", "sentences"), CASES.values(), ids=CASES)
+def test_collapsed(masks: Tensor, weights: Tensor | None, sentences: list[str]) -> None:
+    assert collapsed(describe(masks, weights)) == sentences
+
+
+# Coverage, weight and entropy of tokens learned on the demo's teacher, on raw and on standardised features.
+MEASURED: dict[str, tuple[list[float], list[float], float, list[str]]] = {
+    "raw_fine": (
+        [0.9868, 0.9974, 0.0, 0.0078, 0.0381, 0.0015],
+        [0.0, 1.0, 0.0, 0.0, 0.0, 0.0],
+        0.0,
+        [
+            "token 0 is on everywhere: coverage 0.99",
+            "token 1 is on everywhere: coverage 1.00",
+            "tokens 2, 3, 5 are empty: coverage below 0.02",
+            "token 1 takes all weight: mean 1.00, entropy of the weights 0.00",
+        ],
+    ),
+    "raw_middle": (
+        [0.0297, 0.0508, 0.9646, 0.211, 0.0136, 0.0012],
+        [0.0, 0.0, 0.998, 0.0, 0.0, 0.0],
+        0.01,
+        [
+            "tokens 4 and 5 are empty: coverage below 0.02",
+            "token 2 takes all weight: mean 1.00, entropy of the weights 0.01",
+        ],
+    ),
+    "raw_coarse": (
+        [0.0823, 0.2609, 0.0506, 0.9017, 0.2817, 0.1322],
+        [0.001, 0.001, 0.001, 0.994, 0.002, 0.001],
+        0.02,
+        ["token 3 takes all weight: mean 0.99, entropy of the weights 0.02"],
+    ),
+    "standardised_fine": (
+        [0.6289, 0.3179, 0.5717, 0.3141, 0.3515, 0.6703],
+        [0.36, 0.064, 0.464, 0.049, 0.027, 0.035],
+        0.38,
+        [],
+    ),
+    "standardised_coarse": (
+        [0.4614, 0.5055, 0.4565, 0.4397, 0.4384, 0.5059],
+        [0.258, 0.096, 0.142, 0.106, 0.229, 0.169],
+        0.39,
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("coverage", "weight", "entropy", "sentences"), MEASURED.values(), ids=MEASURED)
+def test_collapsed_as_measured(coverage: list[float], weight: list[float], entropy: float, sentences: list[str]) -> None:
+    dice = torch.full((6, 6), 0.92).fill_diagonal_(1)  # the largest that was measured for useful tokens
+    level = LevelDiagnostics(torch.tensor(coverage), dice, torch.tensor(weight), torch.tensor(entropy))
+    assert collapsed(level) == sentences
+
+
+def test_one_token_per_image_is_no_collapse() -> None:
+    """Weights that pick one token in each image, but not the same: entropy 0, and all tokens used."""
+    level = describe(masks_of(*QUARTERS[:2]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert level.entropy is not None
+    assert level.entropy.item() == 0
+    assert collapsed(level) == []
+
+
+def test_tokens_as_initialised_are_reported_as_the_same() -> None:
+    torch.manual_seed(0)
+    module: Any = MaskModule(16, num_tokens=3)
+    x = torch.randn(2, 16, 6, 6)
+    (sentence,) = collapsed(describe(module.masks(x), module.weights(x)))
+    assert sentence == "tokens 0, 1, 2 are the same: Dice 1.00"
