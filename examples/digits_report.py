@@ -11,9 +11,9 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from maskd_triton import MaskLearner
+from maskd_triton import MaskLearner, viz
 
-from .digits_data import SIZE, Scenes
+from .digits_data import Scenes
 from .digits_models import SegmentationNet
 from .digits_training import VARIANTS, StudentRun
 
@@ -84,50 +84,15 @@ def results_table(runs: Sequence[StudentRun], teacher_miou: float, steps: int) -
     return "\n".join(lines)
 
 
-def plot_masks(
-    path: Path, learner: MaskLearner, teacher: SegmentationNet, scenes: Scenes, shown: Sequence[int] = (0, 1)
-) -> None:
-    """Every token's mask on every level over a few scenes, with its weight in that scene above it."""
-    chosen = Scenes(scenes.images[list(shown)], scenes.labels[list(shown)])
-    with torch.no_grad():
-        levels = teacher.features(chosen.images)
-        predicted = teacher.scores(levels).argmax(1).cpu()
-        masks = [m.masks(x).cpu() for m, x in zip(learner.mask_modules, levels, strict=True)]
-        weights = [m.weights(x).cpu() for m, x in zip(learner.mask_modules, levels, strict=True)]
-    pictures = chosen.images.cpu().permute(0, 2, 3, 1) / 2 + 0.5
-    rows, tokens = len(shown) * len(levels), masks[0].shape[1]
-    figure, axes = plt.subplots(rows, 1 + tokens, figsize=(1.45 * (1 + tokens) + 0.6, 1.62 * rows + 0.7), layout="constrained")
-    figure.suptitle("Receptive tokens: masks on test scenes, with each mask's weight (bold: the largest)")
-    for n in range(len(shown)):
-        left = {
-            "scene": pictures[n],
-            "true classes": chosen.labels[n].cpu(),
-            "teacher's classes": predicted[n],
-        }
-        for level, (title, picture) in enumerate(left.items()):
-            row = axes[n * len(levels) + level]
-            row[0].imshow(picture, cmap="tab20", vmin=0, vmax=19)
-            row[0].set_title(title, fontsize=9)
-            row[0].set_ylabel(f"level {level}: {_grid(levels[level])}", fontsize=9)
-            for token, axis in enumerate(row[1:]):
-                axis.imshow(pictures[n].mean(-1), cmap="gray", vmin=0, vmax=1)
-                image = axis.imshow(
-                    masks[level][n, token],
-                    cmap="inferno",
-                    vmin=0,
-                    vmax=1,
-                    alpha=0.7,
-                    extent=(0, SIZE, SIZE, 0),
-                )
-                weight = weights[level][n]
-                largest = "bold" if token == weight.argmax() else "normal"
-                axis.set_title(f"token {token + 1}: {weight[token]:.2f}", fontsize=9, fontweight=largest)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, aspect=50, label="mask value")
-    bar.solids.set_alpha(1)
+@torch.no_grad()
+def plot_masks(path: Path, learner: MaskLearner, teacher: SegmentationNet, scenes: Scenes) -> None:
+    """Every token's mask on every level over the first two scenes."""
+    images = scenes.images[:2]
+    levels = teacher.features(images)
+    masks = [m.masks(x) for m, x in zip(learner.mask_modules, levels, strict=True)]
+    weights = [m.weights(x) for m, x in zip(learner.mask_modules, levels, strict=True)]
+    figure = viz.plot_masks(images, masks, weights, mean=(0.5,) * 3, std=(0.5,) * 3)  # scenes are in [-1, 1]
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_curves(
