@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     section("4/4 Stage 2: students")
     runs = train_students(study, settings)
-    masks = report.describe_masks(study.learner, study.levels)
     splits = {"validation": study.validation, "test": study.test}
     teacher_miou = {split: mean_iou(study.teacher, scenes) for split, scenes in splits.items()}
 
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stage1": stage1,
         **environment.describe(torch.device(args.device), report.PACKAGES),
     }
-    report.write_results(args.out / "results.json", results, runs, masks)
+    report.write_results(args.out / "results.json", results, runs, study.learner.diagnostics())
     print(f"  {wall_time:.0f} s in all. Written to {args.out.resolve()}: masks.png, curves.png, results.json")
 
 
@@ -107,7 +106,9 @@ def prepare(settings: Settings, device: torch.device) -> tuple[Study, dict[str, 
     with progress(settings.token_steps, "tokens") as bar:
         learner, stage1 = learn_tokens(teacher, train, settings.token_steps, bar.update)
     levels = teacher_features(teacher, train)
-    print(report.masks_table(report.describe_masks(learner, levels), levels))
+    with torch.no_grad():
+        learner(levels)
+    print(report.masks_table(learner.diagnostics()))  # warns of collapsed masks
     return Study(train, validation, test, teacher, levels, learner), stage1
 
 

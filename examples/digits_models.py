@@ -64,22 +64,18 @@ class Residual(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A top-down feature pyramid whose levels end standardised: mean 0 and variance 1 in every channel.
-
-    Stage 1 needs that: on raw features one token takes all the weight and the others go empty.
-    """
+    """A top-down feature pyramid."""
 
     def __init__(self, widths: Sequence[int], width: int) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in widths)
-        self.standardise = nn.ModuleList(nn.BatchNorm2d(width, affine=False) for _ in widths)
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
         levels = [conv(x) for conv, x in zip(self.lateral, stages, strict=True)]
         for i in reversed(range(len(levels) - 1)):
             levels[i] = levels[i] + interpolate(levels[i + 1], levels[i].shape[-2:], mode="nearest")
-        return [bn(conv(x)) for bn, conv, x in zip(self.standardise, self.smooth, levels, strict=True)]
+        return [conv(x) for conv, x in zip(self.smooth, levels, strict=True)]
 
 
 class Head(nn.Module):

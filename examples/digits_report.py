@@ -2,16 +2,16 @@
 
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from torch import Tensor
 
 from maskd_triton import MaskLearner, viz
+from maskd_triton.diagnostics import LevelDiagnostics, collapsed
 
 from .digits_data import Scenes
 from .digits_models import SegmentationNet
@@ -24,42 +24,14 @@ PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "pillow", "matplotlib", 
 COLOURS = dict(zip(VARIANTS, ("#7f7f7f", "#1f77b4", "#d95f02"), strict=True))
 
 
-@dataclass(frozen=True)
-class LevelMasks:
-    """Each token's mean mask value and mean weight; the weights' entropy (1: all equal, 0: only one)."""
-
-    coverage: list[float]
-    weight: list[float]
-    entropy: float
-
-    def collapse(self) -> str | None:
-        """Why this level's tokens are of no use, or None. The losses of stage 1 do not show it."""
-        if max(self.coverage) > 0.98:
-            return "a mask that is on everywhere"
-        if max(self.coverage) < 0.02:
-            return "only empty masks"
-        if self.entropy < 0.05:
-            return "nearly all weight on one token"
-        return None
-
-
-@torch.no_grad()
-def describe_masks(learner: MaskLearner, levels: Sequence[Tensor]) -> list[LevelMasks]:
-    described = []
-    for module, x in zip(learner.mask_modules, levels, strict=True):
-        weight = module.weights(x).mean(0)
-        entropy = torch.distributions.Categorical(weight).entropy() / torch.tensor(float(len(weight))).log()
-        described.append(LevelMasks(module.masks(x).mean((0, 2, 3)).tolist(), weight.tolist(), entropy.item()))
-    return described
-
-
-def masks_table(described: Sequence[LevelMasks], levels: Sequence[Tensor]) -> str:
+def masks_table(levels: Mapping[int, LevelDiagnostics]) -> str:
     lines = []
-    for i, (masks, x) in enumerate(zip(described, levels, strict=True)):
-        coverage, weight = (" ".join(f"{v:.2f}" for v in values) for values in (masks.coverage, masks.weight))
-        lines.append(f"  level {i}, {_grid(x)}: coverage {coverage} | weight {weight} | entropy {masks.entropy:.2f}")
-        if reason := masks.collapse():
-            lines.append(f"  WARNING: level {i} collapsed: {reason}. Stage 2 will be little else than plain MSE.")
+    for i, level in levels.items():
+        coverage, weight = (" ".join(f"{v:.2f}" for v in values) for values in (level.coverage, level.weight))
+        overlap = (level.dice - level.dice.diag().diag()).max()
+        lines.append(
+            f"  level {i}: coverage {coverage} | weight {weight} | entropy {level.entropy:.2f} | Dice up to {overlap:.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -131,7 +103,9 @@ def plot_curves(
     plt.close(figure)
 
 
-def write_results(path: Path, results: dict[str, Any], runs: Sequence[StudentRun], masks: Sequence[LevelMasks]) -> None:
+def write_results(
+    path: Path, results: dict[str, Any], runs: Sequence[StudentRun], masks: Mapping[int, LevelDiagnostics]
+) -> None:
     summary = {
         name: {"mean": statistics.mean(values), "std": _std(values), "per_seed": values}
         for name, values in scores(runs).items()
@@ -140,13 +114,12 @@ def write_results(path: Path, results: dict[str, Any], runs: Sequence[StudentRun
         **results,
         "test_miou": summary,
         "runs": [asdict(run) for run in runs],
-        "masks": [asdict(level) | {"collapsed": level.collapse()} for level in masks],
+        "masks": [
+            {name: value.tolist() for name, value in vars(level).items()} | {"collapsed": collapsed(level)}
+            for level in masks.values()
+        ],
     }
     path.write_text(json.dumps(everything, indent=1) + "\n")
-
-
-def _grid(x: Tensor) -> str:
-    return f"{x.shape[-2]}x{x.shape[-1]}"
 
 
 def _std(values: Sequence[float]) -> float:

@@ -51,17 +51,18 @@ class StudentRun:
 
 
 class PlainFeatureMSE(nn.Module):
-    """The baseline: mean squared difference over all pixels, behind the same 1x1 aligns as MasKD's."""
+    """The baseline: mean squared difference over all pixels, with MasKD's aligns and of the same standardised features."""
 
-    def __init__(self, channels: Sequence[int], student_channels: Sequence[int], loss_weight: float) -> None:
+    def __init__(self, learner: MaskLearner, student_channels: Sequence[int], loss_weight: float) -> None:
         super().__init__()
-        pairs = zip(student_channels, channels, strict=True)
+        pairs = zip(student_channels, learner.channels, strict=True)
         self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in pairs)
+        self.statistics = [(m.channel_mean[:, None, None], m.channel_std[:, None, None]) for m in learner.mask_modules]
         self.loss_weight = loss_weight
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        levels = zip(self.align, student, teacher, strict=True)
-        return self.loss_weight * sum(mse_loss(conv(s), t) for conv, s, t in levels)
+        levels = zip(self.align, student, teacher, self.statistics, strict=True)
+        return self.loss_weight * sum(mse_loss(conv(s), (t - mean) / std) for conv, s, t, (mean, std) in levels)
 
 
 def train_teacher(train: Scenes, steps: int, tick: Tick) -> SegmentationNet:
@@ -77,7 +78,10 @@ def train_teacher(train: Scenes, steps: int, tick: Tick) -> SegmentationNet:
 def learn_tokens(teacher: SegmentationNet, train: Scenes, steps: int, tick: Tick) -> tuple[MaskLearner, dict[str, list[float]]]:
     """Stage 1: the teacher must still solve its task on masked features, and the masks must differ (Dice)."""
     torch.manual_seed(0)
-    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS).to(train.images.device)
+    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=True).to(train.images.device)
+    with learner.calibrate(teacher, "neck"):
+        for images in train.images.split(200):
+            teacher(images)
     optimizer = torch.optim.Adam(learner.parameters(), TOKEN_LR, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
     history: dict[str, list[float]] = {"task loss": [], "dice": []}
@@ -129,13 +133,13 @@ def train_student(study: Study, variant: str, loss_weight: float, seed: int, ste
 def make_criterion(
     study: Study, variant: str, student_channels: list[int], loss_weight: float, steps: int
 ) -> PlainFeatureMSE | MaskedDistillLoss:
-    channels = study.teacher.neck_channels
     if variant == "plain feature MSE":
-        return PlainFeatureMSE(channels, student_channels, loss_weight)
+        return PlainFeatureMSE(study.learner, student_channels, loss_weight)
     return MaskedDistillLoss(
-        channels,
+        study.learner.channels,
         NUM_TOKENS,
         student_channels=student_channels,
+        standardize=True,
         custom_mask_warmup=round(CUSTOM_MASKS_AFTER * steps),
         loss_weight=loss_weight,
         pretrained=study.learner,

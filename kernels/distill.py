@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tuning
-from .tiles import add_projection, join_split, load_rows, sigmoid, tile_offsets
+from .tiles import add_projection, join_split, load_rows, reconstructed, sigmoid, tile_offsets
 
 _SIZES = ["C_Q", "P_Q", "tiles", "partials"]
 _STRIDES = ["s_n", "s_c", "s_p", "t_n", "t_c", "t_p"]
@@ -26,12 +26,15 @@ def forward_kernel(
     s_ptr,  # [N, C, P] by strides
     t_ptr,  # [N, C, P] by strides
     token_ptr,  # [T, C]
+    raw_token_ptr,  # [T, C]: the tokens for t, which is not standardised
+    raw_bias_ptr,  # [T]
+    affine_ptr,  # [2, C]: mean and 1 / std of t
     pool_ptr,  # [9, T, C], strip 0 is used here
     step_ptr,  # int64 scalar
     mask_ptr,  # [N, T, P]
     part_ptr,  # [N, partials, 3, T]
     warmup, C_Q, P_Q, tiles, partials, s_n, s_c, s_p, t_n, t_c, t_p,
-    CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr,
+    CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr,
@@ -54,14 +57,19 @@ def forward_kernel(
         mask = (c < C)[:, None] & inside[None, :]
         t = tl.load(t_ptr + tile_offsets(c, p, t_c, t_p, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
         s = tl.load(s_ptr + tile_offsets(c, p, s_c, s_p, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
-        logits = add_projection(logits, load_rows(token_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
+        logits = add_projection(logits, load_rows(raw_token_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if WEIGHTED:
             pooled = add_projection(pooled, load_rows(pool_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if CUSTOM:
             own = add_projection(own, load_rows(token_ptr, c, C, s.dtype, T, TP, S_SPLIT), s, ACC, UPCAST)
-        difference = s.to(ACC) - t.to(ACC)
+        difference = s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)
         squares += difference * difference
-    m = sigmoid(join_split(logits, TP, T_SPLIT, BLOCK_P))
+    token = tl.arange(0, TP)
+    real = token < T
+    scores = join_split(logits, TP, T_SPLIT, BLOCK_P)
+    if STANDARD:
+        scores += tl.load(raw_bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
+    m = sigmoid(scores)
     if CUSTOM:
         followed = m * sigmoid(join_split(own, TP, S_SPLIT, BLOCK_P))
         if WARMUP:
@@ -70,8 +78,6 @@ def forward_kernel(
             m = followed
     m = tl.where(inside[None, :], m, 0.0)
     d = tl.sum(squares, axis=0)
-    token = tl.arange(0, TP)
-    real = token < T
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
     part_ptr += (n * partials + tile) * 3 * T
     tl.store(part_ptr + token, tl.sum(m * m * d[None, :], axis=1), mask=real)
@@ -133,14 +139,14 @@ def border_kernel(
     tl.store(part_ptr + 2 * T + token, tl.sum(join_split(z, TP, SPLIT, BLOCK_P), axis=1), mask=real)
 
 
-@triton.jit(do_not_specialize=["N", "C", "P", "partials", "loss_ptr", "coefficient_ptr"])
+@triton.jit(do_not_specialize=["N", "C", "H", "W", "partials", "loss_ptr", "coefficient_ptr"])
 def finish_kernel(
     part_ptr,  # [N, partials, 3, T]
-    bias_ptr,  # [T]
+    bias_ptr,  # [T], [4, T] where STANDARD
     loss_ptr,  # [N]
     coefficient_ptr,  # [N, T]
-    N, C, P, partials, weight_high, weight_low, eps,
-    WEIGHTED: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
+    N, C, H, W, partials, weight_high, weight_low, eps,
+    WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, TP)
@@ -158,7 +164,11 @@ def finish_kernel(
         if WEIGHTED:
             z += tl.load(at + 2 * T, mask=mask, other=0.0)
     if WEIGHTED:
-        score = tl.sum(z, axis=0) / P + tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)
+        score = tl.sum(z, axis=0) / (H * W) + tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)
+        if STANDARD:  # what the mean adds to the sums of the border
+            score += tl.load(bias_ptr + T + token, mask=real, other=0.0).to(ACC) / H
+            score += tl.load(bias_ptr + 2 * T + token, mask=real, other=0.0).to(ACC) / W
+            score += tl.load(bias_ptr + 3 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
         score = tl.where(real, score, float("-inf"))
         weight = tl.exp(score - tl.max(score, axis=0))
         weight = weight / tl.sum(weight, axis=0)
@@ -179,9 +189,10 @@ def backward_kernel(
     t_ptr,  # [N, C, P] by strides
     mask_ptr,  # [N, T, P]
     coefficient_ptr,  # [N, T]
+    affine_ptr,  # [2, C]: mean and 1 / std of t
     g_ptr,  # [N, C, P] by strides, written
     up_n, C_Q, P_Q, tiles, s_n, s_c, s_p, t_n, t_c, t_p, g_n, g_c, g_p,
-    ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
+    STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
     C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -205,7 +216,7 @@ def backward_kernel(
     )
     coefficient = tl.load(coefficient_ptr + n * T + token, mask=real, other=0.0) * tl.load(up_ptr + n * up_n)
     scale = tl.sum(m * m * coefficient[:, None], axis=0)
-    g = (s.to(ACC) - t.to(ACC)) * scale[None, :]
+    g = (s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)) * scale[None, :]
     g_at = g_ptr + n * g_n * ALIGN + tile_offsets(c, p, g_c, g_p, G_FAST, ALIGN, WIDE)
     tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
@@ -216,6 +227,9 @@ def forward(
     tokens: Sequence[Tensor],
     pool_rows: Sequence[Tensor],
     pool_bias: Sequence[Tensor],
+    raw_tokens: Sequence[Tensor],
+    raw_bias: Sequence[Tensor],
+    affine: Sequence[Tensor],
     heights: Sequence[int],
     custom_mask: bool,
     warmup_step: Tensor | None,
@@ -232,7 +246,7 @@ def forward(
     if n == 0:
         return
     acc = launch.TL_DTYPE[loss.dtype]
-    weighted = len(pool_rows) > 0
+    weighted, standard = len(pool_rows) > 0, len(affine) > 0
     high = torch.tensor(loss_weight, dtype=torch.float32).item()  # a CPU tensor: rounds, does not sync
     with launch.device_of(loss):
         for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
@@ -247,13 +261,14 @@ def forward(
             layout = launch.layout(s, t)
             token = tokens[i].contiguous()
             pool = pool_rows[i].contiguous() if weighted else token
+            raw = [x[i].contiguous() for x in (raw_tokens, raw_bias, affine)] if standard else [token] * 3
             step = warmup_step if warmup_step is not None else token
             t_strides = launch.quotients(t, layout["ALIGN"])
             forward_kernel[(n * tiles,)](
-                s, t, token, pool, step, masks[i], part,
+                s, t, token, *raw, pool, step, masks[i], part,
                 custom_mask_warmup, c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, partials,
                 *launch.quotients(s, layout["ALIGN"]), *t_strides,
-                CUSTOM=custom_mask, WARMUP=warmup_step is not None, WEIGHTED=weighted, ACC=acc,
+                CUSTOM=custom_mask, WARMUP=warmup_step is not None, WEIGHTED=weighted, STANDARD=standard, ACC=acc,
                 T=num_tokens, TP=rows, S_SPLIT=launch.split(s), T_SPLIT=launch.split(t),
                 S_FAST=launch.fast(s), T_FAST=launch.fast(t), **layout,
                 UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
@@ -267,14 +282,20 @@ def forward(
                     BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
                 )  # fmt: skip
             finish_kernel[(n,)](
-                part, pool_bias[i] if weighted else token, loss[i], coefficients[i],
-                n, c, p, partials, high, loss_weight - high, eps,
-                WEIGHTED=weighted, ACC=acc, T=num_tokens, TP=rows, BLOCK=tuning.finish_block(rows), num_warps=4,
+                part, pool_bias[i].contiguous() if weighted else token, loss[i], coefficients[i],
+                n, c, height, width, partials, high, loss_weight - high, eps,
+                WEIGHTED=weighted, STANDARD=weighted and pool_bias[i].dim() == 2, ACC=acc,
+                T=num_tokens, TP=rows, BLOCK=tuning.finish_block(rows), num_warps=4,
             )  # fmt: skip
 
 
 def backward(
-    grad: Tensor, student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor], coefficients: Tensor
+    grad: Tensor,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    coefficients: Tensor,
+    affine: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
     launch.check_device(coefficients)
@@ -289,10 +310,11 @@ def backward(
             tiles = triton.cdiv(p, config.block_p)
             layout = launch.layout(s, t, g)
             backward_kernel[(n * tiles, triton.cdiv(c, config.block_c))](
-                grad[i], s, t, masks[i], coefficients[i], g,
+                grad[i], s, t, masks[i], coefficients[i], affine[i].contiguous() if affine else coefficients, g,
                 grad.stride(1), c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles,
                 *(q for x in (s, t, g) for q in launch.quotients(x, layout["ALIGN"])),
-                ACC=launch.TL_DTYPE[coefficients.dtype], T=num_tokens, TP=triton.next_power_of_2(num_tokens),
+                STANDARD=len(affine) > 0, ACC=launch.TL_DTYPE[coefficients.dtype],
+                T=num_tokens, TP=triton.next_power_of_2(num_tokens),
                 S_FAST=launch.fast(s), T_FAST=launch.fast(t), G_FAST=launch.fast(g), **layout,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
             )  # fmt: skip

@@ -22,11 +22,13 @@ _STRIDES = ["x_n", "x_c", "x_p"]
 def mask_kernel(
     x_ptr,  # [N, C, P] by strides
     token_ptr,  # [T, C]
+    bias_ptr,  # [T]
     mask_ptr,  # [N, T, P], written
     sum_ptr,  # [N, tiles, C], written
     gram_ptr,  # [N, tiles, T, T], written
     C_Q, P_Q, tiles, x_n, x_c, x_p,
-    WEIGHTED: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr,
     C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -46,9 +48,12 @@ def mask_kernel(
         logits = add_projection(logits, load_rows(token_ptr, c, C, x.dtype, T, TP, SPLIT), x, ACC, UPCAST)
         if WEIGHTED:
             tl.store(sum_ptr + c, tl.sum(x.to(ACC), axis=1), mask=c < C)
-    m = tl.where(inside[None, :], sigmoid(join_split(logits, TP, SPLIT, BLOCK_P)), 0.0)
     token = tl.arange(0, TP)
     real = token < T
+    scores = join_split(logits, TP, SPLIT, BLOCK_P)
+    if BIASED:
+        scores += tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
+    m = tl.where(inside[None, :], sigmoid(scores), 0.0)
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
     gram_ptr += (n * tiles + tile) * T * T
     for i in range(T):
@@ -119,7 +124,7 @@ def token_gradient_kernel(
     weight_ptr,  # [N, T]
     pair_ptr,  # [N, T, T]
     gx_ptr,  # [N, P], written where X_GRAD
-    share_ptr,  # [N, tiles, T], written: each tile's share of the weights' gradient
+    share_ptr,  # [N, tiles, 2, T], written: each tile's share of the gradients of mask weights and token biases
     token_ptr,  # [N, tiles, T, C], written: each tile's share of the token gradient
     C_Q, P_Q, tiles, x_n, x_c, x_p, g_n, g_c, g_p,
     X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
@@ -149,8 +154,10 @@ def token_gradient_kernel(
     real = token < T
     at = mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
     m = tl.load(at, mask=real[:, None] & inside[None, :], other=0.0)
-    tl.store(share_ptr + (n * tiles + tile) * T + token, tl.sum(m * gx[None, :], axis=1), mask=real)
+    share_ptr += (n * tiles + tile) * 2 * T
+    tl.store(share_ptr + token, tl.sum(m * gx[None, :], axis=1), mask=real)
     dl = mask_gradient(m, gx, weight_ptr + n * T, pair_ptr + n * T * T, T, TP)
+    tl.store(share_ptr + T + token, tl.sum(dl, axis=1), mask=real)
     # rows scaled to 1, in two parts for half features: a half-precision product must not lose small gradients
     largest = tl.max(tl.abs(dl), axis=1)
     largest = tl.where(largest > 0, largest, 1.0)
@@ -223,7 +230,9 @@ def feature_gradient_kernel(
     tl.store(d_at, d.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-def mask_pass(x: Tensor, tokens: Tensor, height: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+def mask_pass(
+    x: Tensor, tokens: Tensor, token_bias: Tensor | None, height: int, weighted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``."""
     launch.check_device(x)
     (n, c, p), t = x.shape, tokens.shape[0]
@@ -241,8 +250,10 @@ def mask_pass(x: Tensor, tokens: Tensor, height: int, weighted: bool) -> tuple[T
     common = {"ACC": launch.TL_DTYPE[acc], "FAST": launch.fast(x), "ALIGN": layout["ALIGN"], "WIDE": layout["WIDE"]}
     with launch.device_of(x):
         mask_kernel[(n * tiles,)](
-            x, tokens.contiguous(), masks, totals, grams, c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, *strides,
-            WEIGHTED=weighted, T=t, TP=_rows(t), SPLIT=launch.split(x), C_ALIGN=layout["C_ALIGN"], P_ALIGN=layout["P_ALIGN"],
+            x, tokens.contiguous(), masks if token_bias is None else token_bias.contiguous(), masks, totals, grams,
+            c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, *strides,
+            WEIGHTED=weighted, BIASED=token_bias is not None,
+            T=t, TP=_rows(t), SPLIT=launch.split(x), C_ALIGN=layout["C_ALIGN"], P_ALIGN=layout["P_ALIGN"],
             UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
             num_warps=config.num_warps, **common,
         )  # fmt: skip
@@ -276,14 +287,14 @@ def gate(x: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
 
 
 def token_gradient(
-    grad: Tensor, x: Tensor, masks: Tensor, weights: Tensor, pairs: Tensor, tokens: Tensor, need_x: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the tokens ``[T, C]`` and of the mask weights ``[N, T]``, and ``grad . x`` ``[N, P]`` (if ``need_x``)."""
+    grad: Tensor, x: Tensor, masks: Tensor, weights: Tensor, pairs: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of tokens ``[T, C]``, token biases ``[T]`` and mask weights ``[N, T]``; ``grad . x`` if ``need_x``."""
     (n, c, p), t = x.shape, masks.shape[1]
     config = tuning.forward_config(max(x.dtype.itemsize, grad.dtype.itemsize), t, launch.fast(x))
     tiles = triton.cdiv(p, config.block_p)
     gx = masks.new_empty((n, p) if need_x else 0)
-    shares = masks.new_empty((n, tiles, t))
+    shares = masks.new_empty((n, tiles, 2, t))
     token_shares = masks.new_empty((n, tiles, t, c))
     if n > 0:
         layout = launch.layout(x, grad)
@@ -296,7 +307,8 @@ def token_gradient(
                 FAST=launch.fast(x), G_FAST=launch.fast(grad), **layout, UPCAST=launch.INTERPRETED,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
             )  # fmt: skip
-    return token_shares.sum((0, 1)), shares.sum(1), gx
+    weight_grad, bias_grad = shares.sum(1).unbind(1)
+    return token_shares.sum((0, 1)), bias_grad.sum(0), weight_grad, gx
 
 
 def feature_gradient(

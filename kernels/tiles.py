@@ -60,6 +60,17 @@ def join_split(acc, TP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr
 
 
 @triton.jit
+def reconstructed(t, affine_ptr, c, C, STANDARD: tl.constexpr, ACC: tl.constexpr):
+    """What the student reconstructs: ``t [BLOCK_C, BLOCK_P]`` in ACC, or ``(t - mean) / std``."""
+    value = t.to(ACC)
+    if STANDARD:
+        mean = tl.load(affine_ptr + c, mask=c < C, other=0.0).to(ACC)
+        reciprocal = tl.load(affine_ptr + C + c, mask=c < C, other=0.0).to(ACC)
+        value = (value - mean[:, None]) * reciprocal[:, None]
+    return value
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 

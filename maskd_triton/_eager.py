@@ -7,7 +7,7 @@ float64 features.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,23 +85,77 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
     return rows.contiguous(), w1 @ b3 + b1
 
 
+class Standardization(NamedTuple):
+    """What raw features of one level need to be masked and compared as standardised ones, from :func:`compose_standardization`.
+
+    Attributes:
+        tokens: ``[T, C]``, the tokens for raw features, ``E / std``.
+        token_bias: ``[T]``, added to their mask logits, ``-(E / std) @ mean``.
+        affine: ``[2, C]``, mean and 1 / std of every channel.
+    """
+
+    tokens: Tensor
+    token_bias: Tensor
+    affine: Tensor
+
+
 @_full_precision
-def masks(x: Tensor, tokens: Tensor) -> Tensor:
-    """``sigmoid(tokens @ x)``: ``x [N, C, P]``, ``tokens [T, C]`` -> ``[N, T, P]`` in the accumulation dtype."""
+def compose_standardization(
+    tokens: Tensor, mean: Tensor, std: Tensor, weighting: tuple[Tensor, Tensor] | None = None
+) -> tuple[Standardization, tuple[Tensor, Tensor] | None]:
+    """Fold the standardisation ``(x - mean) / std`` of every channel into tokens and mask weighting.
+
+    Both are linear in the features, so masks and weights of standardised features come from the raw ones at no cost. The zero
+    padding of the 3x3 convolution pads standardised features: what the mean adds to a strip sum depends on the strip's length.
+
+    Args: ``tokens [T, C]``, ``mean [C]``, ``std [C]``, ``weighting`` from :func:`compose_weighting` or None.
+    Returns a :class:`Standardization`, and the weighting for raw features: ``rows [9, T, C]`` and ``bias [4, T]``, a constant
+    and the factors of ``1 / H``, ``1 / W`` and ``1 / (H W)``; None without weighting.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> x, tokens, mean, std = torch.randn(1, 8, 4, 4), torch.randn(6, 8), torch.randn(8), torch.rand(8) + 1
+        >>> raw, _ = F.compose_standardization(tokens, mean, std)
+        >>> standardised = (x - mean[:, None, None]) / std[:, None, None]
+        >>> masks = F.receptive_masks(x, raw.tokens, raw.token_bias)
+        >>> torch.allclose(masks, F.receptive_masks(standardised, tokens), atol=1e-6)
+        True
+    """
+    raw = tokens / std
+    standardization = Standardization(raw, -(raw @ mean), torch.stack([mean, 1 / std]))
+    if weighting is None:
+        return standardization, None
+    rows, bias = weighting
+    rows = rows / std
+    drift = rows @ mean  # [9, T], times a strip's length
+    constants = (bias - drift[0], -drift[1:3].sum(0), -drift[3:5].sum(0), -drift[5:].sum(0))
+    return standardization, (rows, torch.stack(constants))
+
+
+@_full_precision
+def masks(x: Tensor, tokens: Tensor, token_bias: Tensor | None = None) -> Tensor:
+    """``sigmoid(tokens @ x + token_bias)``: ``x [N, C, P]``, ``tokens [T, C]`` -> ``[N, T, P]`` in the accumulation dtype."""
     acc = acc_dtype(x.dtype)
-    return torch.sigmoid(torch.matmul(tokens.to(acc), x.to(acc)))
+    logits = torch.matmul(tokens.to(acc), x.to(acc))
+    if token_bias is not None:
+        logits += token_bias[:, None]
+    return torch.sigmoid(logits)
 
 
 @_full_precision
-def weights_of_sums(sums: Tensor, rows: Tensor, bias: Tensor, pixels: int) -> Tensor:
-    """Softmax mask weights ``[N, T]`` from strip sums ``[N, 9, C]`` and :func:`compose_weighting`'s rows and bias."""
-    logits = torch.einsum("nsc,stc->nt", sums, rows.to(sums.dtype)) / pixels + bias.to(sums.dtype)
+def weights_of_sums(sums: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """Softmax mask weights ``[N, T]`` from strip sums ``[N, 9, C]`` and the weighting's rows and bias."""
+    bias = bias.to(sums.dtype)
+    if bias.dim() == 2:
+        bias = bias[0] + bias[1] / height + bias[2] / width + bias[3] / (height * width)
+    logits = torch.einsum("nsc,stc->nt", sums, rows.to(sums.dtype)) / (height * width) + bias
     return torch.softmax(logits, dim=1)
 
 
 def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """Softmax mask weights ``[N, T]`` of ``x [N, C, P]``."""
-    return weights_of_sums(strip_sums(x, height, width), rows, bias, height * width)
+    return weights_of_sums(strip_sums(x, height, width), rows, bias, height, width)
 
 
 @_full_precision
@@ -111,6 +165,7 @@ def distill_forward(
     tokens: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
+    standard: Standardization | None,
     customised: Tensor | bool,
     height: int,
     width: int,
@@ -119,16 +174,15 @@ def distill_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One level of stage 2: per-image losses ``[N]``, masks ``[N, T, P]`` and gradient coefficients ``[N, T]``.
 
-    ``grad_student = grad_loss[n] * (s - t) * sum_t coefficients[n, t] * masks[n, t, p]**2``.
+    ``grad_student = grad_loss[n] * (s - t) * sum_t coefficients[n, t] * masks[n, t, p]**2``, ``t`` standardised if asked.
     """
     n, c, _ = student.shape
     t = tokens.shape[0]
-    m = masks(teacher, tokens)
+    m = masks(teacher, tokens) if standard is None else masks(teacher, standard.tokens, standard.token_bias)
     if customised is not False:
         followed = m * masks(student, tokens)
         m = followed if customised is True else torch.where(customised, followed, m)
-    acc = m.dtype
-    difference = student.to(acc) - teacher.to(acc)
+    difference = _difference(student, teacher, None if standard is None else standard.affine, m.dtype)
     d = difference.mul_(difference).sum(1)
     a = torch.einsum("ntp,ntp,np->nt", m, m, d)
     b = m.sum(2)
@@ -138,14 +192,24 @@ def distill_forward(
 
 
 @_full_precision
-def distill_backward(grad: Tensor, student: Tensor, teacher: Tensor, m: Tensor, coefficients: Tensor) -> Tensor:
+def distill_backward(
+    grad: Tensor, student: Tensor, teacher: Tensor, m: Tensor, coefficients: Tensor, affine: Tensor | None
+) -> Tensor:
     """Gradient of one level's per-image losses for ``student``, in its dtype and (dense) strides."""
     scale = torch.einsum("ntp,ntp,nt->np", m, m, coefficients * grad[:, None])
     out = torch.empty_like(student)
-    if student.dtype == teacher.dtype == m.dtype:
+    if student.dtype == teacher.dtype == m.dtype and affine is None:
         torch.sub(student, teacher, out=out)
         return out.mul_(scale[:, None, :])
-    return out.copy_((student.to(m.dtype) - teacher.to(m.dtype)).mul_(scale[:, None, :]))
+    return out.copy_(_difference(student, teacher, affine, m.dtype).mul_(scale[:, None, :]))
+
+
+def _difference(student: Tensor, teacher: Tensor, affine: Tensor | None, acc: torch.dtype) -> Tensor:
+    """``s - t``, or ``s - (t - mean) / std``, as a new tensor."""
+    if affine is None:
+        return student.to(acc) - teacher.to(acc)
+    mean, reciprocal = affine.to(acc)[:, :, None]
+    return (teacher.to(acc) - mean).mul_(-reciprocal).add_(student)
 
 
 def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,9 +231,11 @@ def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_full_precision
-def mask_pass(x: Tensor, tokens: Tensor, height: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+def mask_pass(
+    x: Tensor, tokens: Tensor, token_bias: Tensor | None, height: int, weighted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``."""
-    m = masks(x, tokens)
+    m = masks(x, tokens, token_bias)
     sums = strip_sums(x, height, x.shape[2] // height) if weighted else m.new_empty(0)
     return m, sums, torch.bmm(m, m.transpose(1, 2))
 
@@ -183,12 +249,12 @@ def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
 
 @_full_precision
 def token_gradient(
-    grad: Tensor, x: Tensor, m: Tensor, w: Tensor, pairs: Tensor, tokens: Tensor, need_x: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the tokens ``[T, C]`` and of the mask weights ``[N, T]``, and ``grad . x`` ``[N, P]``."""
+    grad: Tensor, x: Tensor, m: Tensor, w: Tensor, pairs: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of tokens ``[T, C]``, token biases ``[T]`` and mask weights ``[N, T]``, and ``grad . x`` ``[N, P]``."""
     gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
     dl = _logit_gradient(gx, m, w, pairs)
-    return torch.einsum("ntp,ncp->tc", dl, x.to(m.dtype)), torch.einsum("ntp,np->nt", m, gx), gx
+    return torch.einsum("ntp,ncp->tc", dl, x.to(m.dtype)), dl.sum((0, 2)), torch.einsum("ntp,np->nt", m, gx), gx
 
 
 @_full_precision

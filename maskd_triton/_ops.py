@@ -5,8 +5,9 @@ configuration and the autograd formula are the same in eager mode, under compile
 """
 
 import importlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -60,6 +61,9 @@ def distill(
     tokens: list[Tensor],
     pool_rows: list[Tensor],
     pool_bias: list[Tensor],
+    raw_tokens: list[Tensor],
+    raw_bias: list[Tensor],
+    affine: list[Tensor],
     heights: list[int],
     custom_mask: bool,
     warmup_step: Tensor | None,
@@ -71,15 +75,16 @@ def distill(
     """Per-image losses ``[levels, N]`` (already divided by N), flat masks, gradient coefficients ``[levels, N, T]``.
 
     ``student``, ``teacher``: ``[N, C_i, P_i]`` per level, any strides. ``tokens``: ``[T, C_i]``. ``pool_rows``
-    ``[9, T, C_i]`` and ``pool_bias`` ``[T]`` from ``compose_weighting``; both empty for ``weight_mask=False``.
+    ``[9, T, C_i]`` and ``pool_bias`` ``[T]`` or ``[4, T]``: the weighting; both empty for ``weight_mask=False``.
+    ``raw_tokens``, ``raw_bias``, ``affine``: a ``Standardization`` per level; all empty without.
     ``warmup_step``: int64 scalar; masks follow the student once it has reached ``custom_mask_warmup`` (None: always).
     """
     loss, masks, coefficients = _new_outputs(student, tokens[0].shape[0])
     outputs = _split_masks(masks, student, tokens[0].shape[0])
     if impl == "triton":
         _backend("distill", impl).forward(
-            student, teacher, tokens, pool_rows, pool_bias, heights, custom_mask, warmup_step, custom_mask_warmup,
-            loss_weight, eps, loss, outputs, coefficients,
+            student, teacher, tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine, heights,
+            custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps, loss, outputs, coefficients,
         )  # fmt: skip
         return loss, masks, coefficients
     customised: Tensor | bool = custom_mask
@@ -87,8 +92,9 @@ def distill(
         customised = warmup_step >= custom_mask_warmup
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         rows, bias = (pool_rows[i], pool_bias[i]) if pool_rows else (None, None)
+        standard = _eager.Standardization(raw_tokens[i], raw_bias[i], affine[i]) if affine else None
         loss[i], m, coefficients[i] = _eager.distill_forward(
-            s, t, tokens[i], rows, bias, customised, heights[i], s.shape[2] // heights[i], loss_weight, eps
+            s, t, tokens[i], rows, bias, standard, customised, heights[i], s.shape[2] // heights[i], loss_weight, eps
         )
         outputs[i].copy_(m)
     return loss, masks, coefficients
@@ -101,6 +107,9 @@ def _(
     tokens: list[Tensor],
     pool_rows: list[Tensor],
     pool_bias: list[Tensor],
+    raw_tokens: list[Tensor],
+    raw_bias: list[Tensor],
+    affine: list[Tensor],
     heights: list[int],
     custom_mask: bool,
     warmup_step: Tensor | None,
@@ -114,37 +123,49 @@ def _(
 
 @torch.library.custom_op("maskd_triton::distill_backward", mutates_args=())
 def distill_backward(
-    grad: Tensor, student: list[Tensor], teacher: list[Tensor], masks: Tensor, coefficients: Tensor, impl: str
+    grad: Tensor,
+    student: list[Tensor],
+    teacher: list[Tensor],
+    masks: Tensor,
+    coefficients: Tensor,
+    affine: list[Tensor],
+    impl: str,
 ) -> list[Tensor]:
     """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones."""
     levels = _split_masks(masks, student, coefficients.shape[2])
     if impl == "triton":
-        return _backend("distill", impl).backward(grad, student, teacher, levels, coefficients)
+        return _backend("distill", impl).backward(grad, student, teacher, levels, coefficients, affine)
     return [
-        _eager.distill_backward(grad[i], s, t, levels[i], coefficients[i])
+        _eager.distill_backward(grad[i], s, t, levels[i], coefficients[i], affine[i] if affine else None)
         for i, (s, t) in enumerate(zip(student, teacher, strict=True))
     ]
 
 
 @distill_backward.register_fake
 def _(
-    grad: Tensor, student: list[Tensor], teacher: list[Tensor], masks: Tensor, coefficients: Tensor, impl: str
+    grad: Tensor,
+    student: list[Tensor],
+    teacher: list[Tensor],
+    masks: Tensor,
+    coefficients: Tensor,
+    affine: list[Tensor],
+    impl: str,
 ) -> list[Tensor]:
     return [torch.empty_like(s) for s in student]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    student, teacher, ctx.impl = inputs[0], inputs[1], inputs[-1]
-    ctx.levels, ctx.sequences = len(student), [len(x) for x in inputs[:5]]
+    student, teacher, affine, ctx.impl = inputs[0], inputs[1], inputs[7], inputs[-1]
+    ctx.sequences = [len(x) for x in inputs[:8]]
     _, masks, coefficients = output
     ctx.mark_non_differentiable(masks, coefficients)
-    ctx.save_for_backward(*student, *teacher, masks, coefficients)
+    ctx.save_for_backward(masks, coefficients, *student, *teacher, *affine)
 
 
 def _backward(ctx, grad, _masks, _coefficients):  # type: ignore[no-untyped-def]
-    *features, masks, coefficients = ctx.saved_tensors
-    student, teacher = features[: ctx.levels], features[ctx.levels :]
-    grads = distill_backward(grad, student, teacher, masks, coefficients, ctx.impl)
+    masks, coefficients, *levels = ctx.saved_tensors
+    student, teacher, affine = _in_sequences(levels, [ctx.sequences[i] for i in (0, 1, 7)])
+    grads = distill_backward(grad, student, teacher, masks, coefficients, affine, ctx.impl)
     frozen = [[None] * k for k in ctx.sequences[1:]]
     return grads, *frozen, *[None] * 7
 
@@ -154,13 +175,14 @@ distill.register_autograd(_backward, setup_context=_setup_context)
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
 
-_KEPT = 4  # tensors a level keeps for the backward pass: masks, weights, strip sums, Dice pairs
+KEPT = 4  # tensors a level keeps for the backward pass: masks, weights, strip sums, Dice pairs
 
 
 @torch.library.custom_op("maskd_triton::learn", mutates_args=())
 def learn(
     features: list[Tensor],
     tokens: list[Tensor],
+    token_bias: list[Tensor],
     pool_rows: list[Tensor],
     pool_bias: list[Tensor],
     heights: list[int],
@@ -168,14 +190,16 @@ def learn(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Masked features ``[N, C_i, P_i]``, Dice losses ``[levels]``, and what the backward pass needs of every level.
 
-    Arguments as for :func:`distill`; all but ``heights`` may require grad.
+    Arguments as for :func:`distill`, ``token_bias [T]`` per level or none at all; all but ``heights`` may require grad.
     """
     backend = _backend("learn", impl)
     masked, dice, kept = [], [], []
     for i, x in enumerate(features):
-        masks, sums, gram = backend.mask_pass(x, tokens[i], heights[i], bool(pool_rows))
+        bias = token_bias[i] if token_bias else None
+        masks, sums, gram = backend.mask_pass(x, tokens[i], bias, heights[i], bool(pool_rows))
         if pool_rows:
-            weights = _eager.weights_of_sums(sums, pool_rows[i], pool_bias[i], x.shape[2])
+            width = x.shape[2] // heights[i]
+            weights = _eager.weights_of_sums(sums, pool_rows[i], pool_bias[i], heights[i], width)
         else:
             weights = masks.new_ones(masks.shape[:2])
         level_dice, pairs = _eager.dice_of_gram(gram)
@@ -189,6 +213,7 @@ def learn(
 def _(
     features: list[Tensor],
     tokens: list[Tensor],
+    token_bias: list[Tensor],
     pool_rows: list[Tensor],
     pool_bias: list[Tensor],
     heights: list[int],
@@ -212,31 +237,39 @@ def learn_backward(
     grad_dice: Tensor,
     features: list[Tensor],
     tokens: list[Tensor],
+    token_bias: list[Tensor],
     pool_rows: list[Tensor],
+    pool_bias: list[Tensor],
     kept: list[Tensor],
     heights: list[int],
     need_features: bool,
     impl: str,
 ) -> list[Tensor]:
-    """Gradients of tokens, then pool rows and biases (with weighting), then features (if needed), each for all levels."""
+    """Gradients of all arguments of :func:`learn` that there are, in their order; of ``features``, if needed, at the end."""
     backend = _backend("learn", impl)
-    to_tokens, to_rows, to_bias, to_features = [], [], [], []
+    to_tokens, to_token_bias, to_rows, to_bias, to_features = [], [], [], [], []
     for i, (g, x) in enumerate(zip(grad_masked, features, strict=True)):
-        masks, weights, sums, pairs = kept[_KEPT * i : _KEPT * (i + 1)]
+        masks, weights, sums, pairs = kept[KEPT * i : KEPT * (i + 1)]
         pairs = pairs * grad_dice[i]
-        token_grad, weight_grad, gx = backend.token_gradient(g, x, masks, weights, pairs, tokens[i], need_features)
+        token_grad, bias_grad, weight_grad, gx = backend.token_gradient(g, x, masks, weights, pairs, need_features)
         to_tokens.append(token_grad.to(tokens[i].dtype).contiguous())
+        if token_bias:
+            to_token_bias.append(bias_grad.to(token_bias[i].dtype))
         strips = sums.new_empty(0)
         if pool_rows:
             logit_grad = weights * (weight_grad - (weights * weight_grad).sum(1, keepdim=True))
             rows, pixels = pool_rows[i], x.shape[2]
             to_rows.append(torch.einsum("nt,nsc->stc", logit_grad / pixels, sums).to(rows.dtype).contiguous())
-            to_bias.append(logit_grad.sum(0).to(rows.dtype))
+            constant = logit_grad.sum(0)
+            if pool_bias[i].dim() == 2:
+                height, width = heights[i], pixels // heights[i]
+                constant = torch.stack([constant, constant / height, constant / width, constant / pixels])
+            to_bias.append(constant.to(pool_bias[i].dtype))
             strips = torch.einsum("nt,stc->nsc", logit_grad / pixels, rows.to(sums.dtype)).contiguous()
         if need_features:
             args = (g, x, gx, masks, weights, pairs, tokens[i], strips, heights[i])
             to_features.append(backend.feature_gradient(*args))
-    return to_tokens + to_rows + to_bias + to_features
+    return to_tokens + to_token_bias + to_rows + to_bias + to_features
 
 
 @learn_backward.register_fake
@@ -245,37 +278,40 @@ def _(
     grad_dice: Tensor,
     features: list[Tensor],
     tokens: list[Tensor],
+    token_bias: list[Tensor],
     pool_rows: list[Tensor],
+    pool_bias: list[Tensor],
     kept: list[Tensor],
     heights: list[int],
     need_features: bool,
     impl: str,
 ) -> list[Tensor]:
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in [*tokens, *pool_rows]]
-    bias = [rows.new_empty(rows.shape[1]) for rows in pool_rows]
-    return like + bias + ([torch.empty_like(x) for x in features] if need_features else [])
+    parameters = [*tokens, *token_bias, *pool_rows, *pool_bias]
+    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in parameters]
+    return like + ([torch.empty_like(x) for x in features] if need_features else [])
 
 
 def _learn_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    features, tokens, rows, _, ctx.heights, ctx.impl = inputs
-    ctx.levels, ctx.weighted = len(features), len(rows) > 0
+    *tensors, ctx.heights, ctx.impl = inputs
     _, _, kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.need_features = any(x.requires_grad for x in features)
-    ctx.save_for_backward(*features, *tokens, *rows, *kept)
+    ctx.need_features = any(x.requires_grad for x in tensors[0])
+    ctx.sequences = [len(x) for x in (*tensors, kept)]
+    ctx.save_for_backward(*(x for sequence in (*tensors, kept) for x in sequence))
 
 
 def _learn_backward(ctx, grad_masked, grad_dice, _kept):  # type: ignore[no-untyped-def]
-    k = ctx.levels
-    features, tokens = ctx.saved_tensors[:k], ctx.saved_tensors[k : 2 * k]
-    rows, kept = ctx.saved_tensors[2 * k : -_KEPT * k], ctx.saved_tensors[-_KEPT * k :]
-    grads = learn_backward(
-        grad_masked, grad_dice, list(features), list(tokens), list(rows), list(kept), ctx.heights, ctx.need_features, ctx.impl
-    )
-    parts = [grads[i * k : (i + 1) * k] for i in range(len(grads) // k)]
-    to_tokens = parts.pop(0)
-    to_rows, to_bias = (parts.pop(0), parts.pop(0)) if ctx.weighted else ([], [])
-    return parts[0] if ctx.need_features else [None] * k, to_tokens, to_rows, to_bias, None, None
+    *tensors, kept = _in_sequences(ctx.saved_tensors, ctx.sequences)
+    grads = learn_backward(grad_masked, grad_dice, *tensors, kept, ctx.heights, ctx.need_features, ctx.impl)
+    features, *parameters = ctx.sequences[:-1]
+    *to_parameters, to_features = _in_sequences(grads, [*parameters, features * ctx.need_features])
+    return to_features if ctx.need_features else [None] * features, *to_parameters, None, None
+
+
+def _in_sequences(tensors: Iterable[Tensor], lengths: Iterable[int]) -> list[list[Tensor]]:
+    """The flat ``tensors`` as lists of these lengths."""
+    left = iter(tensors)
+    return [list(itertools.islice(left, length)) for length in lengths]
 
 
 learn.register_autograd(_learn_backward, setup_context=_learn_setup_context)

@@ -38,20 +38,20 @@ def replace_levels(result: Any, field: str | None, name: str, function: Callable
     return changed
 
 
-def find_module(model: nn.Module, name: str) -> nn.Module:
+def find_module(model: nn.Module, name: str, caller: str) -> nn.Module:
     """The submodule of that dotted name; AttributeError with the names that come near."""
     modules = dict(model.named_modules())
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {[n for n, _ in model.named_children()]}"
-        raise AttributeError(f"attach: the teacher {type(model).__name__} has no module {name!r}; {hint}")
+        raise AttributeError(f"{caller}: the teacher {type(model).__name__} has no module {name!r}; {hint}")
     return modules[name]
 
 
-def refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module, caller: str) -> None:
     """ValueError for a compiled model: torch.compile does not look for hooks that come later."""
     if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError(
-            "attach: the teacher is compiled already, and a compiled module does not see hooks that are added later; attach "
+            f"{caller}: the teacher is compiled already, and a compiled module does not see hooks that are added later; give "
             "the module as it was before torch.compile, and compile it inside the block"
         )

@@ -17,6 +17,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 
 _KEY = re.compile(r"(?:^|.*\.)(mask_modules\.\d+\..+)$")
 _BARE = re.compile(r"(mask_token|prob\.[02]\.(?:weight|bias))$")
+_STATISTIC = re.compile(r"\.channel_(?:mean|std)$")
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
 
 # What torch.load is seen to raise for files that are no checkpoint: its unpickler trusts the bytes it follows.
@@ -78,7 +79,8 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 def load_masks(modules: nn.ModuleList, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
-    Raises ValueError listing every missing, unexpected, misshapen, sparse or non-finite entry.
+    Raises ValueError listing every missing, unexpected, misshapen, sparse or non-finite entry, and statistics
+    (``standardize=True``) that were never gathered.
     """
     found = mask_state(source)
     expected = {f"mask_modules.{k}": v for k, v in modules.state_dict().items()}
@@ -91,10 +93,18 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
             problems.append(f"misshapen: {key} is {list(value.shape)}, expected {list(expected[key].shape)}")
         elif value.is_meta or value.layout != torch.strided:
             problems.append(f"not a dense tensor: {key}")
-        elif not value.is_floating_point():
-            problems.append(f"wrong dtype: {key} is {value.dtype}, expected floating point")
+        elif value.is_floating_point() != expected[key].is_floating_point():
+            kind = "floating point" if expected[key].is_floating_point() else "integers"
+            problems.append(f"wrong dtype: {key} is {value.dtype}, expected {kind}")
         elif not torch.isfinite(value.to(expected[key].dtype)).all():
             problems.append(f"not finite: {key}")
+        elif key.endswith(".channel_std") and not (value > 0).all():
+            problems.append(f"not above 0: {key}")
+        elif key.endswith(".pixels_seen") and not value > 0:
+            problems.append(f"no statistics: {key} is {value.item()}; gather them with MaskLearner.calibrate")
+    standardised = any(_STATISTIC.search(key) for key in found)
+    if standardised != any(_STATISTIC.search(key) for key in expected):
+        problems.append(f"these tokens were learned with standardize={standardised}: pass the same")
     if problems:
         raise ValueError("pretrained: the mask entries do not fit:\n  " + "\n  ".join(problems))
     modules.load_state_dict({k.removeprefix("mask_modules."): v for k, v in found.items()})

@@ -112,6 +112,19 @@ def collapsed(level: LevelDiagnostics) -> list[str]:
     return sentences
 
 
+def untrained(level: LevelDiagnostics) -> bool:
+    """Whether all masks are about a half everywhere, as tokens of N(0, 0.01^2) give; waits for the device.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton.diagnostics import describe, untrained
+        >>> untrained(describe(torch.full((1, 3, 8, 8), 0.5)))
+        True
+    """
+    flat = (level.coverage - 0.5).abs().max() < 0.1
+    return bool(flat & (level.dice.min() > SAME))
+
+
 @_full_precision
 def _pairwise_dice(masks: Tensor) -> Tensor:
     """``[N, T, H, W]`` -> ``[N, T, T]``."""

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from . import _eager, _levels, _ops
-from ._eager import compose_weighting
+from ._eager import Standardization, compose_standardization, compose_weighting
 from ._levels import Levels
 
 __all__ = [
+    "Standardization",
+    "compose_standardization",
     "compose_weighting",
     "dice_loss",
     "mask_weights",
@@ -52,11 +54,18 @@ def _check_tokens(tokens: Sequence[Tensor], weighting: Sequence[tuple[Tensor, Te
             raise ValueError(f"tokens[{i}]: expected {len(tokens[0])} tokens, as on level 0, got {len(e)}")
         if weighting is not None:
             rows, bias = weighting[i]
-            if rows.shape != (9, *e.shape) or bias.shape != e.shape[:1]:
+            if rows.shape != (9, *e.shape) or bias.shape not in (e.shape[:1], (4, len(e))):
                 raise ValueError(
-                    f"weighting[{i}]: expected rows {[9, *e.shape]} and bias {[len(e)]}, "
+                    f"weighting[{i}]: expected rows {[9, *e.shape]} and bias {[len(e)]} or {[4, len(e)]}, "
                     f"got {list(rows.shape)} and {list(bias.shape)}"
                 )
+
+
+def _check_parameter(x: Tensor, name: str, shape: list[int], device: torch.device) -> None:
+    if list(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected the device of the features, {device}, got {x.device}")
 
 
 def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor) -> None:
@@ -99,6 +108,7 @@ def masked_distill_loss(
     tokens: Sequence[Tensor],
     weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
     *,
+    standardize: Sequence[Standardization] | None = None,
     custom_mask: bool = False,
     warmup_step: Tensor | None = None,
     custom_mask_warmup: int = 0,
@@ -121,8 +131,10 @@ def masked_distill_loss(
         student: features ``[N, C_i, H_i, W_i]`` of each level: a tensor, a sequence, or a mapping matched by key.
         teacher: features of the same shapes; must not require grad.
         tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype.
-        weighting: ``(rows [9, T, C_i], bias [T])`` of each level from :func:`compose_weighting`, which give the softmax
-            weights ``w``; None weighs all tokens ``1 / T``.
+        weighting: ``(rows [9, T, C_i], bias)`` of each level from :func:`compose_weighting` (with ``standardize``, from
+            :func:`compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
+        standardize: of each level, from :func:`compose_standardization`: the student reconstructs, and masks and weights
+            see, ``(t - mean) / std`` of every channel instead of ``t``. None: the features as they are.
         custom_mask: customise the masks with the student's own.
         warmup_step: int64 scalar tensor; masks are customised once it has reached ``custom_mask_warmup`` (decided on
             the device, without a sync). None: from the start.
@@ -155,7 +167,7 @@ def masked_distill_loss(
     check_choice(reduction, "reduction", _REDUCTIONS)
     check_choice(impl, "impl", IMPLS)
     students, teachers = _levels.match(student, teacher)
-    for name, given in (("tokens", tokens), ("weighting", weighting)):
+    for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
         if given is not None and len(given) != len(students):
             raise ValueError(f"{name}: expected one entry for each of the {len(students)} levels, got {len(given)}")
     if not students:
@@ -163,12 +175,19 @@ def masked_distill_loss(
     _check_tokens(tokens, weighting)
     for i, (s, t, e) in enumerate(zip(students, teachers, tokens, strict=True)):
         _check_pair(s, t, e, i, students[0])
+    for i, (level, e) in enumerate(zip(standardize or (), tokens, strict=False)):
+        shapes = (list(e.shape), [e.shape[0]], [2, e.shape[1]])
+        for part, name, shape in zip(level, level._fields, shapes, strict=True):
+            _check_parameter(part, f"standardize[{i}].{name}", shape, students[0].device)
     per_image, _, _ = _ops.distill(
         [s.flatten(2) for s in students],
         [t.flatten(2) for t in teachers],
         list(tokens),
         [rows for rows, _ in weighting or ()],
         [bias for _, bias in weighting or ()],
+        [level.tokens for level in standardize or ()],
+        [level.token_bias for level in standardize or ()],
+        [level.affine for level in standardize or ()],
         [s.shape[2] for s in students],
         custom_mask,
         warmup_step,
@@ -187,10 +206,11 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "eager"
 
 
-def receptive_masks(x: Tensor, tokens: Tensor) -> Tensor:
-    """Masks ``sigmoid(sum_c tokens[t, c] * x[n, c, h, w])``.
+def receptive_masks(x: Tensor, tokens: Tensor, token_bias: Tensor | None = None) -> Tensor:
+    """Masks ``sigmoid(sum_c tokens[t, c] * x[n, c, h, w] + token_bias[t])``.
 
-    Args: ``x [N, C, H, W]``, ``tokens [T, C]``. Returns ``[N, T, H, W]``, float32 (float64 for float64 ``x``).
+    Args: ``x [N, C, H, W]``, ``tokens [T, C]``, ``token_bias [T]`` or None.
+    Returns ``[N, T, H, W]``, float32 (float64 for float64 ``x``).
     Raises ValueError or TypeError naming the argument that does not fit.
 
     Example:
@@ -200,28 +220,28 @@ def receptive_masks(x: Tensor, tokens: Tensor) -> Tensor:
         torch.Size([1, 6, 2, 2])
     """
     check_features(x, "x", tokens.shape[1])
-    return _eager.masks(x.flatten(2), tokens).unflatten(2, x.shape[2:])
+    return _eager.masks(x.flatten(2), tokens, token_bias).unflatten(2, x.shape[2:])
 
 
-def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
+def mask_weights(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     """Softmax over tokens of ``conv1x1(avgpool(conv3x3(x)))``, without running the 3x3 convolution.
 
     The convolution (padding 1) followed by the average over all positions is linear in nine sums of ``x``: all pixels,
     four borders, four corners. Exact, and differentiable in every argument.
 
-    Args: ``x [N, C, H, W]``, ``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``.
+    Args: ``x [N, C, H, W]``, ``rows [9, T, C]`` and ``bias`` from :func:`compose_weighting` or
+    :func:`compose_standardization`.
     Returns ``[N, T]``, float32 (float64 for float64 ``x``). Raises ValueError or TypeError for an ``x`` that does not fit.
 
     Example:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> parameters = torch.randn(8, 8, 3, 3), torch.zeros(8), torch.zeros(2, 8, 1, 1), torch.zeros(2)
-        >>> F.mask_weights(torch.randn(1, 8, 4, 4), *parameters)
+        >>> F.mask_weights(torch.randn(1, 8, 4, 4), *F.compose_weighting(*parameters))
         tensor([[0.5000, 0.5000]])
     """
-    check_features(x, "x", w3.shape[1])
-    parameters = [p.to(_eager.acc_dtype(x.dtype)) for p in (w3, b3, w1, b1)]
-    return _eager.weights(x.flatten(2), *compose_weighting(*parameters), x.shape[2], x.shape[3])
+    check_features(x, "x", rows.shape[2])
+    return _eager.weights(x.flatten(2), rows, bias, x.shape[2], x.shape[3])
 
 
 def dice_loss(masks: Tensor) -> Tensor:
@@ -248,12 +268,13 @@ def masked_features_and_dice(
     tokens: Sequence[Tensor],
     weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
     *,
+    token_bias: Sequence[Tensor] | None = None,
     impl: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     r"""Stage 1: what the teacher's heads see, and how much the masks overlap.
 
     .. math::
-        y = x \sum_t w_t m_t, \qquad m = \sigma(E x), \qquad
+        y = x \sum_t w_t m_t, \qquad m = \sigma(E x + b), \qquad
         \mathrm{dice} = \operatorname{mean}_n \operatorname{mean}_{i \ne j} \frac{2 G_{ij}}{G_{ii} + G_{jj} + 2 \cdot 10^{-12}},
         \quad G_{ij} = \sum_p m_i m_j
 
@@ -262,6 +283,8 @@ def masked_features_and_dice(
         tokens: ``[T, C_i]`` of each level.
         weighting: ``(rows, bias)`` of each level from :func:`compose_weighting`, which give the weights ``w``; None sums the
             masks without weights.
+        token_bias: ``b [T]`` of each level; None: zeros, as published. With tokens, biases and weighting from
+            :func:`compose_standardization`, masks and weights are those of standardised features.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
 
     Returns masked features in the shapes, dtypes and (dense) strides of ``features``, and the Dice losses ``[levels]`` in
@@ -279,8 +302,19 @@ def masked_features_and_dice(
         >>> y[0, 0, 0, 0], dice.round(decimals=3)
         (tensor(3.), tensor([1.]))
     """
+    return learn(features, tokens, weighting, token_bias, impl)[:2]
+
+
+def learn(
+    features: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    weighting: Sequence[tuple[Tensor, Tensor]] | None,
+    token_bias: Sequence[Tensor] | None,
+    impl: str,
+) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
+    """:func:`masked_features_and_dice`, and each level's masks ``[N, T, H, W]`` and weights ``[N, T]`` without gradients."""
     check_choice(impl, "impl", IMPLS)
-    for name, given in (("tokens", tokens), ("weighting", weighting)):
+    for name, given in (("tokens", tokens), ("weighting", weighting), ("token_bias", token_bias)):
         if given is not None and len(given) != len(features):
             raise ValueError(f"{name}: expected one entry for each of the {len(features)} levels, got {len(given)}")
     if not features:
@@ -294,12 +328,18 @@ def masked_features_and_dice(
                 raise ValueError(f"{name}: expected the device of features[0], {first.device}, got {value.device}")
         if (x.dtype == torch.float64) != (first.dtype == torch.float64):
             raise TypeError(f"features[{i}]: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
-    masked, dice, _ = _ops.learn(
+    for i, bias in enumerate(token_bias or ()):
+        _check_parameter(bias, f"token_bias[{i}]", [len(tokens[i])], first.device)
+    masked, dice, kept = _ops.learn(
         [x.flatten(2) for x in features],
         list(tokens),
+        list(token_bias or ()),
         [rows for rows, _ in weighting or ()],
         [bias for _, bias in weighting or ()],
         [x.shape[2] for x in features],
         resolve_impl(impl, first.device),
     )
-    return [y.unflatten(2, x.shape[2:]) for y, x in zip(masked, features, strict=True)], dice
+    sizes = [x.shape[2:] for x in features]
+    masks, weights = kept[:: _ops.KEPT], kept[1 :: _ops.KEPT]
+    seen = [(m.unflatten(2, size), w) for m, w, size in zip(masks, weights, sizes, strict=True)]
+    return [y.unflatten(2, size) for y, size in zip(masked, sizes, strict=True)], dice, seen

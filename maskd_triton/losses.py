@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from ._eager import acc_dtype, compose_weighting
+from ._eager import acc_dtype
 from ._levels import Levels, match, per_level
 from .checkpoints import Source, load_masks
 from .masks import MaskModule
@@ -31,6 +31,8 @@ class MaskedDistillLoss(nn.Module):
             level, ``align.{i}``, belongs to the criterion's parameters and must be trained with the student. None: no
             align, equal channels required.
         weight_mask: weigh masks per image by the mask weighting module; False: a mean over tokens.
+        standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
+            and ``pretrained`` holds; masks and weights see the same. Off by default, as published.
         custom_mask: customise masks with the student's own once the warm-up is over.
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published).
         loss_weight: factor on the loss (1 for two-stage detectors, 7 RetinaNet, 10 FCOS and RepPoints; 0.5 reproduces
@@ -74,6 +76,7 @@ class MaskedDistillLoss(nn.Module):
         *,
         student_channels: int | Sequence[int] | None = None,
         weight_mask: bool = True,
+        standardize: bool = False,
         custom_mask: bool = True,
         custom_mask_warmup: int = 1000,
         loss_weight: float = 1.0,
@@ -89,12 +92,15 @@ class MaskedDistillLoss(nn.Module):
         self.channels = per_level(channels, "channels")
         self.num_tokens = num_tokens
         self.weight_mask = weight_mask
+        self.standardize = standardize
         self.custom_mask = custom_mask
         self.custom_mask_warmup = custom_mask_warmup
         self.loss_weight = loss_weight
         self.eps = eps
         self.impl = impl
-        self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in self.channels)
+        self.mask_modules = nn.ModuleList(
+            MaskModule(c, num_tokens, weight_mask, standardize=standardize) for c in self.channels
+        )
         self.mask_modules.requires_grad_(False)
         self.student_channels = self.channels
         self.align: nn.ModuleList | None = None
@@ -117,7 +123,7 @@ class MaskedDistillLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, "
+            f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, standardize={self.standardize}, "
             f"custom_mask={self.custom_mask}, custom_mask_warmup={self.custom_mask_warmup}, "
             f"loss_weight={self.loss_weight}, eps={self.eps}, impl={self.impl!r}"
         )
@@ -135,6 +141,7 @@ class MaskedDistillLoss(nn.Module):
             teachers,
             [module.mask_token for module in self._modules_of_levels()],
             self._weighting(),
+            standardize=self._standardization(),
             custom_mask=self.custom_mask,
             warmup_step=self.warmup_step,
             custom_mask_warmup=self.custom_mask_warmup,
@@ -157,35 +164,43 @@ class MaskedDistillLoss(nn.Module):
     def _modules_of_levels(self) -> Iterator[MaskModule]:
         return (module for module in self.mask_modules if isinstance(module, MaskModule))
 
-    # In stage 2 the mask weighting module is frozen, so its two convolutions are folded into one small matrix per level
-    # (non-persistent buffers) whenever the parameters may have changed: here, on load, on a move or cast, and, outside
-    # torch.compile, when a version counter says so.
+    # In stage 2 tokens and mask weighting are frozen, so what the operator needs is composed from them once (non-persistent
+    # buffers) whenever they may have changed: here, on load, on a move or cast, and, outside torch.compile, when a version
+    # counter says so.
     def _weighting(self) -> list[tuple[Tensor, Tensor]] | None:
         if not self.weight_mask:
             return None
         levels = range(len(self.channels))
         return [(self.get_buffer(f"pool_rows_{i}"), self.get_buffer(f"pool_bias_{i}")) for i in levels]
 
+    def _standardization(self) -> list[F.Standardization] | None:
+        if not self.standardize:
+            return None
+        levels = range(len(self.channels))
+        return [F.Standardization(*(self.get_buffer(f"{name}_{i}") for name in _STANDARDIZATION)) for i in levels]
+
     def _compose(self) -> None:
-        if not self.weight_mask:
-            return
         with torch.no_grad():
             for i, module in enumerate(self._modules_of_levels()):
-                parameters = [p.to(acc_dtype(p.dtype)) for p in module.weighting()]
-                for name, value in zip(("pool_rows", "pool_bias"), compose_weighting(*parameters), strict=True):
+                standard, weighting = module.composed(acc_dtype(module.mask_token.dtype))
+                names = ("pool_rows", "pool_bias") * (weighting is not None) + _STANDARDIZATION * (standard is not None)
+                for name, value in zip(names, (*(weighting or ()), *(standard or ())), strict=True):
                     self.register_buffer(f"{name}_{i}", value, persistent=False)
         self._composed_from = self._versions()
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
-        if not self.weight_mask:
+        if not (self.weight_mask or self.standardize):
             return ()
-        parameters = [p for module in self._modules_of_levels() for p in module.weighting()]
-        return tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
+        tensors = [x for module in self._modules_of_levels() for x in (*module.parameters(), *module.buffers())]
+        return tuple((id(x), 0 if x.is_inference() else x._version) for x in tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
         super()._apply(fn, recurse)
         self._compose()
         return self
+
+
+_STANDARDIZATION = ("raw_tokens", "raw_bias", "affine")  # buffers that hold a Standardization per level
 
 
 def _recompose(criterion: Any, _incompatible_keys: object) -> None:

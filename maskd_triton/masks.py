@@ -1,6 +1,7 @@
 """Stage 1: receptive tokens and mask weights, learned on a frozen teacher."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,9 @@ from . import functional as F
 from ._eager import acc_dtype
 from ._levels import Levels, as_list, per_level, positive_int
 from ._outputs import find_module, refuse_compiled, replace_levels
+from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
+from .diagnostics import LevelDiagnostics, collapsed, describe, untrained
 
 
 class MaskModule(nn.Module):
@@ -26,6 +29,7 @@ class MaskModule(nn.Module):
         channels: C, channels of the teacher's features.
         num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
         weight_mask: weigh the masks per image; False sums them without weights.
+        standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``; ``y`` is of ``x`` itself.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`; concerns ``forward``.
 
     Shape:
@@ -34,6 +38,8 @@ class MaskModule(nn.Module):
 
     Parameters are ``mask_token [T, C]`` (initialised N(0, 0.01^2)) and the mask weighting module ``prob``
     (conv3x3, pool, conv1x1; N(0, 2 / fan_out), bias 0), named and initialised as in the official implementation.
+    With ``standardize``, the buffers ``channel_mean [C]``, ``channel_std [C]`` and ``pixels_seen`` hold the statistics
+    (:meth:`MaskLearner.calibrate`); until they are gathered, mean 0 and deviation 1.
 
     Raises ValueError for sizes that are not positive ints, and for features with other channels.
 
@@ -45,13 +51,26 @@ class MaskModule(nn.Module):
         (torch.Size([2, 16, 8, 8]), torch.Size([]))
     """
 
-    def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True, *, impl: str = "auto") -> None:
+    channel_mean: Tensor
+    channel_std: Tensor
+    pixels_seen: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_tokens: int = 6,
+        weight_mask: bool = True,
+        *,
+        standardize: bool = False,
+        impl: str = "auto",
+    ) -> None:
         super().__init__()
         F.check_choice(impl, "impl", F.IMPLS)
         self.impl = impl
         self.channels = positive_int(channels, "channels")
         self.num_tokens = positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
+        self.standardize = standardize
         self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
         if weight_mask:
             conv3, conv1 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, num_tokens, 1)
@@ -59,9 +78,14 @@ class MaskModule(nn.Module):
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             self.prob = nn.Sequential(conv3, nn.AdaptiveAvgPool2d(1), conv1)
+        if standardize:
+            self.register_buffer("channel_mean", torch.zeros(channels))
+            self.register_buffer("channel_std", torch.ones(channels))
+            self.register_buffer("pixels_seen", torch.zeros((), dtype=torch.int64))
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}"
+        standardize = ", standardize=True" if self.standardize else ""
+        return f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}{standardize}"
 
     def weighting(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the 3x3 and of the 1x1 convolution of the mask weighting module."""
@@ -70,28 +94,50 @@ class MaskModule(nn.Module):
         conv3, conv1 = self.prob[0], self.prob[2]
         return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
 
+    def composed(self, dtype: torch.dtype) -> tuple[F.Standardization | None, tuple[Tensor, Tensor] | None]:
+        """The standardisation (None without) and the mask weighting (None without), composed in ``dtype``."""
+        weighting = F.compose_weighting(*(p.to(dtype) for p in self.weighting())) if self.weight_mask else None
+        if not self.standardize:
+            return None, weighting
+        mean, std = self.channel_mean.to(dtype), self.channel_std.to(dtype)
+        return F.compose_standardization(self.mask_token.to(dtype), mean, std, weighting)
+
     def masks(self, x: Tensor) -> Tensor:
         """``sigmoid(E x)``: ``[N, T, H, W]``."""
         F.check_features(x, "x", self.channels)
-        return F.receptive_masks(x, self.mask_token)
+        standard, _ = self.composed(acc_dtype(x.dtype))
+        if standard is None:
+            return F.receptive_masks(x, self.mask_token)
+        return F.receptive_masks(x, standard.tokens, standard.token_bias)
 
     def weights(self, x: Tensor) -> Tensor:
         """Softmax mask weights ``[N, T]``; ValueError with ``weight_mask=False``."""
         F.check_features(x, "x", self.channels)
-        return F.mask_weights(x, *self.weighting())
+        _, weighting = self.composed(acc_dtype(x.dtype))
+        if weighting is None:
+            raise ValueError("weight_mask=False: this module has no mask weights")
+        return F.mask_weights(x, *weighting)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         F.check_features(x, "x", self.channels)
-        (masked,), dice = F.masked_features_and_dice([x], [self.mask_token], _weighting([self], x), impl=self.impl)
+        (masked,), dice, _ = _learn([self], [x], self.impl)
         return masked, dice[0]
 
 
-def _weighting(modules: Sequence[MaskModule], x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-    """The composed mask weighting of every level, in the precision in which sums of features like ``x`` are taken."""
-    if not modules[0].weight_mask:
-        return None
-    acc = acc_dtype(x.dtype)
-    return [F.compose_weighting(*(p.to(acc) for p in module.weighting())) for module in modules]
+def _learn(
+    modules: Sequence[MaskModule], features: Sequence[Tensor], impl: str
+) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
+    """:func:`functional.learn` with the parameters of every level's module."""
+    acc = acc_dtype(features[0].dtype)
+    standards, weightings = zip(*(module.composed(acc) for module in modules), strict=True)
+    first = modules[0]
+    return F.learn(
+        features,
+        [s.tokens for s in standards] if first.standardize else [module.mask_token for module in modules],
+        weightings if first.weight_mask else None,
+        [s.token_bias for s in standards] if first.standardize else None,
+        impl,
+    )
 
 
 class MaskLearner(nn.Module):
@@ -101,6 +147,10 @@ class MaskLearner(nn.Module):
         channels: channels of each level, an int for a single level.
         num_tokens: T, receptive tokens per level.
         weight_mask: weigh the masks per image.
+        standardize: masks and weights see every channel of the teacher's features with mean 0 and deviation 1, by statistics
+            that :meth:`calibrate` gathers once; what the teacher's heads see stays un-standardised. On raw features the
+            weighted masks tend to collapse: one token on everywhere, the others empty. Give the same to
+            :class:`MaskedDistillLoss`. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
             :func:`maskd_triton.checkpoints.mask_state`. None: tokens as initialised in :class:`MaskModule`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`.
@@ -130,6 +180,7 @@ class MaskLearner(nn.Module):
         num_tokens: int = 6,
         weight_mask: bool = True,
         *,
+        standardize: bool = False,
         pretrained: Source | None = None,
         impl: str = "auto",
     ) -> None:
@@ -137,30 +188,43 @@ class MaskLearner(nn.Module):
         F.check_choice(impl, "impl", F.IMPLS)
         self.impl = impl
         self.channels = per_level(channels, "channels")
-        self.mask_modules = nn.ModuleList(MaskModule(c, num_tokens, weight_mask) for c in self.channels)
+        self.standardize = standardize
+        self.mask_modules = nn.ModuleList(
+            MaskModule(c, num_tokens, weight_mask, standardize=standardize, impl=impl) for c in self.channels
+        )
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
+        self.weight_mask = weight_mask
         self._dice: Tensor | None = None
+        self._seen: dict[Any, tuple[Tensor, Tensor]] | None = None  # masks and weights of the latest forward
+        self._warned: set[Any] = set()
         self._attached = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is a learner that no teacher is attached to."""
-        return self.__dict__ | {"_dice": None, "_attached": False}
+        """A copy is a learner that no teacher is attached to and that has seen nothing."""
+        return self.__dict__ | {"_dice": None, "_seen": None, "_attached": False}
 
     def forward(self, features: Levels) -> Levels:
         return self._mask(features, "features")
 
     def _mask(self, features: Levels, name: str) -> Levels:
+        tensors, keys = self._checked(features, name)
+        masked, dice, seen = _learn(self._modules_of_levels(), tensors, self.impl)
+        self._dice = dice.sum()
+        self._seen = dict(zip(keys or range(len(seen)), seen, strict=True))
+        return _like(features, masked, keys)
+
+    def _checked(self, features: Levels, name: str) -> tuple[list[Tensor], list[Any] | None]:
+        """The levels and, of a mapping, their keys; ValueError or TypeError where they do not fit the learner."""
         tensors, keys = as_list(features, name)
         if len(tensors) != len(self.mask_modules):
             raise ValueError(f"{name}: expected {len(self.mask_modules)} levels, got {len(tensors)}")
         for i, (x, c) in enumerate(zip(tensors, self.channels, strict=True)):
             F.check_features(x, f"{name}[{keys[i] if keys else i!r}]", c)
-        modules = [module for module in self.mask_modules if isinstance(module, MaskModule)]
-        tokens = [module.mask_token for module in modules]
-        masked, dice = F.masked_features_and_dice(tensors, tokens, _weighting(modules, tensors[0]), impl=self.impl)
-        self._dice = dice.sum()
-        return _like(features, masked, keys)
+        return tensors, keys
+
+    def _modules_of_levels(self) -> list[MaskModule]:
+        return [module for module in self.mask_modules if isinstance(module, MaskModule)]
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest forward; RuntimeError before the first one."""
@@ -168,8 +232,38 @@ class MaskLearner(nn.Module):
             raise RuntimeError("dice_loss: no features seen yet; run the teacher inside `with learner.attach(...)` first")
         return self._dice
 
+    def diagnostics(self) -> dict[Any, LevelDiagnostics]:
+        """Coverage, pairwise Dice, weights and their entropy of the latest forward's masks, for every level.
+
+        Levels go by their key, or by their index in a sequence. Warns (UserWarning, naming level and tokens) when masks have
+        collapsed, once per level; untrained tokens, whose masks are about a half everywhere, are no reason. The values stay
+        on the device, but the check waits for it: call this now and then, not in every step. :meth:`save` calls it, too.
+
+        Returns :class:`maskd_triton.diagnostics.LevelDiagnostics` by level. RuntimeError before the first forward.
+
+        Example:
+            >>> import torch
+            >>> from maskd_triton import MaskLearner
+            >>> learner = MaskLearner([16, 16], num_tokens=4)
+            >>> _ = learner([torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 4, 4)])
+            >>> learner.diagnostics()[1].coverage
+            tensor([0.5000, 0.5000, 0.5000, 0.5000])
+        """
+        if self._seen is None:
+            raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
+        levels = {name: describe(m, w if self.weight_mask else None) for name, (m, w) in self._seen.items()}
+        for name, level in levels.items():
+            reasons = collapsed(level)
+            if reasons and name not in self._warned and not untrained(level):
+                self._warned.add(name)
+                advice = "" if self.standardize else "; standardize=True usually prevents it"
+                warnings.warn(f"MaskLearner, level {name!r}: masks have collapsed: {'; '.join(reasons)}{advice}", stacklevel=2)
+        return levels
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokens for ``pretrained=``; see :func:`maskd_triton.checkpoints.save_masks` for formats and errors.
+
+        Warns as :meth:`diagnostics` does if the latest masks have collapsed.
 
         Example:
             >>> import os, tempfile
@@ -178,6 +272,8 @@ class MaskLearner(nn.Module):
             ...     MaskLearner([16, 16]).save(os.path.join(folder, "tokens.pt"))
             ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
         """
+        if self._seen is not None:
+            self.diagnostics()
         save_masks(self.mask_modules, path)
 
     @contextmanager
@@ -196,25 +292,83 @@ class MaskLearner(nn.Module):
 
         Raises:
             AttributeError: the teacher has no such module; the message lists near matches.
-            RuntimeError: the learner is attached already.
+            RuntimeError: the learner is attached already, or standardises and has no statistics yet.
             ValueError: the teacher is compiled; and, when it runs, levels, channels or fields that do not fit.
         """
+        if self.standardize and any(module.pixels_seen == 0 for module in self._modules_of_levels()):
+            raise RuntimeError(
+                "attach: standardize=True, but no statistics yet: run a few batches inside "
+                "`with learner.calibrate(teacher, name):` first"
+            )
+        with self._hooked("attach", teacher, name, output, self._mask):
+            yield self
+
+    @contextmanager
+    def calibrate(self, teacher: nn.Module, name: str, *, output: str | None = None) -> Iterator["MaskLearner"]:
+        """Gather the statistics of ``standardize=True``: mean and deviation of every channel over all pixels of the block.
+
+        Run the teacher on some batches inside the block, as with :meth:`attach`; a few hundred images are plenty. Nothing is
+        masked and no gradient is kept. The statistics replace earlier ones at the end of the block; a block that raises
+        leaves those. ``channel_std`` is ``sqrt(var + 1e-5 mean(var))``, so that channels that never move stay finite.
+        Under DDP, calibrate before wrapping: rank 0's buffers are the ones that all processes get.
+
+        Args: as for :meth:`attach`.
+
+        Raises:
+            AttributeError, ValueError: as for :meth:`attach`.
+            RuntimeError: ``standardize=False``; attached already; no batch was run; features all constant, or not finite.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from maskd_triton import MaskLearner
+            >>> teacher = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 5, 1))
+            >>> learner = MaskLearner(16, num_tokens=4, standardize=True)
+            >>> with learner.calibrate(teacher, "0"):
+            ...     for _ in range(2):
+            ...         scores = teacher(torch.randn(2, 3, 8, 8))
+            >>> learner.mask_modules[0].pixels_seen
+            tensor(256)
+        """
+        if not self.standardize:
+            raise RuntimeError("calibrate: this learner has standardize=False, so no statistics to gather")
+        statistics = [ChannelStatistics() for _ in self.channels]
+
+        def watch(features: Levels, given: str) -> Levels:
+            for level, x in zip(statistics, self._checked(features, given)[0], strict=True):
+                level.add(x)
+            return features
+
+        with self._hooked("calibrate", teacher, name, output, watch), torch.no_grad():
+            yield self
+        for i, level in enumerate(statistics):
+            level.check(f"calibrate: level {i}")
+        for module, level in zip(self._modules_of_levels(), statistics, strict=True):
+            module.channel_mean.copy_(level.mean)
+            module.channel_std.copy_(level.std())
+            module.pixels_seen.fill_(level.pixels)
+
+    @contextmanager
+    def _hooked(
+        self, caller: str, teacher: nn.Module, name: str, output: str | None, change: Callable[[Levels, str], Levels]
+    ) -> Iterator[None]:
+        """``teacher`` frozen, with the levels of one module's output replaced by ``change`` of them."""
         if self._attached:
-            raise RuntimeError("attach: this learner is attached already; leave that block first")
-        refuse_compiled(teacher)
-        target = find_module(teacher, name)
+            raise RuntimeError(f"{caller}: this learner is attached already; leave that block first")
+        refuse_compiled(teacher, caller)
+        target = find_module(teacher, name, caller)
         training = [(m, m.training) for m in teacher.modules()]
         frozen = [(p, p.requires_grad) for p in teacher.parameters()]
         fixed = [m for m in teacher.modules() if isinstance(m, _FIXED)]
         hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
-        hooks.append(target.register_forward_hook(_replace_output(self, name, output)))
-        self._attached, self._dice = True, None
+        hooks.append(target.register_forward_hook(_replace_output(change, name, output)))
+        self._attached, self._dice, self._seen = True, None, None
         try:
             for parameter, _ in frozen:
                 parameter.requires_grad_(False)
             for layer in fixed:
                 layer.training = False
-            yield self
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -232,11 +386,13 @@ def _to_eval(module: nn.Module, _inputs: Any) -> None:
     module.training = False
 
 
-def _replace_output(learner: MaskLearner, module: str, field: str | None) -> Callable[[nn.Module, Any, Any], Any]:
+def _replace_output(
+    change: Callable[[Levels, str], Levels], module: str, field: str | None
+) -> Callable[[nn.Module, Any, Any], Any]:
     name = f"output of the teacher's {module!r}"
 
     def hook(_module: nn.Module, _inputs: Any, result: Any) -> Any:
-        return replace_levels(result, field, name, lambda levels: learner._mask(levels, name))
+        return replace_levels(result, field, name, lambda levels: change(levels, name))
 
     return hook
 

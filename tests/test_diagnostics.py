@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskd_triton import MaskModule, reference
-from maskd_triton.diagnostics import LevelDiagnostics, collapsed, describe
+from maskd_triton import MaskLearner, MaskModule, reference
+from maskd_triton.diagnostics import LevelDiagnostics, collapsed, describe, untrained
 
 SHAPES = {  # N, T, H, W
     "everyday": (3, 6, 9, 7),
@@ -251,3 +253,77 @@ def test_tokens_as_initialised_are_reported_as_the_same() -> None:
     x = torch.randn(2, 16, 6, 6)
     (sentence,) = collapsed(describe(module.masks(x), module.weights(x)))
     assert sentence == "tokens 0, 1, 2 are the same: Dice 1.00"
+
+
+# --- MaskLearner.diagnostics ------------------------------------------------------------------------------------------
+
+
+def learner_and_features(device: str, impl: str, weighted: bool = True) -> tuple[MaskLearner, dict[str, Tensor]]:
+    """Two levels with tokens that have learned something."""
+    torch.manual_seed(0)
+    learner = MaskLearner([8, 5], 3, weighted, impl=impl).to(device)
+    with torch.no_grad():
+        for module in learner.mask_modules:
+            module.mask_token.mul_(100)
+    return learner, {"p3": torch.randn(2, 8, 6, 5, device=device), "p4": torch.randn(2, 5, 3, 3, device=device)}
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_learner_describes_its_latest_forward(weighted: bool, target: tuple[str, str]) -> None:
+    impl, device = target
+    learner, features = learner_and_features(device, impl, weighted)
+    with pytest.raises(RuntimeError, match="diagnostics: no features seen yet"):
+        learner.diagnostics()
+    learner({name: -x for name, x in features.items()})
+    learner(features)
+    found = learner.diagnostics()
+    assert list(found) == ["p3", "p4"]
+    for module, (name, x) in zip(learner.mask_modules, features.items(), strict=True):
+        masks = reference.masks(x.cpu().double(), module.mask_token.cpu().double()).detach()
+        level = found[name]
+        assert not level.coverage.requires_grad
+        coverage, dice, _, _ = expected(masks, masks[:, :, 0, 0])
+        torch.testing.assert_close(level.coverage.cpu().double(), coverage, rtol=0, atol=1e-6)
+        torch.testing.assert_close(level.dice.cpu().double(), dice, rtol=0, atol=1e-6)
+        if weighted:
+            weights = reference.mask_weights(x.cpu().double(), *(p.cpu().double() for p in module.weighting()))
+            torch.testing.assert_close(level.weight.cpu().double(), weights.mean(0).detach(), rtol=0, atol=1e-6)
+        else:
+            assert level.weight is None
+            assert level.entropy is None
+    learner(list(features.values()))
+    assert list(learner.diagnostics()) == [0, 1]
+
+
+def test_learner_warns_once_per_level(tmp_path: Path) -> None:
+    learner, features = learner_and_features("cpu", "eager")
+    features = {name: x.abs() for name, x in features.items()}
+    with torch.no_grad():
+        learner.mask_modules[1].mask_token.copy_(torch.tensor([100.0, -100.0, -100.0])[:, None].expand(3, 5))
+    learner(features)
+    sentence = r"MaskLearner, level 'p4': masks have collapsed: token 0 is on everywhere.*; tokens 1 and 2 are empty"
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        learner.diagnostics()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.diagnostics()
+        learner.save(tmp_path / "tokens.pt")
+    learner._warned.clear()
+    with pytest.warns(UserWarning, match=sentence):
+        learner.save(tmp_path / "tokens.pt")
+
+
+def test_untrained_tokens_are_no_collapse() -> None:
+    torch.manual_seed(0)
+    learner = MaskLearner(256)
+    learner(torch.randn(2, 256, 9, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (level,) = learner.diagnostics().values()
+    assert untrained(level)
+    assert collapsed(level)
+    learner.mask_modules[0].mask_token.data.mul_(100)
+    learner(torch.randn(2, 256, 9, 9))
+    assert not untrained(learner.diagnostics()[0])

@@ -136,7 +136,8 @@ def op_arguments(problem: Problem, target: Target, custom: bool = False) -> tupl
     heights = [s.shape[2] for s in problem.student]
     return student, (
         [t.to(device).flatten(2) for t in problem.teacher], problem.placed_tokens(device),
-        [rows for rows, _ in composed], [bias for _, bias in composed], heights, custom, None, 0, 1.0, 1e-12, impl,
+        [rows for rows, _ in composed], [bias for _, bias in composed], [], [], [],
+        heights, custom, None, 0, 1.0, 1e-12, impl,
     )  # fmt: skip
 
 

@@ -218,7 +218,10 @@ def test_only_the_dice_loss_is_used(target: Target) -> None:
     assert module.prob[0].weight.grad.abs().max() == 0
 
 
-def op_arguments(weighted: bool, target: Target, layout: str = "ncl", grad: bool = True) -> tuple:
+KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "biased", "weighted biased"])
+
+
+def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = True) -> tuple:
     impl, device = target
     torch.manual_seed(0)
 
@@ -230,33 +233,36 @@ def op_arguments(weighted: bool, target: Target, layout: str = "ncl", grad: bool
         x = x.transpose(1, 2) if layout == "nlc" else x
         return moved(x.double(), device).requires_grad_(grad)
 
-    rows, bias = ([leaf(9, 3, 5), leaf(9, 3, 2)], [leaf(3), leaf(3)]) if weighted else ([], [])
-    return [features(5, 12), features(2, 6)], [leaf(3, 5), leaf(3, 2)], rows, bias, [3, 2], impl
+    token_bias = [leaf(3), leaf(3)] if "biased" in kind else []
+    rows = [leaf(9, 3, 5), leaf(9, 3, 2)] if "weighted" in kind else []
+    bias = [leaf(4, 3) if token_bias else leaf(3) for _ in rows]
+    return [features(5, 12), features(2, 6)], [leaf(3, 5), leaf(3, 2)], token_bias, rows, bias, [3, 2], impl
 
 
 @pytest.mark.parametrize("layout", ["ncl", "nlc"])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_opcheck(weighted: bool, layout: str, target: Target) -> None:
-    args = op_arguments(weighted, target, layout)
+@KINDS
+def test_opcheck(kind: str, layout: str, target: Target) -> None:
+    args = op_arguments(kind, target, layout)
     torch.library.opcheck(_ops.learn, args)
-    xs, tokens, rows, _, heights, impl = op_arguments(weighted, target, layout, grad=False)
-    masked, dice, kept = _ops.learn(*op_arguments(weighted, target, layout, grad=False))
+    *tensors, heights, impl = op_arguments(kind, target, layout, grad=False)
+    masked, dice, kept = _ops.learn(*tensors, heights, impl)
     for need in (True, False):
-        back = ([y + 1 for y in masked], torch.ones_like(dice), xs, tokens, rows, kept, heights, need, impl)
+        back = ([y + 1 for y in masked], torch.ones_like(dice), *tensors, kept, heights, need, impl)
         torch.library.opcheck(_ops.learn_backward, back)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_gradcheck(weighted: bool, target: Target) -> None:
-    xs, tokens, rows, bias, heights, impl = op_arguments(weighted, target)
-    sizes = [len(xs), len(tokens), len(rows), len(bias)]
+@KINDS
+def test_gradcheck(kind: str, target: Target) -> None:
+    *sequences, heights, impl = op_arguments(kind, target)
+    sizes = [len(sequence) for sequence in sequences]
 
     def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
         lists = [list(part) for part in torch.split(torch.arange(len(tensors)), sizes)]
         masked, dice, _ = _ops.learn(*([tensors[i] for i in part] for part in lists), heights, impl)
         return (*masked, dice)
 
-    assert torch.autograd.gradcheck(outputs, (*xs, *tokens, *rows, *bias), fast_mode=impl == "triton")
+    leaves = [x for sequence in sequences for x in sequence]
+    assert torch.autograd.gradcheck(outputs, leaves, fast_mode=impl == "triton")
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, _ops
 
+KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "standard", "weighted standard"])
 
-def arguments(layout: str, weighted: bool, impl: str, device: str, dtype: torch.dtype = torch.float32) -> tuple:
+
+def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype = torch.float32) -> tuple:
     """Arguments of the forward op: two levels of different sizes and channels."""
     torch.manual_seed(0)
 
@@ -19,29 +21,35 @@ def arguments(layout: str, weighted: bool, impl: str, device: str, dtype: torch.
         return torch.randn(*shape).to(device, dtype)
 
     student, teacher = ([features(5, 12, grad), features(7, 6, grad)] for grad in (True, False))
-    rows, bias = ([frozen(9, 3, 5), frozen(9, 3, 7)], [frozen(3), frozen(3)]) if weighted else ([], [])
     tokens = [frozen(3, 5), frozen(3, 7)]
+    rows, bias, standard = [], [], ([], [], [])
+    if "weighted" in kind:
+        rows, bias = [frozen(9, 3, 5), frozen(9, 3, 7)], [frozen(3), frozen(3)]
+    if "standard" in kind:
+        standard = [frozen(3, 5), frozen(3, 7)], [frozen(3), frozen(3)], [frozen(2, 5), frozen(2, 7)]
+        bias = [frozen(4, 3) for _ in bias]
     step = torch.tensor(5, device=device)
-    return student, teacher, tokens, rows, bias, [3, 2], True, step, 3, 1.5, 1e-12, impl
+    return student, teacher, tokens, rows, bias, *standard, [3, 2], True, step, 3, 1.5, 1e-12, impl
 
 
 @pytest.mark.parametrize("layout", ["ncl", "nlc"])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_opcheck(layout: str, weighted: bool, target: tuple[str, str]) -> None:
-    args = arguments(layout, weighted, *target)
+@KINDS
+def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
+    args = arguments(layout, kind, *target)
     torch.library.opcheck(_ops.distill, args)
     loss, masks, coefficients = (x.detach() for x in _ops.distill(*args))
     student = [s.detach() for s in args[0]]
-    torch.library.opcheck(_ops.distill_backward, (torch.rand_like(loss), student, args[1], masks, coefficients, target[0]))
+    back = (torch.rand_like(loss), student, args[1], masks, coefficients, args[7], target[0])
+    torch.library.opcheck(_ops.distill_backward, back)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_gradcheck(weighted: bool, target: tuple[str, str]) -> None:
-    student, teacher, tokens, rows, bias, heights, _, *rest = arguments("ncl", weighted, *target, torch.float64)
+@KINDS
+def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
+    student, *frozen, _, step, warmup, weight, eps, impl = arguments("ncl", kind, *target, torch.float64)
 
     def loss(*levels: Tensor) -> Tensor:
         # masks that follow the student are constants for the gradient, so only uncustomised ones can be checked
-        return _ops.distill(list(levels), teacher, tokens, rows, bias, heights, False, *rest)[0]
+        return _ops.distill(list(levels), *frozen, False, step, warmup, weight, eps, impl)[0]
 
     # every element in eager torch; the interpreter is slow, and a random projection misses no wrong gradient either
     assert torch.autograd.gradcheck(loss, student, fast_mode=target[0] == "triton")

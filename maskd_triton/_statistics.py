@@ -1,0 +1,45 @@
+"""Mean and deviation of every channel over many batches."""
+
+import torch
+from torch import Tensor
+
+from ._eager import acc_dtype
+
+EPS = 1e-5  # share of the mean variance that every channel gets: a channel that never moves must not divide by 0
+
+
+class ChannelStatistics:
+    """Running mean and variance of ``[N, C, H, W]`` batches, merged by Chan's formula: no large sums are subtracted."""
+
+    def __init__(self) -> None:
+        self.pixels = 0
+        self.mean = torch.zeros(())
+        self.squares = torch.zeros(())  # sum of squared distances from the mean
+
+    def add(self, x: Tensor) -> None:
+        """Take in one batch, in float32 (float64 for float64)."""
+        pixels = x.numel() // x.shape[1]
+        if pixels == 0:
+            return
+        variance, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), (0, 2, 3), correction=0)
+        if self.pixels == 0:
+            self.mean, self.squares = torch.zeros_like(mean), torch.zeros_like(mean)
+        total = self.pixels + pixels
+        distance = mean - self.mean
+        self.mean = self.mean + distance * (pixels / total)
+        self.squares = self.squares + variance * pixels + distance.square() * (self.pixels * pixels / total)
+        self.pixels = total
+
+    def std(self) -> Tensor:
+        """``sqrt(var + EPS mean(var))``, ``[C]``."""
+        variance = self.squares / self.pixels
+        return (variance + EPS * variance.mean()).sqrt()
+
+    def check(self, name: str) -> None:
+        """RuntimeError unless there is something to divide by."""
+        if self.pixels == 0:
+            raise RuntimeError(f"{name}: no features seen; run the teacher inside the block")
+        if not torch.isfinite(self.squares).all():
+            raise RuntimeError(f"{name}: features that are not finite")
+        if not (self.squares > 0).any():
+            raise RuntimeError(f"{name}: features that are the same in every pixel of every channel cannot be standardised")
