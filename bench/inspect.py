@@ -71,9 +71,10 @@ class Case:
     width: int = 84
     weighted: bool = True
     custom: bool = True
+    standard: bool = False
 
     def __str__(self) -> str:
-        flags = ("w" if self.weighted else "-") + ("c" if self.custom else "-")
+        flags = "".join(f if on else "-" for f, on in (("w", self.weighted), ("c", self.custom), ("s", self.standard)))
         return f"{self.dtype} {self.layout} C{self.channels} T{self.tokens} {self.height}x{self.width} {flags}"
 
 
@@ -99,17 +100,21 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
     tokens, rows = torch.empty(case.tokens, case.channels), torch.empty(9, case.tokens, case.channels)
     loss, coefficients = torch.empty(1, n, dtype=acc), torch.empty(1, n, case.tokens, dtype=acc)
     masks = [torch.empty(n, case.tokens, p, dtype=acc)]
-    weighting = ([rows], [torch.empty(case.tokens)]) if case.weighted else ([], [])
+    token_bias, affine = torch.empty(case.tokens), torch.empty(2, case.channels)
+    standard = ([tokens], [token_bias], [affine]) if case.standard else ([], [], [])
+    pool_bias = torch.empty(4, case.tokens) if case.standard else torch.empty(case.tokens)
+    weighting = ([rows], [pool_bias]) if case.weighted else ([], [])
     with _compiling_for(TARGETS[target]) as compiled:
         step = torch.zeros((), dtype=torch.int64)
         distill.forward(
-            [s], [t], [tokens], *weighting, [case.height], case.custom, step, 1000, 1.0, 1e-12, loss, masks, coefficients
-        )
-        distill.backward(torch.empty(1, n, dtype=acc), [s], [t], masks, coefficients)
-        learn.mask_pass(t, tokens, case.height, case.weighted)
+            [s], [t], [tokens], *weighting, *standard, [case.height],
+            case.custom, step, 1000, 1.0, 1e-12, loss, masks, coefficients,
+        )  # fmt: skip
+        distill.backward(torch.empty(1, n, dtype=acc), [s], [t], masks, coefficients, standard[2])
+        learn.mask_pass(t, tokens, token_bias if case.standard else None, case.height, case.weighted)
         weights, pairs = torch.empty(n, case.tokens, dtype=acc), torch.empty(n, case.tokens, case.tokens, dtype=acc)
         learn.gate(t, masks[0], weights)
-        learn.token_gradient(s, t, masks[0], weights, pairs, tokens, True)
+        learn.token_gradient(s, t, masks[0], weights, pairs, True)
         strips = torch.empty((n, 9, case.channels) if case.weighted else 0, dtype=acc)
         learn.feature_gradient(s, t, torch.empty(n, p, dtype=acc), masks[0], weights, pairs, tokens, strips, case.height)
     return compiled
@@ -179,10 +184,11 @@ def _amd_facts(name: str, kernel: Any) -> Facts:
 
 def cases() -> list[Case]:
     """Every branch and configuration the library can launch: dtypes, layouts, token counts, flags, odd sizes."""
-    branches = [Case(d, layout) for d in DTYPES for layout in ("nchw", "nhwc")]
+    branches = [Case(d, layout, standard=s) for d in DTYPES for layout in ("nchw", "nhwc") for s in (False, True)]
     flags = [Case(weighted=w, custom=c) for w in (False, True) for c in (False, True) if not (w and c)]
-    counts = [Case(d, tokens=t) for d in ("bf16", "fp32", "fp64") for t in (1, 16, 32, 64)]
-    counts += [Case(d, "nhwc", tokens=t) for d in ("bf16", "fp32") for t in (16, 64)]
+    # standardised features take more registers, so they stand for both
+    counts = [Case(d, tokens=t, standard=True) for d in ("bf16", "fp32", "fp64") for t in (1, 16, 32, 64)]
+    counts += [Case(d, "nhwc", tokens=t, standard=True) for d in ("bf16", "fp32") for t in (16, 64)]
     sizes = [Case(channels=19, tokens=8), Case(height=13, width=21), Case(height=30, width=35), Case("fp32", channels=4096)]
     return branches + flags + counts + sizes
 

@@ -37,7 +37,7 @@ def forward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
     if itemsize == 8:  # no matrix instruction: the product is a [T, C, P] block
         return Config(2, 16, 256) if num_tokens > 16 else Config(8, 32, 128)
     if num_tokens > 8:
-        return Config(16, 64, 256, 2) if itemsize == 4 else Config(32, 64, 256, 3)
+        return Config(16 if itemsize == 4 else 32, 64, 256, 3)
     if fast == CHANNELS:
         return Config(32, 64, 256, 3) if itemsize == 4 else Config(64, 64, 256, 3)
     return Config(16, 64, 128, 3) if itemsize == 4 else Config(16, 128, 128, 3)

@@ -76,11 +76,12 @@ def describe(masks: Tensor, weights: Tensor | None = None) -> LevelDiagnostics:
     return LevelDiagnostics(coverage, dice, w.mean(0), entropy.mean())
 
 
-def collapsed(level: LevelDiagnostics) -> list[str]:
+def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
     """Why tokens of this level are of no use, a sentence for each kind of failure; an empty list for healthy masks.
 
     Reported are masks that are on everywhere, empty masks, masks that are the same as others (of those that are neither),
-    and a token that takes all weight; the thresholds are this module's constants. Values that are NaN (an empty batch)
+    and a token that takes all weight; the thresholds are this module's constants. ``overlap=False`` leaves out masks that are
+    the same: the Dice loss shows those, and untrained tokens are among them. Values that are NaN (an empty batch)
     report nothing. Copies the values to the host, so it waits for the device: call it between steps, not in every one.
 
     Example:
@@ -99,7 +100,7 @@ def collapsed(level: LevelDiagnostics) -> list[str]:
         sentences.append(f"{_named(empty)} empty: coverage below {EMPTY}")
     dice = level.dice.tolist()
     left = [t for t in range(len(coverage)) if t not in everywhere and t not in empty]
-    while left:
+    while left and overlap:
         same = [t for t in left if t == left[0] or dice[left[0]][t] > SAME]
         left = [t for t in left if t not in same]
         if len(same) > 1:
@@ -110,19 +111,6 @@ def collapsed(level: LevelDiagnostics) -> list[str]:
             if weight > ALL_WEIGHT:
                 sentences.append(f"token {t} takes all weight: mean {weight:.2f}, entropy of the weights {level.entropy:.2f}")
     return sentences
-
-
-def untrained(level: LevelDiagnostics) -> bool:
-    """Whether all masks are about a half everywhere, as tokens of N(0, 0.01^2) give; waits for the device.
-
-    Example:
-        >>> import torch
-        >>> from maskd_triton.diagnostics import describe, untrained
-        >>> untrained(describe(torch.full((1, 3, 8, 8), 0.5)))
-        True
-    """
-    flat = (level.coverage - 0.5).abs().max() < 0.1
-    return bool(flat & (level.dice.min() > SAME))
 
 
 @_full_precision

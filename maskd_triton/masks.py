@@ -15,7 +15,7 @@ from ._levels import Levels, as_list, per_level, positive_int
 from ._outputs import find_module, refuse_compiled, replace_levels
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
-from .diagnostics import LevelDiagnostics, collapsed, describe, untrained
+from .diagnostics import LevelDiagnostics, collapsed, describe
 
 
 class MaskModule(nn.Module):
@@ -235,9 +235,10 @@ class MaskLearner(nn.Module):
     def diagnostics(self) -> dict[Any, LevelDiagnostics]:
         """Coverage, pairwise Dice, weights and their entropy of the latest forward's masks, for every level.
 
-        Levels go by their key, or by their index in a sequence. Warns (UserWarning, naming level and tokens) when masks have
-        collapsed, once per level; untrained tokens, whose masks are about a half everywhere, are no reason. The values stay
-        on the device, but the check waits for it: call this now and then, not in every step. :meth:`save` calls it, too.
+        Levels go by their key, or by their index in a sequence. Warns (UserWarning, naming level and tokens), once per level,
+        when masks have collapsed in a way that the losses do not show: on everywhere, empty, or one with all the weight
+        (:func:`maskd_triton.diagnostics.collapsed`). Values stay on the device, but the check waits for it: call this now and
+        then, not in every step. :meth:`save` calls it, too.
 
         Returns :class:`maskd_triton.diagnostics.LevelDiagnostics` by level. RuntimeError before the first forward.
 
@@ -253,8 +254,8 @@ class MaskLearner(nn.Module):
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
         levels = {name: describe(m, w if self.weight_mask else None) for name, (m, w) in self._seen.items()}
         for name, level in levels.items():
-            reasons = collapsed(level)
-            if reasons and name not in self._warned and not untrained(level):
+            reasons = collapsed(level, overlap=False) if name not in self._warned else []
+            if reasons:
                 self._warned.add(name)
                 advice = "" if self.standardize else "; standardize=True usually prevents it"
                 warnings.warn(f"MaskLearner, level {name!r}: masks have collapsed: {'; '.join(reasons)}{advice}", stacklevel=2)

@@ -1,8 +1,12 @@
-"""README's figures are those of the committed results, and its commands exist."""
+"""README's figures are those of the committed results, its commands exist, and the guide's code runs."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,3 +53,16 @@ def test_commands_and_files_exist() -> None:
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for path in set(re.findall(r"\]\(((?!http|#)[^)]+)\)", README)) | set(re.findall(r"`(tests/\w+\.py)`", README)):
         assert (ROOT / path).exists(), path
+
+
+def test_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/two-stages.md").read_text(), re.M | re.S)
+    names: dict[str, Any] = {"__name__": "guide"}
+    before = torch.random.get_rng_state()
+    exec("\n".join(code), names)  # one program in several blocks
+    torch.random.set_rng_state(before)
+    assert names["learner"].mask_modules[0].mask_token.abs().max() > 0.01  # they have moved
+    assert names["criterion"].warmup_step.item() == len(names["batches"])
+    assert names["loss"].isfinite()
+    assert 0 < names["levels"][0].coverage.min()
