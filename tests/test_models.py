@@ -54,13 +54,36 @@ class ResNetBackbone(nn.Module):
         return nn.functional.cross_entropy(sum(maps), LABELS), levels
 
 
-@pytest.mark.parametrize("architecture", [SegFormer, ResNetBackbone])
+class TorchvisionDetector(nn.Module):
+    """Faster R-CNN, which returns losses in train mode only; the levels are its FPN's OrderedDict."""
+
+    module, field = "detector.backbone", None
+
+    def __init__(self, _widths: list[int]) -> None:
+        super().__init__()
+        detection = pytest.importorskip("torchvision.models.detection", reason="torchvision is not installed")
+        self.detector = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+            weights=None, weights_backbone=None, num_classes=5, min_size=64, max_size=64
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        self.detector.train()
+        torch.manual_seed(0)  # its samplers draw proposals at random
+        targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 56.0]]), "labels": torch.tensor([1])} for _ in images]
+        losses = self.detector(list(images), targets)
+        levels = self.detector.backbone(self.detector.transform(list(images))[0].tensors)
+        return sum(losses.values()), list(levels.values())
+
+
+@pytest.mark.parametrize("architecture", [SegFormer, ResNetBackbone, TorchvisionDetector])
 def test_both_stages(architecture: Callable[[list[int]], Any]) -> None:
     torch.manual_seed(0)
     teacher, student = architecture([16, 32, 48, 64]), architecture([8, 16, 24, 32])
+    with torch.no_grad():
+        channels, narrow = ([x.shape[1] for x in model(IMAGES)[1]] for model in (teacher, student))
     fit(teacher.parameters(), lambda: teacher(IMAGES)[0], 10)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    learner = MaskLearner([16, 32, 48, 64], num_tokens=4)
+    learner = MaskLearner(channels, num_tokens=4)
     with learner.attach(teacher, architecture.module, output=architecture.field):
         losses = fit(learner.parameters(), lambda: teacher(IMAGES)[0] + learner.dice_loss(), 12)
     assert losses[-1] < losses[0] - 0.2
@@ -69,9 +92,7 @@ def test_both_stages(architecture: Callable[[list[int]], Any]) -> None:
     teacher.eval()
     with torch.no_grad():
         features = teacher(IMAGES)[1]
-    channels = [x.shape[1] for x in features]
-    assert channels == learner.channels
-    criterion = MaskedDistillLoss(channels, 4, student_channels=[8, 16, 24, 32], custom_mask_warmup=6, pretrained=learner)
+    criterion = MaskedDistillLoss(channels, 4, student_channels=narrow, custom_mask_warmup=6, pretrained=learner)
 
     def distillation() -> Tensor:
         task, levels = student(IMAGES)
