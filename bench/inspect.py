@@ -2,7 +2,7 @@
 
 The launchers themselves are run, on CPU tensors, with a driver that only knows its target: what is compiled is exactly what a
 launch on that GPU would compile, and nothing is executed. Exit status 1 if a kernel spills registers or loads features
-narrower than the alignment of its input allows.
+fewer 16 bytes at a time than its tiles hold, where the alignment of its input allows that.
 """
 
 import argparse
@@ -35,11 +35,11 @@ KERNELS = (
     *(learn.mask_kernel, learn.border_sum_kernel, learn.gate_kernel),
     *(learn.token_gradient_kernel, learn.feature_gradient_kernel),
 )
-# Kernels that move whole feature maps and must do so 16 bytes at a time
-FEATURE_KERNELS = (
-    *("forward_kernel", "backward_kernel", "mask_kernel", "gate_kernel"),
-    *("token_gradient_kernel", "feature_gradient_kernel"),
-)
+# Feature maps that a kernel reads, each of which must come 16 bytes at a time
+FEATURE_MAPS = {
+    **{"forward_kernel": 2, "backward_kernel": 2, "mask_kernel": 1, "gate_kernel": 1},
+    **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1},  # the first reads x twice
+}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -61,10 +61,12 @@ class _TargetOnly:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of both stages; ``layout`` is "nchw" or "nhwc"."""
+    """One call of both stages; ``layout`` is "nchw" or "nhwc". Student's, in stage 1 upstream gradient's, may differ."""
 
     dtype: str = "bf16"
     layout: str = "nchw"
+    student_dtype: str = ""
+    student_layout: str = ""
     channels: int = 256
     tokens: int = 6
     height: int = 50
@@ -73,9 +75,14 @@ class Case:
     custom: bool = True
     standard: bool = False
 
+    @property
+    def mixed(self) -> bool:
+        return bool(self.student_dtype or self.student_layout)
+
     def __str__(self) -> str:
         flags = "".join(f if on else "-" for f, on in (("w", self.weighted), ("c", self.custom), ("s", self.standard)))
-        return f"{self.dtype} {self.layout} C{self.channels} T{self.tokens} {self.height}x{self.width} {flags}"
+        student = f"{self.student_dtype or self.dtype} {self.student_layout or self.layout} > " if self.mixed else ""
+        return f"{student}{self.dtype} {self.layout} C{self.channels} T{self.tokens} {self.height}x{self.width} {flags}"
 
 
 @dataclass(frozen=True)
@@ -87,15 +94,28 @@ class Facts:
     spills: int
     shared: int
     load_bytes: dict[int, int]
+    elements: float
 
 
-def compile_case(case: Case, target: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel and the feature elements of a tile that fall to each thread."""
+
+    kernel: Any
+    elements: float
+
+
+def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     """The compiled kernels of one forward and backward, by kernel name."""
     n, p = 2, case.height * case.width
-    shape = (n, p, case.channels) if case.layout == "nhwc" else (n, case.channels, p)
-    s, t = (torch.empty(shape, dtype=DTYPES[case.dtype]) for _ in range(2))
-    if case.layout == "nhwc":
-        s, t = s.transpose(1, 2), t.transpose(1, 2)
+
+    def features(dtype: str, layout: str) -> torch.Tensor:
+        if layout == "nhwc":
+            return torch.empty((n, p, case.channels), dtype=DTYPES[dtype]).transpose(1, 2)
+        return torch.empty((n, case.channels, p), dtype=DTYPES[dtype])
+
+    t = features(case.dtype, case.layout)
+    s = features(case.student_dtype or case.dtype, case.student_layout or case.layout)
     acc = torch.float64 if case.dtype == "fp64" else torch.float32
     tokens, rows = torch.empty(case.tokens, case.channels), torch.empty(9, case.tokens, case.channels)
     loss, coefficients = torch.empty(1, n, dtype=acc), torch.empty(1, n, case.tokens, dtype=acc)
@@ -121,12 +141,14 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Any]]:
-    compiled: dict[str, Any] = {}
+def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Compiled]]:
+    compiled: dict[str, Compiled] = {}
 
     def compile_only(kernel: Any) -> Any:
         def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            compiled[kernel.fn.__name__] = type(kernel).run(kernel, *args, grid=grid, warmup=True, **kwargs)
+            tile = kwargs.get("BLOCK_C", 0) * kwargs.get("BLOCK_P", 0)
+            binary = type(kernel).run(kernel, *args, grid=grid, warmup=True, **kwargs)
+            compiled[kernel.fn.__name__] = Compiled(binary, tile / (kwargs["num_warps"] * target.warp_size))
 
         return run
 
@@ -142,10 +164,11 @@ def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Any]]:
         kernel.device_caches.clear()
 
 
-def facts(name: str, kernel: Any) -> Facts:
+def facts(name: str, compiled: Compiled) -> Facts:
     """Registers, spills, shared memory and load widths of one compiled kernel."""
+    kernel = compiled.kernel
     if kernel.metadata.target.backend == "hip":
-        return _amd_facts(name, kernel)
+        return _amd_facts(name, compiled)
     ptx = kernel.asm["ptx"]
     usage = _ptxas_report(ptx, kernel.metadata.target.arch)
     widths: dict[int, int] = {}
@@ -158,7 +181,7 @@ def facts(name: str, kernel: Any) -> Facts:
         widths[int(size, 16)] = widths.get(int(size, 16), 0) + 1
     registers = int(re.search(r"Used (\d+) registers", usage)[1])  # type: ignore[index]
     spills = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", usage).groups()))  # type: ignore[union-attr]
-    return Facts(name, registers, spills, kernel.metadata.shared, widths)
+    return Facts(name, registers, spills, kernel.metadata.shared, widths, compiled.elements)
 
 
 def _ptxas_report(ptx: str, arch: int) -> str:
@@ -172,14 +195,16 @@ def _ptxas_report(ptx: str, arch: int) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def _amd_facts(name: str, kernel: Any) -> Facts:
+def _amd_facts(name: str, compiled: Compiled) -> Facts:
+    kernel = compiled.kernel
     code = kernel.asm["amdgcn"]
     count = {key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count")}  # type: ignore[index]
     widths: dict[int, int] = {}
     for suffix in re.findall(r"^\s+(?:global|buffer)_load_(\w+)", code, re.M):
         size = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short_d16": 2}.get(suffix, 2)
         widths[size] = widths.get(size, 0) + 1
-    return Facts(name, count["vgpr_count"], count["vgpr_spill_count"], kernel.metadata.shared, widths)
+    shared, elements = kernel.metadata.shared, compiled.elements
+    return Facts(name, count["vgpr_count"], count["vgpr_spill_count"], shared, widths, elements)
 
 
 def cases() -> list[Case]:
@@ -189,18 +214,33 @@ def cases() -> list[Case]:
     # standardised features take more registers, so they stand for both
     counts = [Case(d, tokens=t, standard=True) for d in ("bf16", "fp32", "fp64") for t in (1, 16, 32, 64)]
     counts += [Case(d, "nhwc", tokens=t, standard=True) for d in ("bf16", "fp32") for t in (16, 64)]
+    mixed = [
+        Case("bf16", student_dtype="fp32", standard=True),
+        Case("fp32", "nhwc", student_dtype="bf16", standard=True),
+        Case("bf16", student_layout="nhwc", standard=True),
+        Case("fp32", "nhwc", student_layout="nchw", tokens=64, standard=True),
+        Case("fp32", "nchw", student_layout="nhwc", tokens=64, standard=True),
+        Case("fp16", "nchw", student_layout="nhwc", tokens=32, standard=True),
+    ]
     sizes = [Case(channels=19, tokens=8), Case(height=13, width=21), Case(height=30, width=35), Case("fp32", channels=4096)]
-    return branches + flags + counts + sizes
+    return branches + flags + counts + mixed + sizes
 
 
 def problems(case: Case, fact: Facts) -> list[str]:
-    """What is wrong with a compiled kernel: spilled registers, or no 16-byte loads where half and
-    float32 features allow them (float64 is for tests)."""
+    """What is wrong with a compiled kernel: spilled registers, or fewer 16-byte loads than its feature tiles need where half
+    and float32 features allow them (float64 is for tests)."""
     found = [f"{fact.spills} bytes spilled"] if fact.spills else []
-    along = case.channels if case.layout == "nhwc" else case.height * case.width
-    aligned = along * DTYPES[case.dtype].itemsize % 16 == 0 and case.dtype != "fp64"
-    if aligned and fact.kernel in FEATURE_KERNELS and not fact.load_bytes.get(16):
-        found.append(f"no 16-byte loads: {fact.load_bytes}")
+    dtypes = (case.dtype, case.student_dtype or case.dtype)
+    layouts = (case.layout, case.student_layout or case.layout)
+    sizes = [DTYPES[dtype].itemsize for dtype in dtypes]
+    along = [case.channels if layout == "nhwc" else case.height * case.width for layout in layouts]
+    aligned = all(n * size % 16 == 0 for n, size in zip(along, sizes, strict=True))
+    if fact.kernel not in FEATURE_MAPS or not aligned or "fp64" in dtypes:
+        return found
+    wanted = FEATURE_MAPS[fact.kernel] * fact.elements * min(sizes) / 16
+    narrow = sum(fact.load_bytes.get(size, 0) for size in (1, 2))  # parameters are float32: these are features
+    if fact.load_bytes.get(16, 0) < wanted or narrow:
+        found.append(f"expected {wanted:g} loads of 16 bytes and none of 2: {fact.load_bytes}")
     return found
 
 

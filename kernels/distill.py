@@ -145,7 +145,7 @@ def finish_kernel(
     bias_ptr,  # [T], [4, T] where STANDARD
     loss_ptr,  # [N]
     coefficient_ptr,  # [N, T]
-    N, C, H, W, partials, weight_high, weight_low, eps,
+    N, C, H, W, partials, weight_high, weight_low, eps_high, eps_low,
     WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -176,7 +176,7 @@ def finish_kernel(
         weight = tl.full((TP,), 1.0, ACC) / T
     # a float argument arrives as float32: float64 takes it in two parts
     factor = (weight * weight_high + weight * weight_low) / N / C
-    share = factor / (tl.sum(b, axis=0) + eps)
+    share = factor / (tl.sum(b, axis=0) + eps_high + eps_low)
     share = tl.where(real, share, 0.0)
     tl.store(loss_ptr + n, tl.sum(share * tl.sum(a, axis=0), axis=0))
     tl.store(coefficient_ptr + n * T + token, 2.0 * share, mask=real)
@@ -247,13 +247,12 @@ def forward(
         return
     acc = launch.TL_DTYPE[loss.dtype]
     weighted, standard = len(pool_rows) > 0, len(affine) > 0
-    high = torch.tensor(loss_weight, dtype=torch.float32).item()  # a CPU tensor: rounds, does not sync
     with launch.device_of(loss):
-        for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        for i, (s, t) in enumerate(zip(map(launch.addressable, student), map(launch.addressable, teacher), strict=True)):
             _, c, p = s.shape
             height, width = heights[i], p // heights[i]
             config = tuning.forward_config(max(s.dtype.itemsize, t.dtype.itemsize), num_tokens, launch.fast(s))
-            rows = triton.next_power_of_2(max(num_tokens, tuning.MIN_ROWS))
+            rows = tuning.token_rows(num_tokens)
             tiles = triton.cdiv(p, config.block_p)
             borders = 2 * (triton.cdiv(width, config.block_p) + triton.cdiv(height, config.block_p)) + 4
             partials = tiles + (borders if weighted else 0)
@@ -283,7 +282,7 @@ def forward(
                 )  # fmt: skip
             finish_kernel[(n,)](
                 part, pool_bias[i].contiguous() if weighted else token, loss[i], coefficients[i],
-                n, c, height, width, partials, high, loss_weight - high, eps,
+                n, c, height, width, partials, *launch.two_parts(loss_weight), *launch.two_parts(eps),
                 WEIGHTED=weighted, STANDARD=weighted and pool_bias[i].dim() == 2, ACC=acc,
                 T=num_tokens, TP=rows, BLOCK=tuning.finish_block(rows), num_warps=4,
             )  # fmt: skip
@@ -304,8 +303,9 @@ def backward(
     if n == 0:
         return grads
     with launch.device_of(coefficients):
-        for i, (s, t, g) in enumerate(zip(student, teacher, grads, strict=True)):
+        for i, (s, t) in enumerate(zip(map(launch.addressable, student), map(launch.addressable, teacher), strict=True)):
             _, c, p = s.shape
+            g = launch.writable(grads[i])
             config = tuning.backward_config(s.dtype.itemsize, num_tokens, launch.fast(s))
             tiles = triton.cdiv(p, config.block_p)
             layout = launch.layout(s, t, g)
@@ -318,4 +318,6 @@ def backward(
                 S_FAST=launch.fast(s), T_FAST=launch.fast(t), G_FAST=launch.fast(g), **layout,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
             )  # fmt: skip
+            if g is not grads[i]:
+                grads[i].copy_(g)
     return grads

@@ -1,5 +1,6 @@
 """What every launcher needs to know about its tensors: device, layout, alignment."""
 
+import ctypes
 from math import gcd
 
 import torch
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import CHANNELS, NEITHER, PIXELS, sigmoid
+from .tiles import CHANNELS, PIXELS, sigmoid
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
@@ -27,16 +28,34 @@ def device_of(x: Tensor) -> torch.cuda.device:
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
 
+def two_parts(value: float) -> tuple[float, float]:
+    """``value`` rounded to float32, as a kernel's float argument is, and what that leaves."""
+    high = ctypes.c_float(value).value
+    return high, value - high
+
+
 def split(x: Tensor) -> int:
     """Parts in which a float32 factor enters a product with ``x``: 2 for half features."""
     return 2 if x.dtype.itemsize == 2 else 1
 
 
 def fast(x: Tensor) -> int:
-    """The axis of ``x [N, C, P]`` whose elements lie next to each other."""
-    if x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) != 1):
-        return PIXELS
-    return CHANNELS if x.stride(1) == 1 else NEITHER
+    """The axis of ``x [N, C, P]``, as :func:`addressable` gives it, whose elements lie next to each other."""
+    return PIXELS if x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) != 1) else CHANNELS
+
+
+def addressable(x: Tensor) -> Tensor:
+    """``x [N, C, P]`` with pixels or channels next to each other; a copy where neither are."""
+    return x if _has_fast_axis(x) else x.contiguous()
+
+
+def writable(x: Tensor) -> Tensor:
+    """``x`` if a kernel can write it, else an empty contiguous tensor, to be copied into ``x``."""
+    return x if _has_fast_axis(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _has_fast_axis(x: Tensor) -> bool:
+    return 1 in x.stride()[1:] or x.shape[2] == 1
 
 
 def quotients(x: Tensor, align: int) -> tuple[int, int, int]:

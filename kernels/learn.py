@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._eager import acc_dtype
 from . import launch, tuning
 from .tiles import add_projection, join_split, load_rows, mask_gradient, pick_row, sigmoid, tile_offsets
 
@@ -235,8 +236,9 @@ def mask_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``."""
     launch.check_device(x)
+    x = launch.addressable(x)
     (n, c, p), t = x.shape, tokens.shape[0]
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(x.dtype)
     config = tuning.forward_config(x.dtype.itemsize, t, launch.fast(x))
     tiles = triton.cdiv(p, config.block_p)
     masks = x.new_empty((n, t, p), dtype=acc)
@@ -253,7 +255,7 @@ def mask_pass(
             x, tokens.contiguous(), masks if token_bias is None else token_bias.contiguous(), masks, totals, grams,
             c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, *strides,
             WEIGHTED=weighted, BIASED=token_bias is not None,
-            T=t, TP=_rows(t), SPLIT=launch.split(x), C_ALIGN=layout["C_ALIGN"], P_ALIGN=layout["P_ALIGN"],
+            T=t, TP=tuning.token_rows(t), SPLIT=launch.split(x), C_ALIGN=layout["C_ALIGN"], P_ALIGN=layout["P_ALIGN"],
             UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
             num_warps=config.num_warps, **common,
         )  # fmt: skip
@@ -270,9 +272,10 @@ def mask_pass(
 def gate(x: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     """``x * sum_t weights[n, t] masks[n, t]``, in the dtype and, where it is dense, the strides of ``x [N, C, P]``."""
     (n, c, p), t = x.shape, masks.shape[1]
-    y = torch.empty_like(x)
+    masked = torch.empty_like(x)
     if n == 0:
-        return y
+        return masked
+    x, y = launch.addressable(x), launch.writable(masked)
     config = tuning.backward_config(x.dtype.itemsize, t, launch.fast(x))
     tiles = triton.cdiv(p, config.block_p)
     layout = launch.layout(x, y)
@@ -283,13 +286,14 @@ def gate(x: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
             T=t, TP=triton.next_power_of_2(t), FAST=launch.fast(x), Y_FAST=launch.fast(y), **layout,
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
         )  # fmt: skip
-    return y
+    return masked if y is masked else masked.copy_(y)
 
 
 def token_gradient(
     grad: Tensor, x: Tensor, masks: Tensor, weights: Tensor, pairs: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens ``[T, C]``, token biases ``[T]`` and mask weights ``[N, T]``; ``grad . x`` if ``need_x``."""
+    x, grad = launch.addressable(x), launch.addressable(grad)
     (n, c, p), t = x.shape, masks.shape[1]
     config = tuning.forward_config(max(x.dtype.itemsize, grad.dtype.itemsize), t, launch.fast(x))
     tiles = triton.cdiv(p, config.block_p)
@@ -303,7 +307,7 @@ def token_gradient(
                 grad, x, masks, weights, pairs, gx, shares, token_shares,
                 c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles,
                 *launch.quotients(x, layout["ALIGN"]), *launch.quotients(grad, layout["ALIGN"]),
-                X_GRAD=need_x, ACC=launch.TL_DTYPE[masks.dtype], T=t, TP=_rows(t), SPLIT=launch.split(x),
+                X_GRAD=need_x, ACC=launch.TL_DTYPE[masks.dtype], T=t, TP=tuning.token_rows(t), SPLIT=launch.split(x),
                 FAST=launch.fast(x), G_FAST=launch.fast(grad), **layout, UPCAST=launch.INTERPRETED,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
             )  # fmt: skip
@@ -324,10 +328,11 @@ def feature_gradient(
 ) -> Tensor:
     """Gradient of ``x [N, C, P]``; ``strips [N, 9, C]`` is that of its strip sums (empty without weighting)."""
     (n, c, p), t = x.shape, masks.shape[1]
-    out = torch.empty_like(x)
+    result = torch.empty_like(x)
     if n == 0:
-        return out
-    config = tuning.backward_config(x.dtype.itemsize, t, launch.fast(x))
+        return result
+    grad, out = launch.addressable(grad), launch.writable(result)
+    config = tuning.backward_config(x.dtype.itemsize, t, launch.fast(out))
     tiles = triton.cdiv(p, config.block_p)
     layout = launch.layout(grad, out)
     with launch.device_of(x):
@@ -339,8 +344,4 @@ def feature_gradient(
             G_FAST=launch.fast(grad), D_FAST=launch.fast(out), **layout,
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
         )  # fmt: skip
-    return out
-
-
-def _rows(num_tokens: int) -> int:
-    return triton.next_power_of_2(max(num_tokens, tuning.MIN_ROWS))
+    return result if out is result else result.copy_(out)

@@ -7,7 +7,7 @@ A tile is ``[BLOCK_C, BLOCK_P]`` of a feature map, channels by pixels. Strides c
 import triton
 import triton.language as tl
 
-PIXELS, CHANNELS, NEITHER = 0, 1, 2  # the axis along which a tensor is contiguous
+PIXELS, CHANNELS = 0, 1  # the axis along which a tensor is contiguous
 
 
 @triton.jit
@@ -18,9 +18,7 @@ def tile_offsets(c, p, stride_c, stride_p, FAST: tl.constexpr, ALIGN: tl.constex
         p = p.to(tl.int64)
     if FAST == 0:
         return c[:, None] * (stride_c * ALIGN) + p[None, :]
-    if FAST == 1:
-        return c[:, None] + p[None, :] * (stride_p * ALIGN)
-    return c[:, None] * (stride_c * ALIGN) + p[None, :] * (stride_p * ALIGN)
+    return c[:, None] + p[None, :] * (stride_p * ALIGN)
 
 
 @triton.jit

@@ -7,10 +7,9 @@ programs per multiprocessor, and runs of at least 128 contiguous bytes. Not yet 
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from .tiles import CHANNELS
-
-MIN_ROWS = 8  # tokens are padded to at least this many rows of a matrix product
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,11 @@ class Config:
     @property
     def num_warps(self) -> int:
         return self.threads // warp_size()
+
+
+def token_rows(num_tokens: int) -> int:
+    """Rows that tokens are padded to in a matrix product: a power of 2, at least 8."""
+    return max(8, triton.next_power_of_2(num_tokens))
 
 
 def warp_size() -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from . import _checks as check
+
 Function = TypeVar("Function", bound=Callable[..., object])
 
 # A 3x3 convolution with padding 1, averaged over all positions, is linear in nine sums of the input: everything,
@@ -79,6 +81,10 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
         >>> rows.shape, bias.shape
         (torch.Size([9, 6, 8]), torch.Size([6]))
     """
+    (t, c), device = w1.shape[:2], w3.device
+    shapes = {"w3": (w3, [c, c, 3, 3]), "b3": (b3, [c]), "w1": (w1, [t, c, 1, 1]), "b1": (b1, [t])}
+    for name, (value, shape) in shapes.items():
+        check.parameter(value, name, shape, device)
     w1 = w1.flatten(1)
     taps = torch.einsum("to,ockl->tckl", w1, w3)
     rows = torch.einsum("skl,tckl->stc", tap_signs(taps), taps)
@@ -122,6 +128,11 @@ def compose_standardization(
         >>> torch.allclose(masks, F.receptive_masks(standardised, tokens), atol=1e-6)
         True
     """
+    check.tokens(tokens, "tokens", tokens.device)
+    for value, name in ((mean, "mean"), (std, "std")):
+        check.parameter(value, name, [tokens.shape[1]], tokens.device)
+    if weighting is not None:
+        check.weighting(weighting, "weighting", tokens.shape, tokens.device)
     raw = tokens / std
     standardization = Standardization(raw, -(raw @ mean), torch.stack([mean, 1 / std]))
     if weighting is None:
@@ -212,6 +223,13 @@ def _difference(student: Tensor, teacher: Tensor, affine: Tensor | None, acc: to
     return (teacher.to(acc) - mean).mul_(-reciprocal).add_(student)
 
 
+@_full_precision
+def gram(m: Tensor) -> Tensor:
+    """``G[n, i, j] = sum_p m[n, i, p] m[n, j, p]`` of masks ``[N, T, P]``, in the accumulation dtype."""
+    m = m.to(acc_dtype(m.dtype))
+    return torch.bmm(m, m.transpose(1, 2))
+
+
 def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Mean Dice coefficient of the ``T (T - 1)`` ordered pairs, 0 for ``T = 1`` or ``N = 0``, and its gradient for the masks.
 
@@ -237,7 +255,7 @@ def mask_pass(
     """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``."""
     m = masks(x, tokens, token_bias)
     sums = strip_sums(x, height, x.shape[2] // height) if weighted else m.new_empty(0)
-    return m, sums, torch.bmm(m, m.transpose(1, 2))
+    return m, sums, gram(m)
 
 
 @_full_precision

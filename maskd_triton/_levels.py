@@ -23,15 +23,6 @@ def per_level(value: int | Sequence[int], name: str, levels: int | None = None) 
     return values
 
 
-def positive_int(value: int, name: str) -> int:
-    """``value``; TypeError or ValueError unless it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a positive int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value!r}")
-    return value
-
-
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
     """The tensors of ``features`` and, for a mapping, their keys; ``keys`` gives the order a mapping must follow."""
     if isinstance(features, Tensor):
@@ -45,14 +36,15 @@ def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> t
         tensors, found = list(features), None
     else:
         raise TypeError(f"{name}: expected a tensor, or a sequence or mapping of tensors, got {type(features).__name__}")
-    for i, x in enumerate(tensors):
+    for x, label in zip(tensors, labels(len(tensors), found), strict=True):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}[{found[i] if found else i!r}]: expected a tensor, got {type(x).__name__}")
+            raise TypeError(f"{name}{label}: expected a tensor, got {type(x).__name__}")
     return tensors, found
 
 
-def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor]]:
-    """Student and teacher levels side by side, in the teacher's order (the order its tokens were learned in)."""
+def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """Student and teacher levels side by side, in the teacher's order (the order its tokens were learned in), and labels
+    that say which level it is in an error, like ``"[0]"`` or ``"['p3']"``."""
     teachers, keys = as_list(teacher, "teacher")
     if isinstance(student, Mapping) != (keys is not None):
         raise TypeError(
@@ -62,4 +54,9 @@ def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor]]
     students, _ = as_list(student, "student", keys)
     if len(students) != len(teachers):
         raise ValueError(f"student and teacher: expected as many levels in both, got {len(students)} and {len(teachers)}")
-    return students, teachers
+    return students, teachers, labels(len(teachers), keys)
+
+
+def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
+    """How to name each level in an error: its key in a mapping, its position otherwise."""
+    return [f"[{key!r}]" for key in (keys or range(levels))]

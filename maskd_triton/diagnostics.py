@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._eager import _full_precision, acc_dtype
+from ._eager import acc_dtype, gram
 
 # On the demo's scenes, useful tokens have coverages of .3 to .7, pairwise Dice up to .92 and weights up to .5; collapsed ones
 # (raw features) .0 to .01 or .987 and more, with .99 and more of the weight also where the favoured mask covers .90.
@@ -113,13 +113,11 @@ def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
     return sentences
 
 
-@_full_precision
 def _pairwise_dice(masks: Tensor) -> Tensor:
     """``[N, T, H, W]`` -> ``[N, T, T]``."""
-    flat = masks.flatten(2).to(acc_dtype(masks.dtype))
-    gram = torch.bmm(flat, flat.transpose(1, 2))
-    area = torch.diagonal(gram, dim1=1, dim2=2)
-    return 2 * gram / (area[:, :, None] + area[:, None, :] + 2e-12)
+    shared = gram(masks.flatten(2))
+    area = torch.diagonal(shared, dim1=1, dim2=2)
+    return 2 * shared / (area[:, :, None] + area[:, None, :] + 2e-12)
 
 
 def _named(tokens: list[int]) -> str:

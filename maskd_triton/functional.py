@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _checks as check
 from . import _eager, _levels, _ops
 from ._eager import Standardization, compose_standardization, compose_weighting
 from ._levels import Levels
@@ -23,83 +24,8 @@ __all__ = [
     "receptive_masks",
 ]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLS = ("auto", "triton", "eager")
 _REDUCTIONS = ("sum", "none")
-
-
-def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_features(x: Tensor, name: str, channels: int | None = None) -> None:
-    """Raise unless ``x`` is a float ``[N, C, H, W]`` tensor with at least one pixel and ``channels`` channels."""
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64 features, got {x.dtype}")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected features [N, C, H, W], got shape {list(x.shape)}")
-    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {list(x.shape)}")
-    if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
-
-
-def _check_tokens(tokens: Sequence[Tensor], weighting: Sequence[tuple[Tensor, Tensor]] | None) -> None:
-    for i, e in enumerate(tokens):
-        if e.dim() != 2 or 0 in e.shape:
-            raise ValueError(f"tokens[{i}]: expected [T, C] with at least one token, got shape {list(e.shape)}")
-        if len(e) != len(tokens[0]):
-            raise ValueError(f"tokens[{i}]: expected {len(tokens[0])} tokens, as on level 0, got {len(e)}")
-        if weighting is not None:
-            rows, bias = weighting[i]
-            if rows.shape != (9, *e.shape) or bias.shape not in (e.shape[:1], (4, len(e))):
-                raise ValueError(
-                    f"weighting[{i}]: expected rows {[9, *e.shape]} and bias {[len(e)]} or {[4, len(e)]}, "
-                    f"got {list(rows.shape)} and {list(bias.shape)}"
-                )
-
-
-def _check_parameter(x: Tensor, name: str, shape: list[int], device: torch.device) -> None:
-    if list(x.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name}: expected the device of the features, {device}, got {x.device}")
-
-
-def _check_pair(s: Tensor, t: Tensor, tokens: Tensor, i: int, first: Tensor) -> None:
-    check_features(t, f"teacher[{i}]")
-    check_features(s, f"student[{i}]")
-    if s.shape != t.shape:
-        raise ValueError(
-            f"student[{i}]: expected the shape of teacher[{i}], {list(t.shape)}, got {list(s.shape)} "
-            "(different channels: give student_channels; different sizes: resize one of them)"
-        )
-    if s.shape[0] != first.shape[0]:
-        raise ValueError(f"student[{i}]: expected the batch size of level 0, {first.shape[0]}, got {s.shape[0]}")
-    for x, name in ((s, f"student[{i}]"), (t, f"teacher[{i}]"), (tokens, f"tokens[{i}]")):
-        if x.device != first.device:
-            raise ValueError(f"{name}: expected the device of student[0], {first.device}, got {x.device}")
-    for x, name in ((s, f"student[{i}]"), (t, f"teacher[{i}]")):
-        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
-            raise TypeError(f"{name}: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
-    if t.requires_grad:
-        raise ValueError(
-            f"teacher[{i}]: requires grad, but the loss is differentiable in the student only; "
-            "compute the teacher under torch.no_grad() or pass teacher.detach()"
-        )
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and t.is_inference():
-        raise ValueError(
-            f"teacher[{i}]: an inference tensor cannot be kept for the backward pass; compute the teacher under "
-            "torch.no_grad() instead of torch.inference_mode(), or pass teacher.clone()"
-        )
-    if tokens.requires_grad:
-        raise ValueError(f"tokens[{i}]: requires grad, but tokens are frozen in stage 2; pass tokens.detach()")
-    if tokens.shape[1] != t.shape[1]:
-        raise ValueError(
-            f"teacher[{i}]: expected {tokens.shape[1]} channels to match tokens {list(tokens.shape)}, got shape {list(t.shape)}"
-        )
 
 
 def masked_distill_loss(
@@ -164,21 +90,33 @@ def masked_distill_loss(
         >>> F.masked_distill_loss(s, t, [torch.zeros(6, 8)]).item()  # masks of 0.5 everywhere: half the MSE
         0.5
     """
-    check_choice(reduction, "reduction", _REDUCTIONS)
-    check_choice(impl, "impl", IMPLS)
-    students, teachers = _levels.match(student, teacher)
+    check.choice(reduction, "reduction", _REDUCTIONS)
+    check.choice(impl, "impl", IMPLS)
+    check.amount(loss_weight, "loss_weight")
+    check.amount(eps, "eps")
+    check.count(custom_mask_warmup, "custom_mask_warmup")
+    students, teachers, labels = _levels.match(student, teacher)
     for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
-        if given is not None and len(given) != len(students):
-            raise ValueError(f"{name}: expected one entry for each of the {len(students)} levels, got {len(given)}")
+        check.per_level(given, name, len(students))
     if not students:
         raise ValueError("student: expected at least one level, got none")
-    _check_tokens(tokens, weighting)
-    for i, (s, t, e) in enumerate(zip(students, teachers, tokens, strict=True)):
-        _check_pair(s, t, e, i, students[0])
-    for i, (level, e) in enumerate(zip(standardize or (), tokens, strict=False)):
+    first = students[0]
+    for s, t, label in zip(students, teachers, labels, strict=True):
+        check.pair(s, t, (f"student{label}", f"teacher{label}"), first, f"student{labels[0]}")
+    _check_parameters(tokens, weighting, first.device)
+    for i, (t, e) in enumerate(zip(teachers, tokens, strict=True)):
+        if e.shape[1] != t.shape[1]:
+            raise ValueError(
+                f"teacher{labels[i]}: expected {e.shape[1]} channels to match tokens {list(e.shape)}, got shape {list(t.shape)}"
+            )
+        check.frozen(e, f"tokens[{i}]")
+        for part, name in zip(weighting[i] if weighting else (), ("rows", "bias"), strict=False):
+            check.frozen(part, f"weighting[{i}] {name}")
         shapes = (list(e.shape), [e.shape[0]], [2, e.shape[1]])
-        for part, name, shape in zip(level, level._fields, shapes, strict=True):
-            _check_parameter(part, f"standardize[{i}].{name}", shape, students[0].device)
+        for part, name, shape in zip(standardize[i] if standardize else (), Standardization._fields, shapes, strict=False):
+            check.parameter(part, f"standardize[{i}].{name}", shape, first.device)
+            check.frozen(part, f"standardize[{i}].{name}")
+    check.step(warmup_step, "warmup_step", first.device)
     per_image, _, _ = _ops.distill(
         [s.flatten(2) for s in students],
         [t.flatten(2) for t in teachers],
@@ -197,6 +135,13 @@ def masked_distill_loss(
         resolve_impl(impl, students[0].device),
     )
     return per_image.sum() if reduction == "sum" else per_image.sum(1)
+
+
+def _check_parameters(tokens: Sequence[Tensor], weighting: Sequence[check.Weighting] | None, device: torch.device) -> None:
+    for i, e in enumerate(tokens):
+        check.tokens(e, f"tokens[{i}]", device, len(tokens[0]) if i else None)
+        if weighting is not None:
+            check.weighting(weighting[i], f"weighting[{i}]", e.shape, device)
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
@@ -219,7 +164,11 @@ def receptive_masks(x: Tensor, tokens: Tensor, token_bias: Tensor | None = None)
         >>> F.receptive_masks(torch.ones(1, 8, 2, 2), torch.zeros(6, 8)).shape
         torch.Size([1, 6, 2, 2])
     """
-    check_features(x, "x", tokens.shape[1])
+    check.features(x, "x")
+    check.tokens(tokens, "tokens", x.device)
+    check.features(x, "x", tokens.shape[1])
+    if token_bias is not None:
+        check.parameter(token_bias, "token_bias", [len(tokens)], x.device)
     return _eager.masks(x.flatten(2), tokens, token_bias).unflatten(2, x.shape[2:])
 
 
@@ -240,15 +189,19 @@ def mask_weights(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
         >>> F.mask_weights(torch.randn(1, 8, 4, 4), *F.compose_weighting(*parameters))
         tensor([[0.5000, 0.5000]])
     """
-    check_features(x, "x", rows.shape[2])
+    check.features(x, "x")
+    tokens_shape = rows.shape[1:] if isinstance(rows, Tensor) and rows.dim() == 3 else (1, x.shape[1])
+    check.weighting((rows, bias), "weighting", tokens_shape, x.device)
+    check.features(x, "x", rows.shape[2])
     return _eager.weights(x.flatten(2), rows, bias, x.shape[2], x.shape[3])
 
 
 def dice_loss(masks: Tensor) -> Tensor:
     """Mean Dice coefficient over images and ordered pairs of different masks (T = 1: zero).
 
-    ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. Args: ``masks [N, T, H, W]``. Returns a scalar.
-    Raises ValueError for any other number of dimensions. Source: section 3.2 of the paper, with the squared areas of its code.
+    ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. Args: ``masks [N, T, H, W]``.
+    Returns a scalar, float32 (float64 for float64), also under autocast. Raises ValueError or TypeError for anything else.
+    Source: section 3.2 of the paper, with the squared areas of its code.
 
     Example:
         >>> import torch
@@ -257,10 +210,8 @@ def dice_loss(masks: Tensor) -> Tensor:
         >>> F.dice_loss(torch.stack([left, right]).view(1, 2, 1, 2)), F.dice_loss(torch.ones(1, 2, 1, 2))
         (tensor(0.), tensor(1.))
     """
-    if masks.dim() != 4:
-        raise ValueError(f"masks: expected [N, T, H, W], got shape {list(masks.shape)}")
-    flat = masks.flatten(2)
-    return _eager.dice_of_gram(torch.bmm(flat, flat.transpose(1, 2)))[0]
+    check.features(masks, "masks")
+    return _eager.dice_of_gram(_eager.gram(masks.flatten(2)))[0]
 
 
 def masked_features_and_dice(
@@ -313,23 +264,22 @@ def learn(
     impl: str,
 ) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
     """:func:`masked_features_and_dice`, and each level's masks ``[N, T, H, W]`` and weights ``[N, T]`` without gradients."""
-    check_choice(impl, "impl", IMPLS)
+    check.choice(impl, "impl", IMPLS)
+    if isinstance(features, Tensor):
+        raise TypeError("features: expected a sequence of levels [N, C, H, W], got a tensor")
     for name, given in (("tokens", tokens), ("weighting", weighting), ("token_bias", token_bias)):
-        if given is not None and len(given) != len(features):
-            raise ValueError(f"{name}: expected one entry for each of the {len(features)} levels, got {len(given)}")
+        check.per_level(given, name, len(features))
     if not features:
         raise ValueError("features: expected at least one level, got none")
-    _check_tokens(tokens, weighting)
     first = features[0]
+    for i, x in enumerate(features):
+        check.features(x, f"features[{i}]")
+        check.alike(x, f"features[{i}]", first, "features[0]")
+    _check_parameters(tokens, weighting, first.device)
     for i, (x, e) in enumerate(zip(features, tokens, strict=True)):
-        check_features(x, f"features[{i}]", e.shape[1])
-        for value, name in ((x, f"features[{i}]"), (e, f"tokens[{i}]")):
-            if value.device != first.device:
-                raise ValueError(f"{name}: expected the device of features[0], {first.device}, got {value.device}")
-        if (x.dtype == torch.float64) != (first.dtype == torch.float64):
-            raise TypeError(f"features[{i}]: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
-    for i, bias in enumerate(token_bias or ()):
-        _check_parameter(bias, f"token_bias[{i}]", [len(tokens[i])], first.device)
+        check.features(x, f"features[{i}]", e.shape[1])
+        if token_bias is not None:
+            check.parameter(token_bias[i], f"token_bias[{i}]", [len(e)], first.device)
     masked, dice, kept = _ops.learn(
         [x.flatten(2) for x in features],
         list(tokens),

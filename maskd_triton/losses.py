@@ -1,12 +1,13 @@
 """Stage 2: the distillation loss."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
 from ._levels import Levels, match, per_level
@@ -39,7 +40,8 @@ class MaskedDistillLoss(nn.Module):
             the segmentation code).
         eps: added to the mask areas (1e-5 reproduces the segmentation code, 0 the detection code with its 0/0).
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see :func:`maskd_triton.checkpoints.mask_state`.
-            None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE.
+            None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE (unless a state dict is
+            loaded afterwards).
         impl: ``"auto"`` (CUDA tensors: Triton; others: eager), ``"triton"`` (Triton or an error; CPU tensors under
             ``TRITON_INTERPRET=1``) or ``"eager"``.
 
@@ -49,7 +51,9 @@ class MaskedDistillLoss(nn.Module):
         ``[levels]`` for ``reduction="none"``.
 
     Tokens and mask weights are frozen (``requires_grad=False``). ``warmup_step``, the number of training-mode calls so far,
-    is a buffer in the state dict; whether masks are customised is decided on the device.
+    is a buffer in the state dict; whether masks are customised is decided on the device. Edit tokens or weighting in place
+    under ``torch.no_grad()``, not through ``.data`` and not inside a compiled graph: what is composed of them would not follow.
+    Features are summed in float32; ``align`` runs in the student's dtype, as a convolution under autocast would.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
@@ -85,18 +89,15 @@ class MaskedDistillLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        F.check_choice(impl, "impl", F.IMPLS)
-        for name, value in (("custom_mask_warmup", custom_mask_warmup), ("loss_weight", loss_weight), ("eps", eps)):
-            if not value >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+        check.choice(impl, "impl", F.IMPLS)
         self.channels = per_level(channels, "channels")
         self.num_tokens = num_tokens
         self.weight_mask = weight_mask
         self.standardize = standardize
         self.custom_mask = custom_mask
-        self.custom_mask_warmup = custom_mask_warmup
-        self.loss_weight = loss_weight
-        self.eps = eps
+        self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
+        self.loss_weight = check.amount(loss_weight, "loss_weight")
+        self.eps = check.amount(eps, "eps")
         self.impl = impl
         self.mask_modules = nn.ModuleList(
             MaskModule(c, num_tokens, weight_mask, standardize=standardize) for c in self.channels
@@ -117,7 +118,7 @@ class MaskedDistillLoss(nn.Module):
                 "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
                 stacklevel=2,
             )
-        self._composed_from: tuple[tuple[int, int], ...] = ()
+        self._composed_from: list[tuple[Any, ...]] = []
         self._compose()
         self.register_load_state_dict_post_hook(_recompose)
 
@@ -130,16 +131,17 @@ class MaskedDistillLoss(nn.Module):
 
     def forward(self, student: Levels, teacher: Levels, *, reduction: str = "sum") -> Tensor:
         """The loss; see the class. ``reduction="none"`` gives one value per level."""
-        students, teachers = match(student, teacher)
-        self._check_levels(students, teachers)
+        students, teachers, labels = match(student, teacher)
+        self._check_levels(students, teachers, labels)
         if self.align is not None:
             students = [_align(conv, s) for conv, s in zip(self.align, students, strict=True)]
+        keys = list(teacher) if isinstance(teacher, Mapping) else None
         if not torch.compiler.is_compiling() and self._composed_from != self._versions():
             self._compose()
         loss = F.masked_distill_loss(
-            students,
-            teachers,
-            [module.mask_token for module in self._modules_of_levels()],
+            students if keys is None else dict(zip(keys, students, strict=True)),
+            teachers if keys is None else teacher,
+            [module.mask_token.detach() for module in self._modules_of_levels()],  # also after model.requires_grad_()
             self._weighting(),
             standardize=self._standardization(),
             custom_mask=self.custom_mask,
@@ -154,12 +156,13 @@ class MaskedDistillLoss(nn.Module):
             self.warmup_step.add_(1)
         return loss
 
-    def _check_levels(self, students: list[Tensor], teachers: list[Tensor]) -> None:
+    def _check_levels(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> None:
         if len(teachers) != len(self.channels):
             raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
-        for i, (s, t, c) in enumerate(zip(students, teachers, self.channels, strict=True)):
-            F.check_features(t, f"teacher[{i}]", c)
-            F.check_features(s, f"student[{i}]", self.student_channels[i])
+        levels = zip(students, teachers, self.student_channels, self.channels, labels, strict=True)
+        for s, t, narrow, wide, label in levels:
+            check.features(t, f"teacher{label}", wide)
+            check.features(s, f"student{label}", narrow)
 
     def _modules_of_levels(self) -> Iterator[MaskModule]:
         return (module for module in self.mask_modules if isinstance(module, MaskModule))
@@ -188,11 +191,11 @@ class MaskedDistillLoss(nn.Module):
                     self.register_buffer(f"{name}_{i}", value, persistent=False)
         self._composed_from = self._versions()
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
+    def _versions(self) -> list[tuple[Any, ...]]:
         if not (self.weight_mask or self.standardize):
-            return ()
+            return []
         tensors = [x for module in self._modules_of_levels() for x in (*module.parameters(), *module.buffers())]
-        return tuple((id(x), 0 if x.is_inference() else x._version) for x in tensors)
+        return [(x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version) for x in tensors]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
         super()._apply(fn, recurse)

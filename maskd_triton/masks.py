@@ -1,7 +1,9 @@
 """Stage 1: receptive tokens and mask weights, learned on a frozen teacher."""
 
 import os
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
-from ._levels import Levels, as_list, per_level, positive_int
+from ._levels import Levels, as_list, labels, per_level
 from ._outputs import find_module, refuse_compiled, replace_levels
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
@@ -65,10 +68,10 @@ class MaskModule(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        F.check_choice(impl, "impl", F.IMPLS)
+        check.choice(impl, "impl", F.IMPLS)
         self.impl = impl
-        self.channels = positive_int(channels, "channels")
-        self.num_tokens = positive_int(num_tokens, "num_tokens")
+        self.channels = check.positive_int(channels, "channels")
+        self.num_tokens = check.positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
         self.standardize = standardize
         self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
@@ -104,7 +107,7 @@ class MaskModule(nn.Module):
 
     def masks(self, x: Tensor) -> Tensor:
         """``sigmoid(E x)``: ``[N, T, H, W]``."""
-        F.check_features(x, "x", self.channels)
+        check.features(x, "x", self.channels)
         standard, _ = self.composed(acc_dtype(x.dtype))
         if standard is None:
             return F.receptive_masks(x, self.mask_token)
@@ -112,14 +115,14 @@ class MaskModule(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """Softmax mask weights ``[N, T]``; ValueError with ``weight_mask=False``."""
-        F.check_features(x, "x", self.channels)
+        check.features(x, "x", self.channels)
         _, weighting = self.composed(acc_dtype(x.dtype))
         if weighting is None:
             raise ValueError("weight_mask=False: this module has no mask weights")
         return F.mask_weights(x, *weighting)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        F.check_features(x, "x", self.channels)
+        check.features(x, "x", self.channels)
         (masked,), dice, _ = _learn([self], [x], self.impl)
         return masked, dice[0]
 
@@ -185,7 +188,7 @@ class MaskLearner(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        F.check_choice(impl, "impl", F.IMPLS)
+        check.choice(impl, "impl", F.IMPLS)
         self.impl = impl
         self.channels = per_level(channels, "channels")
         self.standardize = standardize
@@ -219,17 +222,17 @@ class MaskLearner(nn.Module):
         tensors, keys = as_list(features, name)
         if len(tensors) != len(self.mask_modules):
             raise ValueError(f"{name}: expected {len(self.mask_modules)} levels, got {len(tensors)}")
-        for i, (x, c) in enumerate(zip(tensors, self.channels, strict=True)):
-            F.check_features(x, f"{name}[{keys[i] if keys else i!r}]", c)
+        for x, c, label in zip(tensors, self.channels, labels(len(tensors), keys), strict=True):
+            check.features(x, f"{name}{label}", c)
         return tensors, keys
 
     def _modules_of_levels(self) -> list[MaskModule]:
         return [module for module in self.mask_modules if isinstance(module, MaskModule)]
 
     def dice_loss(self) -> Tensor:
-        """Sum over levels of the Dice losses of the latest forward; RuntimeError before the first one."""
+        """Sum over levels of the Dice losses of the latest forward; RuntimeError before it, and after an ``attach`` block."""
         if self._dice is None:
-            raise RuntimeError("dice_loss: no features seen yet; run the teacher inside `with learner.attach(...)` first")
+            raise RuntimeError("dice_loss: no features seen in this block; run the teacher inside `with learner.attach(...)`")
         return self._dice
 
     def diagnostics(self) -> dict[Any, LevelDiagnostics]:
@@ -281,9 +284,10 @@ class MaskLearner(nn.Module):
     def attach(self, teacher: nn.Module, name: str, *, output: str | None = None) -> Iterator["MaskLearner"]:
         """Mask the output of ``teacher``'s module ``name`` while the block lasts.
 
-        Inside the block all parameters of the teacher are frozen and its normalisation and dropout layers are in eval
-        mode (also if the teacher is switched to train mode, which torchvision's detectors need to return losses). On
-        exit, also by an exception, parameters' ``requires_grad``, training flags and hooks are as they were.
+        Inside the block all parameters of the teacher are frozen, and its normalisation, attention and drop layers (dropout,
+        drop path, stochastic depth) are in eval mode, also if the teacher is switched to train mode, which torchvision's
+        detectors need to return losses. Where a module with children is itself random in train mode, call
+        ``teacher.eval()``. On exit, also by an exception, ``requires_grad``, training flags and hooks are as they were.
 
         Args:
             teacher: the frozen model, on the learner's device; not yet compiled: ``torch.compile`` it inside the block.
@@ -360,7 +364,7 @@ class MaskLearner(nn.Module):
         target = find_module(teacher, name, caller)
         training = [(m, m.training) for m in teacher.modules()]
         frozen = [(p, p.requires_grad) for p in teacher.parameters()]
-        fixed = [m for m in teacher.modules() if isinstance(m, _FIXED)]
+        fixed = [m for m in teacher.modules() if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
         hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
         hooks.append(target.register_forward_hook(_replace_output(change, name, output)))
         self._attached, self._dice, self._seen = True, None, None
@@ -380,7 +384,8 @@ class MaskLearner(nn.Module):
             self._attached, self._dice = False, None
 
 
-_FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+_FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+_RANDOM = re.compile(r"Drop(?:Path|Block|out)|StochasticDepth")  # timm's, transformers' and torchvision's, by their names
 
 
 def _to_eval(module: nn.Module, _inputs: Any) -> None:
@@ -402,6 +407,8 @@ def _like(features: Levels, tensors: list[Tensor], keys: list[Any] | None) -> Le
     """``tensors`` in the container of ``features``."""
     if isinstance(features, Tensor):
         return tensors[0]
+    if isinstance(features, defaultdict):
+        return defaultdict(features.default_factory, zip(keys or (), tensors, strict=True))
     if isinstance(features, Mapping):
         return type(features)(zip(keys or (), tensors, strict=True))  # type: ignore[call-arg]
     if isinstance(features, tuple) and hasattr(features, "_make"):

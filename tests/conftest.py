@@ -3,8 +3,10 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
 """
 
+import ctypes
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +26,24 @@ def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     if request.param[0] == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float_arguments_as_on_a_gpu() -> Iterator[None]:
+    """A kernel's float arguments are float32; the interpreter would hand them over in float64."""
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton.runtime.interpreter as interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def rounded(argument: Any) -> Any:
+        return ctypes.c_float(argument).value if type(argument) is float else convert(argument)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_implicit_cvt", rounded)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("nchw", "channels_last", "nlc")
+BATCH_LAST = "batch_last"  # dense, but neither pixels nor channels lie next to each other
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
@@ -12,6 +13,8 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "nlc":
         return x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:])
+    if layout == BATCH_LAST:
+        return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
     return x.contiguous()
 
 

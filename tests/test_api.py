@@ -130,6 +130,14 @@ WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskedDistillLoss([4, 3], student_channels=[2]), ValueError, "student_channels: expected one value for each of the 2"),
     (lambda: MaskedDistillLoss(4, impl="cuda"), ValueError, "impl: expected one of 'auto', 'triton', 'eager', got 'cuda'"),
     (lambda: MaskedDistillLoss(4, custom_mask_warmup=-1), ValueError, "custom_mask_warmup: expected"),
+    (lambda: MaskedDistillLoss(4, custom_mask_warmup=0.25 * 8), TypeError, "custom_mask_warmup: expected an int of at least 0, got 2.0"),
+    (lambda: MaskedDistillLoss(4, custom_mask_warmup=2**70), ValueError, "custom_mask_warmup: expected an int of at least 0 and below 2**63"),
+    (lambda: MaskedDistillLoss(4, loss_weight="1"), TypeError, "loss_weight: expected a finite number of at least 0, got '1'"),
+    (lambda: MaskedDistillLoss(4, loss_weight=float("inf")), ValueError, "loss_weight: expected a finite number of at least 0, got inf"),
+    (lambda: MaskedDistillLoss(4, eps=None), TypeError, "eps: expected a finite number of at least 0, got None"),
+    (lambda: MaskModule(4)([X]), TypeError, "x: expected a tensor [N, C, H, W], got list"),
+    (lambda: MaskModule(4).to("meta").masks(X), ValueError, "tokens: expected the device of the features, cpu, got meta"),
+    (lambda: MaskModule(4).to("meta").weights(X), ValueError, "weighting rows: expected the device of the features, cpu, got meta"),
     (lambda: MaskedDistillLoss(4, loss_weight=-1.0), ValueError, "loss_weight: expected"),
     (lambda: MaskedDistillLoss(4, loss_weight=float("nan")), ValueError, "loss_weight: expected"),
     (lambda: MaskedDistillLoss(4, eps=-1e-3), ValueError, "eps: expected"),
@@ -171,6 +179,8 @@ WRONG_CALLS: list[tuple[str, object, object, type[Exception], str]] = [
     ("complex", [S[0].cfloat(), S[1]], T, TypeError, "student[0]: expected float16, bfloat16, float32 or float64 features"),
     ("float64 student", [S[0].double(), S[1].double()], T, TypeError, "expected all features to be float64 or none"),
     ("devices", S, [T[0].to("meta"), T[1]], ValueError, "teacher[0]: expected the device of student[0], cpu, got meta"),
+    ("a level of a mapping", {"p3": S[0], "p4": S[1][:, :2]}, {"p3": T[0], "p4": T[1]}, ValueError, "student['p4']: expected 3 channels, got 2"),
+    ("sizes in a mapping", {"p3": S[0], "p4": S[1][..., :1]}, {"p3": T[0], "p4": T[1]}, ValueError, "student['p4']: expected the shape of teacher['p4']"),
     ("teacher with gradient", S, [T[0], T[1].clone().requires_grad_()], ValueError, "teacher[1]: requires grad"),
 ]  # fmt: skip
 
@@ -201,6 +211,20 @@ WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(0, 4)]), ValueError, "tokens[0]: expected [T, C]"),
     (lambda: F.masked_distill_loss([X, X], [X, X], [torch.zeros(6, 4), torch.zeros(5, 4)]), ValueError, "tokens[1]: expected 6 tokens, as on level 0, got 5"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [(torch.zeros(9, 6, 3), torch.zeros(6))]), ValueError, "weighting[0]: expected rows [9, 6, 4] and bias [6] or [4, 6], got [9, 6, 3] and [6]"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [torch.zeros(9, 6, 4)]), TypeError, "weighting[0]: expected (rows [9, 6, 4], bias [6]) from compose_weighting, got Tensor"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [(torch.zeros(9, 6, 4, device="meta"), torch.zeros(6))]), ValueError, "weighting[0] rows: expected the device of the features, cpu, got meta"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [(torch.zeros(9, 6, 4, requires_grad=True), torch.zeros(6))]), ValueError, "weighting[0] rows: requires grad"),
+    (lambda: F.masked_distill_loss(X, X, torch.zeros(1, 6, 4)), TypeError, "tokens: expected a sequence with one entry per level, got Tensor"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], warmup_step=3), TypeError, "warmup_step: expected an int64 scalar tensor, got 3"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], warmup_step=torch.zeros(1, dtype=torch.int64)), ValueError, "warmup_step: expected an int64 scalar on cpu, got shape [1] on cpu"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], loss_weight=float("nan")), ValueError, "loss_weight: expected a finite number"),
+    (lambda: F.receptive_masks(X, torch.zeros(4)), ValueError, "tokens: expected [T, C] with at least one token, got shape [4]"),
+    (lambda: F.receptive_masks(X, torch.zeros(6, 4, device="meta")), ValueError, "tokens: expected the device of the features, cpu, got meta"),
+    (lambda: F.mask_weights(X, torch.zeros(9, 6, 5), torch.zeros(6)), ValueError, "x: expected 5 channels, got 4"),
+    (lambda: F.mask_weights(X, torch.zeros(6, 4), torch.zeros(6)), ValueError, "weighting: expected rows [9, 1, 4] and bias [1] or [4, 1], got [6, 4] and [6]"),
+    (lambda: F.compose_weighting(torch.zeros(4, 4, 5, 5), torch.zeros(4), torch.zeros(6, 4, 1, 1), torch.zeros(6)), ValueError, "w3: expected shape [4, 4, 3, 3], got [4, 4, 5, 5]"),
+    (lambda: F.compose_standardization(torch.zeros(6, 4), torch.zeros(3), torch.ones(4)), ValueError, "mean: expected shape [4], got [3]"),
+    (lambda: F.masked_features_and_dice(X, [torch.zeros(6, 4)]), TypeError, "features: expected a sequence of levels [N, C, H, W], got a tensor"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], standardize=[]), ValueError, "standardize: expected one entry for each of the 1 levels, got 0"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], standardize=[F.Standardization(torch.zeros(6, 4), torch.zeros(6), torch.zeros(4, 2))]), ValueError, "standardize[0].affine: expected shape [2, 4], got [4, 2]"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], impl="gpu"), ValueError, "impl: expected one of"),
@@ -208,14 +232,14 @@ WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.masked_features_and_dice([X], []), ValueError, "tokens: expected one entry for each of the 1 levels, got 0"),
     (lambda: F.masked_features_and_dice([], []), ValueError, "features: expected at least one level, got none"),
     (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 5)]), ValueError, "features[0]: expected 5 channels, got 4"),
-    (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4, device="meta")]), ValueError, "tokens[0]: expected the device of features[0], cpu, got meta"),
+    (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4, device="meta")]), ValueError, "tokens[0]: expected the device of the features, cpu, got meta"),
     (lambda: F.masked_features_and_dice([X, X.double()], [torch.zeros(6, 4)] * 2), TypeError, "features[1]: expected all features to be float64 or none"),
     (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4)], token_bias=[torch.zeros(5)]), ValueError, "token_bias[0]: expected shape [6], got [5]"),
     (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4)], token_bias=[torch.zeros(6, device="meta")]), ValueError, "token_bias[0]: expected the device of the features, cpu, got meta"),
     (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4)], impl="gpu"), ValueError, "impl: expected one of"),
     (lambda: MaskModule(4, impl="gpu"), ValueError, "impl: expected one of"),
     (lambda: MaskLearner(4, impl="gpu"), ValueError, "impl: expected one of"),
-    (lambda: F.dice_loss(torch.zeros(6, 3, 3)), ValueError, "masks: expected [N, T, H, W], got shape [6, 3, 3]"),
+    (lambda: F.dice_loss(torch.zeros(6, 3, 3)), ValueError, "masks: expected features [N, C, H, W], got shape [6, 3, 3]"),
 ]  # fmt: skip
 
 
@@ -255,13 +279,26 @@ def changed_by_reset(criterion: MaskedDistillLoss) -> None:
     criterion.mask_modules[0].prob[0].reset_parameters()
 
 
+def changed_dtype(criterion: MaskedDistillLoss) -> None:
+    changed_in_place(criterion)
+    criterion.mask_modules.double()
+
+
 def changed_by_submodule_load(criterion: MaskedDistillLoss) -> None:
     criterion.mask_modules.load_state_dict({k: v * 3 for k, v in criterion.mask_modules.state_dict().items()})
 
 
 @pytest.mark.parametrize(
     "change",
-    [changed_by_load, changed_in_place, changed_by_copy, changed_by_assignment, changed_by_reset, changed_by_submodule_load],
+    [
+        changed_by_load,
+        changed_in_place,
+        changed_by_copy,
+        changed_by_assignment,
+        changed_by_reset,
+        changed_dtype,
+        changed_by_submodule_load,
+    ],
 )
 def test_changed_weighting_is_seen(change: Callable[[MaskedDistillLoss], None]) -> None:
     criterion = criterion_of()
@@ -270,6 +307,25 @@ def test_changed_weighting_is_seen(change: Callable[[MaskedDistillLoss], None]) 
     after = criterion(S, T)
     assert (after - before).abs() > 1e-3 * before
     agree(after, expected(criterion, S, T).sum())
+
+
+def test_composed_in_the_precision_of_the_parameters() -> None:
+    """A cast of the submodules alone, which no hook of the criterion sees."""
+    criterion = criterion_of()
+    criterion.mask_modules.double()
+    s, t = features(1, torch.float64), features(2, torch.float64)
+    torch.testing.assert_close(criterion(s, t, reduction="none"), expected(criterion, s, t), rtol=1e-12, atol=0)
+
+
+def test_a_model_that_is_unfrozen_keeps_its_criterion() -> None:
+    criterion = criterion_of()
+    want = criterion(S, T)
+    torch.nn.ModuleList([criterion]).requires_grad_(True)
+    student = [s.clone().requires_grad_() for s in S]
+    loss = criterion(student, T)
+    loss.backward()
+    assert torch.equal(loss.detach(), want)
+    assert all(p.grad is None for p in criterion.parameters())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LAYOUTS, in_layout, moved, rounding
+from helpers import BATCH_LAST, LAYOUTS, in_layout, moved, rounding
 from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, _ops, reference
@@ -141,7 +141,7 @@ def op_arguments(problem: Problem, target: Target, custom: bool = False) -> tupl
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["contiguous", "transposed", "expanded", "strided", "reversed"])
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "expanded", "strided", "expanded over levels"])
 def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
     problem = Problem([(3, 5, 2, 3), (3, 4, 1, 3)], 2)
     student, rest = op_arguments(problem, target)
@@ -152,7 +152,7 @@ def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
         "transposed": values.T.contiguous().T,
         "expanded": values[:, :1].expand(2, 3),
         "strided": torch.stack([values, values * 100], dim=2)[..., 0],
-        "reversed": values[:1].expand(2, 3),
+        "expanded over levels": values[:1].expand(2, 3),
     }[form]
     losses = _ops.distill(student, *rest)[0]
     losses.backward(up)
@@ -543,6 +543,16 @@ def test_when_offsets_become_wide() -> None:
 
     for channels, pixels, wide in [(2, 2**30, False), (2, 2**30 + 1, True), (1, 2**31, False), (4096, 2**19, False)]:
         assert launch.layout(torch.empty((4, channels, pixels), device="meta"))["WIDE"] is wide
+
+
+def test_features_without_a_contiguous_axis(target: Target) -> None:
+    """Gradients keep such strides, too."""
+    problem = Problem([(2, 9, 5, 7), (2, 4, 2, 2)], 6)
+    losses, grads = problem.expected(custom_mask=True)
+    got, got_grads = problem.measured(target, BATCH_LAST, custom_mask=True)
+    close(got, losses, 1e-12)
+    for g, e in zip(got_grads, grads, strict=True):
+        close(g, e, 1e-12)
 
 
 def test_many_channels(target: Target) -> None:

@@ -18,3 +18,30 @@ def test_compiles_without_spills(target: str) -> None:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert result.stdout.count("forward_kernel") >= 25
+
+
+NARROW = """
+import sys
+from unittest import mock
+from bench import inspect
+from maskd_triton.kernels import launch
+
+layout = launch.layout
+silent = []
+with mock.patch.object(launch, "layout", lambda *tensors: layout(*tensors) | {"ALIGN": 1, "C_ALIGN": 1, "P_ALIGN": 1}):
+    for case in (inspect.Case("bf16"), inspect.Case("bf16", "nhwc"), inspect.Case("fp32"), inspect.Case("fp32", "nhwc")):
+        for name, compiled in inspect.compile_case(case, sys.argv[1]).items():
+            if name in inspect.FEATURE_MAPS and not inspect.problems(case, inspect.facts(name, compiled)):
+                silent.append(f"{case} {name}")
+sys.exit("\\n".join(silent) or 0)
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_narrow_loads_are_noticed(target: str) -> None:
+    """Were alignment not known at compile time, the inspector would say so for every kernel that moves feature maps."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", NARROW, target]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import LAYOUTS, in_layout, moved, rounding
+from helpers import BATCH_LAST, LAYOUTS, in_layout, moved, rounding
 from torch import Tensor
 
 from maskd_triton import MaskLearner, MaskModule, _ops, reference
@@ -123,6 +123,15 @@ def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
         "scalar": torch.ones((), dtype=torch.float64).expand(shape),
     }[form]
     close(measured(module, x.to(device), moved(g, device)), expected(module, x, g), {}, 1e-12)
+
+
+def test_features_without_a_contiguous_axis(target: Target) -> None:
+    impl, device = target
+    module = module_of(5, 3, True, impl).to(device).double()
+    x, g = normal(2, 5, 4, 6).double(), normal(2, 5, 4, 6, seed=1).double()
+    placed = in_layout(x, BATCH_LAST).to(device)
+    close(measured(module, placed, in_layout(g, BATCH_LAST).to(device)), expected(module, x, g), {}, 1e-12)
+    assert module(placed)[0].stride() == placed.stride()
 
 
 def test_a_pyramid_is_its_levels(target: Target) -> None:
@@ -300,6 +309,19 @@ def test_autocast_changes_nothing(dtype: torch.dtype, target: Target) -> None:
         y_inside, dice_inside = module(x)
     assert torch.equal(y, y_inside)
     assert torch.equal(dice, dice_inside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_dice_loss_of_masks_in_any_dtype(dtype: torch.dtype) -> None:
+    """Sums of a large half-precision map leave its range; autocast would take them in half."""
+    large = torch.rand((2, 3, 200, 336), generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = F.dice_loss(large)
+    for got in (inside, F.dice_loss(large)):
+        assert got.dtype == torch.float32
+        assert got.item() == pytest.approx(reference.dice(large.double()).item(), rel=1e-5)  # measured: 4e-6
+    assert F.dice_loss(torch.ones(1, 2, 300, 300, dtype=dtype)).item() == 1
+    assert F.dice_loss(torch.zeros(1, 2, 3, 3, dtype=dtype)).item() == 0
 
 
 def test_functional_takes_lists(target: Target) -> None:

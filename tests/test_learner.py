@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -361,6 +361,45 @@ def test_norm_and_dropout_stay_in_eval_mode(norm: type[nn.Module], dropout: type
             assert teacher.body["fpn"].training
             assert torch.equal(teacher(IMAGES), expected)
     assert all(torch.equal(v, statistics[k]) for k, v in teacher.named_buffers())
+
+
+class DropPath(nn.Module):
+    """Random in train mode, by the name that timm, transformers and others give it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(x.shape[0], 1, 1) > 0.5) * 2 if self.training else x
+
+
+class AttentionTeacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+        self.drop = DropPath()
+        self.neck = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.drop(self.attention(x, x, x)[0])
+        return self.neck(tokens.transpose(1, 2).unflatten(2, (4, 4)))
+
+
+def test_attention_and_drop_path_stay_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    teacher, learner, x = AttentionTeacher().train(), MaskLearner(4), torch.randn(3, 16, 4)
+    with learner.attach(teacher, "neck"):
+        expected = teacher(x)
+        assert expected.abs().amax((1, 2, 3)).min() > 0  # no image is dropped
+        for _ in range(3):
+            teacher.train()
+            assert torch.equal(teacher(x), expected)
+    assert all(m.training for m in teacher.modules())
+
+
+def test_a_defaultdict_of_levels() -> None:
+    features = defaultdict(list, {"a": normal(2, 4, 3, 3), "b": normal(2, 6, 2, 2)})
+    masked = learner_of()(features)
+    assert type(masked) is defaultdict
+    assert masked.default_factory is list
+    assert list(masked) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("name", "missing"), [("nope", "nope"), ("body.nope", "nope"), ("body.fpn.container", "container")])

@@ -14,7 +14,8 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
     torch.manual_seed(0)
 
     def features(c: int, p: int, grad: bool) -> Tensor:
-        x = torch.randn(2, p, c).transpose(1, 2) if layout == "nlc" else torch.randn(2, c, p)
+        x = {"ncl": (2, c, p), "nlc": (2, p, c), "cln": (c, p, 2)}[layout]
+        x = torch.randn(x).permute({"ncl": (0, 1, 2), "nlc": (0, 2, 1), "cln": (2, 0, 1)}[layout])
         return x.to(device, dtype).requires_grad_(grad)
 
     def frozen(*shape: int) -> Tensor:
@@ -32,7 +33,7 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
     return student, teacher, tokens, rows, bias, *standard, [3, 2], True, step, 3, 1.5, 1e-12, impl
 
 
-@pytest.mark.parametrize("layout", ["ncl", "nlc"])
+@pytest.mark.parametrize("layout", ["ncl", "nlc", "cln"])
 @KINDS
 def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     args = arguments(layout, kind, *target)

@@ -1,0 +1,154 @@
+"""Sentences for wrong arguments: each names the argument, what was expected and what was given."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Weighting = tuple[Tensor, Tensor]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def choice(value: str, name: str, choices: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive_int(value: int, name: str) -> int:
+    """``value``; TypeError or ValueError unless it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a positive int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    return value
+
+
+def count(value: int, name: str) -> int:
+    """``value``; TypeError or ValueError unless it is an int of at least 0 that int64 can hold."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int of at least 0, got {value!r}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{name}: expected an int of at least 0 and below 2**63, got {value!r}")
+    return value
+
+
+def amount(value: float, name: str) -> float:
+    """``value``; TypeError or ValueError unless it is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    return value
+
+
+def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
+    """TypeError or ValueError unless ``given`` is None or has one entry for each level."""
+    if given is None:
+        return
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(given).__name__}")
+    if len(given) != levels:
+        raise ValueError(f"{name}: expected one entry for each of the {levels} levels, got {len(given)}")
+
+
+def features(x: Tensor, name: str, channels: int | None = None) -> None:
+    """TypeError or ValueError unless ``x`` is ``[N, C, H, W]`` of a float dtype, with a pixel and ``channels`` channels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor [N, C, H, W], got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64 features, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected features [N, C, H, W], got shape {list(x.shape)}")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {list(x.shape)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
+
+
+def alike(x: Tensor, name: str, first: Tensor, first_name: str) -> None:
+    """TypeError or ValueError unless the features ``x`` have the device of ``first``, and both or neither are float64."""
+    if x.device != first.device:
+        raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {x.device}")
+    if (x.dtype == torch.float64) != (first.dtype == torch.float64):
+        raise TypeError(f"{name}: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
+
+
+def parameter(x: Tensor, name: str, shape: Sequence[int], device: torch.device) -> None:
+    """TypeError or ValueError unless ``x`` is a float tensor of that shape on that device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
+    if list(x.shape) != list(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected the device of the features, {device}, got {x.device}")
+
+
+def tokens(e: Tensor, name: str, device: torch.device, num_tokens: int | None = None) -> None:
+    """TypeError or ValueError unless ``e`` is ``[T, C]`` with at least one token, ``num_tokens`` if given."""
+    shape = list(e.shape) if isinstance(e, Tensor) else []
+    if isinstance(e, Tensor) and (len(shape) != 2 or 0 in shape):
+        raise ValueError(f"{name}: expected [T, C] with at least one token, got shape {shape}")
+    if num_tokens is not None and shape and shape[0] != num_tokens:
+        raise ValueError(f"{name}: expected {num_tokens} tokens, as on level 0, got {shape[0]}")
+    parameter(e, name, shape, device)
+
+
+def weighting(level: Weighting, name: str, tokens_shape: Sequence[int], device: torch.device) -> None:
+    """TypeError or ValueError unless ``level`` is ``rows [9, T, C]`` and ``bias [T]`` or ``[4, T]``."""
+    t, c = tokens_shape
+    if not isinstance(level, tuple | list) or len(level) != 2:
+        raise TypeError(f"{name}: expected (rows [9, {t}, {c}], bias [{t}]) from compose_weighting, got {type(level).__name__}")
+    rows, bias = level
+    for x, part in ((rows, "rows"), (bias, "bias")):
+        parameter(x, f"{name} {part}", list(x.shape) if isinstance(x, Tensor) else [], device)
+    if list(rows.shape) != [9, t, c] or list(bias.shape) not in ([t], [4, t]):
+        raise ValueError(
+            f"{name}: expected rows {[9, t, c]} and bias {[t]} or {[4, t]}, got {list(rows.shape)} and {list(bias.shape)}"
+        )
+
+
+def frozen(x: Tensor, name: str) -> None:
+    """ValueError if ``x`` requires grad: in stage 2 only the student gets gradients."""
+    if x.requires_grad:
+        raise ValueError(f"{name}: requires grad, but is frozen in stage 2; pass it detached")
+
+
+def pair(s: Tensor, t: Tensor, names: tuple[str, str], first: Tensor, first_name: str) -> None:
+    """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
+    student, teacher = names
+    features(t, teacher)
+    features(s, student)
+    if s.shape != t.shape:
+        raise ValueError(
+            f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
+            "(different channels: give student_channels; different sizes: resize one of them)"
+        )
+    if s.shape[0] != first.shape[0]:
+        raise ValueError(f"{student}: expected the batch size of level 0, {first.shape[0]}, got {s.shape[0]}")
+    for x, name in ((s, student), (t, teacher)):
+        alike(x, name, first, first_name)
+    if t.requires_grad:
+        raise ValueError(
+            f"{teacher}: requires grad, but the loss is differentiable in the student only; "
+            "compute the teacher under torch.no_grad() or pass teacher.detach()"
+        )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and t.is_inference():
+        raise ValueError(
+            f"{teacher}: an inference tensor cannot be kept for the backward pass; compute the teacher under "
+            "torch.no_grad() instead of torch.inference_mode(), or pass teacher.clone()"
+        )
+
+
+def step(x: Tensor | None, name: str, device: torch.device) -> None:
+    """TypeError or ValueError unless ``x`` is None or an int64 scalar on that device."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 scalar tensor, got {x.dtype if isinstance(x, Tensor) else repr(x)}")
+    if x.dim() != 0 or x.device != device:
+        raise ValueError(f"{name}: expected an int64 scalar on {device}, got shape {list(x.shape)} on {x.device}")
