@@ -193,7 +193,8 @@ def distill_forward(
     if customised is not False:
         followed = m * masks(student, tokens)
         m = followed if customised is True else torch.where(customised, followed, m)
-    difference = _difference(student, teacher, None if standard is None else standard.affine, m.dtype)
+    affine = None if standard is None else standard.affine
+    difference = _difference(student, teacher, affine, torch.empty_like(student, dtype=m.dtype))
     d = difference.mul_(difference).sum(1)
     a = torch.einsum("ntp,ntp,np->nt", m, m, d)
     b = m.sum(2)
@@ -209,18 +210,19 @@ def distill_backward(
     """Gradient of one level's per-image losses for ``student``, in its dtype and (dense) strides."""
     scale = torch.einsum("ntp,ntp,nt->np", m, m, coefficients * grad[:, None])
     out = torch.empty_like(student)
-    if student.dtype == teacher.dtype == m.dtype and affine is None:
-        torch.sub(student, teacher, out=out)
-        return out.mul_(scale[:, None, :])
-    return out.copy_(_difference(student, teacher, affine, m.dtype).mul_(scale[:, None, :]))
+    precise = out if out.dtype == m.dtype else torch.empty_like(student, dtype=m.dtype)
+    _difference(student, teacher, affine, precise).mul_(scale[:, None, :])
+    return out if precise is out else out.copy_(precise)
 
 
-def _difference(student: Tensor, teacher: Tensor, affine: Tensor | None, acc: torch.dtype) -> Tensor:
-    """``s - t``, or ``s - (t - mean) / std``, as a new tensor."""
-    if affine is None:
-        return student.to(acc) - teacher.to(acc)
-    mean, reciprocal = affine.to(acc)[:, :, None]
-    return (teacher.to(acc) - mean).mul_(-reciprocal).add_(student)
+def _difference(student: Tensor, teacher: Tensor, affine: Tensor | None, out: Tensor) -> Tensor:
+    """``s - t``, or ``s - (t - mean) / std``, written into ``out``, in whose dtype it is computed."""
+    if affine is not None:
+        mean, reciprocal = affine.to(out.dtype)[:, :, None]
+        return out.copy_(teacher).sub_(mean).mul_(-reciprocal).add_(student)
+    if student.dtype == teacher.dtype == out.dtype:
+        return torch.sub(student, teacher, out=out)
+    return out.copy_(student).sub_(teacher)
 
 
 @_full_precision
@@ -261,8 +263,9 @@ def mask_pass(
 @_full_precision
 def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
     """``x * sum_t w[n, t] m[n, t, p]`` in the dtype and, where it is dense, the strides of ``x``."""
-    a = torch.einsum("nt,ntp->np", w, m)
-    return torch.empty_like(x).copy_(x.to(a.dtype) * a[:, None, :])
+    a = torch.einsum("nt,ntp->np", w, m)[:, None, :]
+    y = torch.empty_like(x)
+    return torch.mul(x, a, out=y) if x.dtype == a.dtype else y.copy_(x * a)
 
 
 @_full_precision
