@@ -1,7 +1,9 @@
 """Time and memory of the loss against what a user would pick instead: ``python -m bench``.
 
-Every contender gets the same inputs and must give the same loss and gradient before it is timed. GB/s counts the bytes an
-ideal implementation moves: student and teacher read once, and for the backward pass the gradient written once.
+Every contender gets the same inputs and must give the same results and gradients before it is timed. GB/s counts the bytes an
+ideal implementation moves. Stage 2: student and teacher read once, and for the backward pass the gradient written once.
+Stage 1: features read and masked ones written, and for the backward pass features and upstream gradient read; the teacher is
+frozen, so tokens and mask weighting get gradients, its features do not.
 """
 
 import argparse
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 
 from . import contenders, environment, measure
-from .contenders import CONTENDERS, SAME_LOSS, Contender
+from .contenders import CONTENDERS, SAME_RESULT, Contender
 from .workloads import DTYPES, LAYOUTS, WORKLOADS, Inputs, Workload, make_inputs, variant
 
 # Largest accepted distance from the literal formulas, relative to the largest element; half features: their own rounding.
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+PASSES = {1: (2, 4), 2: (2, 3)}  # feature maps that forward, and forward and backward, must move
 
 
 @dataclass(frozen=True)
@@ -35,39 +38,42 @@ class Row:
     runs: int
     peak_extra_bytes: int
     ideal_bytes: int
-    loss_error: float | None
+    result_error: float | None
     gradient_error: float | None
 
 
-def step(contender: Contender, inputs: Inputs, backward: bool) -> Tensor:
-    for s in inputs.student:
-        s.grad = None
-    loss = contender(inputs)
+def step(contender: Contender, inputs: Inputs, backward: bool) -> list[Tensor]:
+    for leaf in inputs.leaves:
+        leaf.grad = None
+    outputs = contender(inputs)
     if backward:
-        loss.backward()
-    return loss.detach()
+        upstream = inputs.student if inputs.stage == 1 else []
+        torch.autograd.backward(outputs, [*upstream, torch.ones_like(outputs[-1])])
+    return [x.detach() for x in outputs]
 
 
-def errors(contender: Contender, inputs: Inputs, expected: list[Tensor]) -> tuple[float, float]:
-    """Distance of loss and gradient from ``expected``, relative to the largest element."""
-    got = result(contender, inputs)
-    loss, *grads = ((g.float() - e.float()).abs().max() / e.float().abs().max() for g, e in zip(got, expected, strict=True))
-    return loss.item(), torch.stack(grads).max().item()
+def errors(contender: Contender, inputs: Inputs, expected: list[list[Tensor]]) -> tuple[float, float]:
+    """Distance of outputs and gradients from ``expected``, relative to the largest element of each tensor."""
+    pairs = (zip(g, e, strict=True) for g, e in zip(result(contender, inputs), expected, strict=True))
+    outputs, grads = ([(g.float() - e.float()).abs().max() / e.float().abs().max() for g, e in pair] for pair in pairs)
+    return torch.stack(outputs).max().item(), torch.stack(grads).max().item()
 
 
-def result(contender: Contender, inputs: Inputs) -> list[Tensor]:
-    return [step(contender, inputs, True), *(s.grad.clone() for s in inputs.student if s.grad is not None)]
+def result(contender: Contender, inputs: Inputs) -> list[list[Tensor]]:
+    """Outputs, and gradients of the leaves."""
+    outputs = step(contender, inputs, True)
+    return [outputs, [leaf.grad.clone() for leaf in inputs.leaves if leaf.grad is not None]]
 
 
-def chosen(device: torch.device, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+def chosen(stage: int, device: torch.device, compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
     """Contenders that run here, and why others do not."""
-    runs, left_out = dict(CONTENDERS), {}
+    runs, left_out = dict(CONTENDERS[stage]), {}
     if device.type == "cpu":
         del runs["ours, impl=eager"]
         left_out["ours, impl=eager"] = 'is "ours" on the CPU: Triton needs a GPU'
     if compiled:
         for name in ("literal", "collapsed"):
-            runs[f"{name}, compiled"] = torch.compile(CONTENDERS[name])
+            runs[f"{name}, compiled"] = torch.compile(SAME_RESULT[name])
     else:
         left_out["literal, compiled; collapsed, compiled"] = "without --compile"
     return runs, left_out
@@ -76,29 +82,29 @@ def chosen(device: torch.device, compiled: bool) -> tuple[dict[str, Contender], 
 def bench(workload: Workload, device: torch.device, seconds: float, compiled: bool, tell: Callable[[str], None]) -> list[Row]:
     inputs = make_inputs(workload, device)
     expected = result(contenders.literal, inputs)
-    runs, _ = chosen(device, compiled)
+    runs, _ = chosen(workload.stage, device, compiled)
     rows = []
     for name, contender in runs.items():
         distance: tuple[float | None, float | None] = (None, None)
-        if name.partition(",")[0] in SAME_LOSS:
+        if name.partition(",")[0] in SAME_RESULT:
             distance = errors(contender, inputs, expected)
             if not max(distance) <= AGREEMENT[workload.dtype]:  # type: ignore[type-var]
-                tell(f"  {name}: loss and gradient are off by {distance}; not timed")
+                tell(f"  {name}: results and gradients are off by {distance}; not timed")
                 continue
         for backward in (False, True):
 
-            def call(contender: Contender = contender, backward: bool = backward) -> Tensor:
+            def call(contender: Contender = contender, backward: bool = backward) -> list[Tensor]:
                 return step(contender, inputs, backward)
 
             time = measure.time(call, device, seconds)
-            for s in inputs.student:
-                s.grad = None  # or the next call would free it: a gradient counts as memory of the call
+            for leaf in inputs.leaves:
+                leaf.grad = None  # or the next call would free it: a gradient counts as memory of the call
             rows.append(
                 Row(
                     str(workload), "forward+backward" if backward else "forward", name,
                     **asdict(time), peak_extra_bytes=measure.peak_bytes(call, device),
-                    ideal_bytes=workload.feature_bytes * (3 if backward else 2),
-                    loss_error=distance[0], gradient_error=distance[1],
+                    ideal_bytes=workload.feature_bytes * PASSES[workload.stage][backward],
+                    result_error=distance[0], gradient_error=distance[1],
                 )
             )  # fmt: skip
     return rows
@@ -126,7 +132,8 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], default=["fpn"], help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; default fpn")
+    parser.add_argument("--stage", type=int, choices=PASSES, default=2, help="1: tokens, 2: distillation (default)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, help="images, instead of the workload's")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
@@ -135,16 +142,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="timed per contender and mode")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
+    if unknown := set(args.workloads) - WORKLOADS.keys():
+        parser.error(f"workloads: expected some of {', '.join(WORKLOADS)}, got {', '.join(sorted(unknown))}")
     device = torch.device(args.device)
     rows: list[Row] = []
-    for name in args.workloads:
+    for name in args.workloads or ["fpn"]:
         for dtype in args.dtype:
             for layout in args.layout:
-                workload = variant(WORKLOADS[name], batch=args.batch, dtype=dtype, layout=layout)
+                workload = variant(WORKLOADS[name], batch=args.batch, dtype=dtype, layout=layout, stage=args.stage)
                 found = bench(workload, device, args.seconds, args.compile, print)
                 print(table(found), flush=True)
                 rows += found
-    _, left_out = chosen(device, args.compile)
+    _, left_out = chosen(args.stage, device, args.compile)
     for contender, reason in left_out.items():
         print(f"\nleft out: {contender} ({reason})")
     if args.out:

@@ -1,4 +1,5 @@
-"""What a user could pick for stage 2, all as ``loss(inputs) -> scalar``."""
+"""What a user could pick, for each stage, all as ``contender(inputs) -> outputs``: in stage 2 the loss, in stage 1 the masked
+features of every level and the sum of the Dice losses."""
 
 from collections.abc import Callable
 
@@ -10,24 +11,47 @@ from maskd_triton import functional as F
 
 from .workloads import Inputs
 
-Contender = Callable[[Inputs], Tensor]
+Contender = Callable[[Inputs], list[Tensor]]
 
 
-def ours(x: Inputs, impl: str = "auto") -> Tensor:
-    return F.masked_distill_loss(x.student, x.teacher, x.tokens, x.composed, custom_mask=x.custom_mask, impl=impl)
+def ours(x: Inputs, impl: str = "auto") -> list[Tensor]:
+    if x.stage == 2:
+        return [F.masked_distill_loss(x.student, x.teacher, x.tokens, x.composed, custom_mask=x.custom_mask, impl=impl)]
+    composed = [F.compose_weighting(*level) for level in x.weighting]
+    masked, dice = F.masked_features_and_dice(x.teacher, x.tokens, composed, impl=impl)
+    return [*masked, dice.sum()]
 
 
-def ours_eager(x: Inputs) -> Tensor:
+def ours_eager(x: Inputs) -> list[Tensor]:
     return ours(x, impl="eager")
 
 
-def literal(x: Inputs) -> Tensor:
-    """The formulas as printed: four ``[N, T, C, H, W]`` tensors and a 3x3 convolution per level."""
-    return reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=x.custom_mask)
+def literal(x: Inputs) -> list[Tensor]:
+    """The formulas as printed: ``[N, T, C, H, W]`` tensors and a 3x3 convolution per level."""
+    if x.stage == 2:
+        return [reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=x.custom_mask)]
+    levels = zip(x.teacher, x.tokens, x.weighting, strict=True)
+    masked, dice = zip(*(reference.masked_features_and_dice(*level) for level in levels), strict=True)
+    return [*masked, torch.stack(dice).sum()]
 
 
-def collapsed(x: Inputs) -> Tensor:
+def collapsed(x: Inputs) -> list[Tensor]:
     """The collapsed algebra under plain autograd: what a careful user writes, and torch.compile can fuse."""
+    return [_collapsed_loss(x)] if x.stage == 2 else _collapsed_features(x)
+
+
+def _collapsed_features(x: Inputs) -> list[Tensor]:
+    masked, total = [], x.teacher[0].new_zeros((), dtype=torch.float32)
+    for t, tokens, weighting in zip(x.teacher, x.tokens, x.weighting, strict=True):
+        flat, (_, _, h, w) = t.flatten(2), t.shape
+        m = _eager.masks(flat, tokens)
+        weights = _eager.weights(flat, *F.compose_weighting(*weighting), h, w)
+        masked.append((flat * torch.einsum("nt,ntp->np", weights, m)[:, None]).to(t.dtype).unflatten(2, (h, w)))
+        total = total + _eager.dice_of_gram(_eager.gram(m))[0]
+    return [*masked, total]
+
+
+def _collapsed_loss(x: Inputs) -> Tensor:
     total = x.student[0].new_zeros((), dtype=torch.float32)
     for s, t, tokens, (rows, bias) in zip(x.student, x.teacher, x.tokens, x.composed, strict=True):
         n, c, h, w = s.shape
@@ -43,17 +67,11 @@ def collapsed(x: Inputs) -> Tensor:
     return total
 
 
-def mse(x: Inputs) -> Tensor:
+def mse(x: Inputs) -> list[Tensor]:
     """Plain feature MSE: the cheapest loss there is, a bound on what masks may cost."""
     pairs = zip(x.student, x.teacher, strict=True)
-    return torch.stack([torch.nn.functional.mse_loss(s.float(), t.float()) for s, t in pairs]).sum()
+    return [torch.stack([torch.nn.functional.mse_loss(s.float(), t.float()) for s, t in pairs]).sum()]
 
 
-CONTENDERS: dict[str, Contender] = {
-    "ours": ours,
-    "ours, impl=eager": ours_eager,
-    "literal": literal,
-    "collapsed": collapsed,
-    "feature MSE": mse,
-}
-SAME_LOSS = ("ours", "ours, impl=eager", "literal", "collapsed")
+SAME_RESULT: dict[str, Contender] = {"ours": ours, "ours, impl=eager": ours_eager, "literal": literal, "collapsed": collapsed}
+CONTENDERS: dict[int, dict[str, Contender]] = {1: SAME_RESULT, 2: SAME_RESULT | {"feature MSE": mse}}

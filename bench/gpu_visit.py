@@ -2,7 +2,7 @@
 
 Runs the parts below in order of value, each within its own time limit, and leaves one small JSON file per part and the log of
 the tests. A part whose file is already in the folder is skipped, so that a second visit goes on where the first one ended.
-Copy the JSON files to bench/results/ and commit them as they are. Without a GPU it says so and stops.
+Copy the JSON files to bench/results/ and commit them as they are. Without a GPU it says so and exits with 2.
 """
 
 import argparse
@@ -38,6 +38,7 @@ PARTS = (
     Part("tests", 480, lambda _: [sys.executable, "-m", "pytest", "-q", "-k", "not inspect and not demo"], writes_json=False),
     Part("fpn-n2", 240, module("bench", "fpn", *SETTINGS)),
     Part("fpn-n16", 300, module("bench", "fpn", "--batch", "16", *SETTINGS)),
+    Part("fpn-n2-stage1", 240, module("bench", "fpn", "--stage", "1", *SETTINGS)),
     Part("fpn-n2-compiled", 300, module("bench", "fpn", "--dtype", "bf16", "--seconds", "0.3", "--compile")),
     Part("others", 240, module("bench", "fpn_odd", "segmentation", "vit", "tiny", "--dtype", "bf16", "--seconds", "0.3")),
 )
@@ -51,7 +52,7 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.gpu_visit: torch sees no GPU here, so there is nothing to measure; nothing was run")
-        return 0
+        return 2
     args.out.mkdir(parents=True, exist_ok=True)
     start, failed = time.monotonic(), 0
     for part in PARTS:

@@ -7,25 +7,26 @@ import pytest
 import torch
 
 from .__main__ import AGREEMENT, chosen, errors, result, step
-from .contenders import SAME_LOSS, literal
-from .workloads import WORKLOADS, make_inputs
+from .contenders import SAME_RESULT, literal
+from .workloads import WORKLOADS, make_inputs, variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CONTENDERS, _ = chosen(DEVICE, compiled=False)
+CASES = [(stage, name) for stage in (1, 2) for name in chosen(stage, DEVICE, compiled=False)[0]]
 NAMES = WORKLOADS if DEVICE.type == "cuda" else ["tiny", "segmentation"]  # the others take minutes on a CPU
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_speed(contender: str, name: str, backward: bool, benchmark: Callable[..., Any]) -> None:
-    workload = WORKLOADS[name]
+@pytest.mark.parametrize(("stage", "contender"), CASES)
+def test_speed(stage: int, contender: str, name: str, backward: bool, benchmark: Callable[..., Any]) -> None:
+    workload = variant(WORKLOADS[name], stage=stage)
     inputs = make_inputs(workload, DEVICE)
-    if contender in SAME_LOSS:
-        assert max(errors(CONTENDERS[contender], inputs, result(literal, inputs))) <= AGREEMENT[workload.dtype]
+    function = chosen(stage, DEVICE, compiled=False)[0][contender]
+    if contender in SAME_RESULT:
+        assert max(errors(function, inputs, result(literal, inputs))) <= AGREEMENT[workload.dtype]
 
     def call() -> None:
-        step(CONTENDERS[contender], inputs, backward)
+        step(function, inputs, backward)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""Named stage-2 inputs of the sizes people train with."""
+"""Named inputs of the sizes people train with."""
 
 from dataclasses import dataclass, replace
 
@@ -23,10 +23,11 @@ class Workload:
     dtype: str = "fp32"
     layout: str = "nchw"
     custom_mask: bool = True
+    stage: int = 2
 
     def __str__(self) -> str:
         mode = "" if self.custom_mask else " uncustomised"
-        return f"{self.name} N{self.batch} {self.dtype} {self.layout}{mode}"
+        return f"stage {self.stage}: {self.name} N{self.batch} {self.dtype} {self.layout}{mode}"
 
     @property
     def feature_bytes(self) -> int:
@@ -53,18 +54,21 @@ WORKLOADS = {
 
 @dataclass
 class Inputs:
-    """Tensors of a workload; ``student`` are leaves that require grad."""
+    """Tensors of a workload. ``leaves`` require grad: the student in stage 2, tokens and mask weighting in stage 1, where the
+    teacher is frozen and ``student`` is the gradient that its heads send back to the masked features."""
 
+    stage: int
     student: list[Tensor]
     teacher: list[Tensor]
     tokens: list[Tensor]
     weighting: list[Weighting]
     composed: list[tuple[Tensor, Tensor]]
     custom_mask: bool
+    leaves: list[Tensor]
 
 
 def make_inputs(workload: Workload, device: torch.device) -> Inputs:
-    """Random features, and frozen parameters of the size trained ones have."""
+    """Random features, and parameters of the size trained ones have."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -80,14 +84,12 @@ def make_inputs(workload: Workload, device: torch.device) -> Inputs:
         (normal(c, c, 3, 3, scale=a), normal(c), normal(t, c, 1, 1, scale=a), normal(t))
         for c, a in ((c, c**-0.5) for c in channels)
     ]
-    return Inputs(
-        student=[x.requires_grad_() for x in features()],
-        teacher=features(),
-        tokens=[normal(t, c, scale=c**-0.5) for c in channels],
-        weighting=weighting,
-        composed=[F.compose_weighting(*level) for level in weighting],
-        custom_mask=workload.custom_mask,
-    )
+    student, teacher, tokens = features(), features(), [normal(t, c, scale=c**-0.5) for c in channels]
+    composed = [F.compose_weighting(*level) for level in weighting]
+    leaves = student if workload.stage == 2 else [*tokens, *(p for level in weighting for p in level)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return Inputs(workload.stage, student, teacher, tokens, weighting, composed, workload.custom_mask, leaves)
 
 
 def variant(workload: Workload, **changes: object) -> Workload:

@@ -13,9 +13,9 @@ from bench import measure
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, code: int = 0) -> str:
     result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 
 
@@ -32,11 +32,31 @@ def test_command(tmp_path: Path) -> None:
         assert row["ideal_bytes"] == (3 if mode == "forward+backward" else 2) * 2 * 256 * 7 * 7 * 4
         assert f"{row['median_ms']:.3f}" in shown
         if contender in ("ours", "collapsed"):
-            assert row["loss_error"] < 1e-6
+            assert row["result_error"] < 1e-6
             assert row["gradient_error"] < 1e-6
     ours, literal = (rows[c, "forward+backward"]["peak_extra_bytes"] for c in ("ours", "literal"))
     gradient = 2 * 256 * 7 * 7 * 4
     assert gradient <= ours < literal / 4
+
+
+def test_stage_1(tmp_path: Path) -> None:
+    run("-m", "bench", "tiny", "--stage", "1", "--device", "cpu", "--seconds", "0.02", "--out", str(tmp_path / "out.json"))
+    rows = {(r["contender"], r["mode"]): r for r in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert {c for c, _ in rows} == {"ours", "literal", "collapsed"}
+    for (contender, mode), row in rows.items():
+        assert row["workload"] == "stage 1: tiny N2 fp32 nchw"
+        assert 0 < row["lower_ms"] <= row["median_ms"] <= row["upper_ms"]
+        assert row["ideal_bytes"] == (4 if mode == "forward+backward" else 2) * 2 * 256 * 7 * 7 * 4
+        assert row["result_error"] < 1e-6, contender
+        assert row["gradient_error"] < 1e-5, contender
+    ours, literal = (rows[c, "forward"]["peak_extra_bytes"] for c in ("ours", "literal"))
+    assert 2 * 256 * 7 * 7 * 4 <= ours < literal
+
+
+def test_unknown_workload() -> None:
+    result = subprocess.run([sys.executable, "-m", "bench", "fpm"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "workloads: expected some of fpn," in result.stderr
 
 
 def test_memory_is_counted_exactly() -> None:
@@ -51,5 +71,5 @@ def test_memory_is_counted_exactly() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_gpu_visit_without_a_gpu(tmp_path: Path) -> None:
-    assert "torch sees no GPU here" in run("-m", "bench.gpu_visit", "--out", str(tmp_path / "visit"))
+    assert "torch sees no GPU here" in run("-m", "bench.gpu_visit", "--out", str(tmp_path / "visit"), code=2)
     assert not (tmp_path / "visit").exists()
