@@ -1,10 +1,11 @@
 """Stage 1 on Triton: masked features and Dice sums of a frozen teacher's features, and the gradients of the tokens.
 
-Forward: one read of x gives the masks, the sums of every channel and the Gram sums of every pair of masks. Mask weights need
-those sums of the whole image before a pixel can be weighed, so y = x * sum_t w m is written by a second kernel, which reads x
-again (3 passes over a feature tensor; without mask weights the same). Backward: one kernel takes a tile of all channels, forms
-g.x per pixel, then the gradient of the masks, then the tile's share of the token gradient (x comes from L2 the second time):
-2 passes. A third kernel writes the gradient of x where it is wanted. All reductions have a fixed order, no atomics.
+Forward: one read of x gives the masks, the sums of every channel and the Gram sums of every pair of masks. Without mask weights
+the same kernel writes y = x * sum_t m (x comes from L2 the second time: 2 passes over a feature tensor). Mask weights need sums
+of the whole image before a pixel can be weighed, so with them a second kernel writes y and reads x again: 3 passes. Backward:
+one kernel takes a tile of all channels, forms g.x per pixel, then the gradient of the masks, then the tile's share of the token
+gradient (x comes from L2 the second time): 2 passes. A third kernel writes the gradient of x where it is wanted. All reductions
+have a fixed order, no atomics.
 """
 
 import torch
@@ -19,7 +20,7 @@ from .tiles import add_projection, join_split, load_rows, mask_gradient, pick_ro
 _STRIDES = ["x_n", "x_c", "x_p"]
 
 
-@triton.jit(do_not_specialize=["C_Q", "P_Q", "tiles", *_STRIDES])
+@triton.jit(do_not_specialize=["C_Q", "P_Q", "tiles", *_STRIDES, "y_n", "y_c", "y_p"])
 def mask_kernel(
     x_ptr,  # [N, C, P] by strides
     token_ptr,  # [T, C]
@@ -27,9 +28,10 @@ def mask_kernel(
     mask_ptr,  # [N, T, P], written
     sum_ptr,  # [N, tiles, C], written
     gram_ptr,  # [N, tiles, T, T], written
-    C_Q, P_Q, tiles, x_n, x_c, x_p,
+    y_ptr,  # [N, C, P] by strides, written where not WEIGHTED
+    C_Q, P_Q, tiles, x_n, x_c, x_p, y_n, y_c, y_p,
     WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
-    T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr,
     C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -59,6 +61,15 @@ def mask_kernel(
     gram_ptr += (n * tiles + tile) * T * T
     for i in range(T):
         tl.store(gram_ptr + i * T + token, tl.sum(m * pick_row(m, i, TP)[None, :], axis=1), mask=real)
+    if not WEIGHTED:
+        gate = tl.sum(tl.where(real[:, None], m, 0.0), axis=0)
+        y_ptr += n * y_n * ALIGN
+        for c0 in range(0, C, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            mask = (c < C)[:, None] & inside[None, :]
+            x = tl.load(x_ptr + tile_offsets(c, p, x_c, x_p, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+            y = (x.to(ACC) * gate[None, :]).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + tile_offsets(c, p, y_c, y_p, Y_FAST, ALIGN, WIDE), y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "W", "C", *_STRIDES])
@@ -233,10 +244,13 @@ def feature_gradient_kernel(
 
 def mask_pass(
     x: Tensor, tokens: Tensor, token_bias: Tensor | None, height: int, weighted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``, and
+    without weighting the masked features in the dtype and, where it is dense, the strides of ``x``."""
     launch.check_device(x)
+    masked = None if weighted else torch.empty_like(x)
     x = launch.addressable(x)
+    y = x if masked is None else launch.writable(masked)
     (n, c, p), t = x.shape, tokens.shape[0]
     acc = acc_dtype(x.dtype)
     config = tuning.forward_config(x.dtype.itemsize, t, launch.fast(x))
@@ -246,15 +260,15 @@ def mask_pass(
     totals = x.new_empty((n, tiles, c) if weighted else 0, dtype=acc)
     sums = x.new_empty((n, 9, c) if weighted else 0, dtype=acc)
     if n == 0:
-        return masks, sums, grams.sum(1)
-    layout = launch.layout(x)
+        return masks, sums, grams.sum(1), masked
+    layout = launch.layout(x, y)
     strides = launch.quotients(x, layout["ALIGN"])
     common = {"ACC": launch.TL_DTYPE[acc], "FAST": launch.fast(x), "ALIGN": layout["ALIGN"], "WIDE": layout["WIDE"]}
     with launch.device_of(x):
         mask_kernel[(n * tiles,)](
-            x, tokens.contiguous(), masks if token_bias is None else token_bias.contiguous(), masks, totals, grams,
-            c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, *strides,
-            WEIGHTED=weighted, BIASED=token_bias is not None,
+            x, tokens.contiguous(), masks if token_bias is None else token_bias.contiguous(), masks, totals, grams, y,
+            c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, *strides, *launch.quotients(y, layout["ALIGN"]),
+            WEIGHTED=weighted, BIASED=token_bias is not None, Y_FAST=launch.fast(y),
             T=t, TP=tuning.token_rows(t), SPLIT=launch.split(x), C_ALIGN=layout["C_ALIGN"], P_ALIGN=layout["P_ALIGN"],
             UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
             num_warps=config.num_warps, **common,
@@ -266,7 +280,9 @@ def mask_pass(
                 BLOCK_C=block.block_c, BLOCK_P=block.block_p, num_warps=block.num_warps, **common,
             )  # fmt: skip
             torch.sum(totals, 1, out=sums[:, 0])
-        return masks, sums, grams.sum(1)
+        if masked is not None and y is not masked:
+            masked.copy_(y)
+        return masks, sums, grams.sum(1), masked
 
 
 def gate(x: Tensor, masks: Tensor, weights: Tensor) -> Tensor:

@@ -253,11 +253,12 @@ def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 @_full_precision
 def mask_pass(
     x: Tensor, tokens: Tensor, token_bias: Tensor | None, height: int, weighted: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``, and
+    without weighting the masked features."""
     m = masks(x, tokens, token_bias)
     sums = strip_sums(x, height, x.shape[2] // height) if weighted else m.new_empty(0)
-    return m, sums, gram(m)
+    return m, sums, gram(m), None if weighted else gate(x, m, m.new_ones(m.shape[:2]))
 
 
 @_full_precision

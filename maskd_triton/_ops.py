@@ -196,14 +196,14 @@ def learn(
     masked, dice, kept = [], [], []
     for i, x in enumerate(features):
         bias = token_bias[i] if token_bias else None
-        masks, sums, gram = backend.mask_pass(x, tokens[i], bias, heights[i], bool(pool_rows))
+        masks, sums, gram, gated = backend.mask_pass(x, tokens[i], bias, heights[i], bool(pool_rows))
         if pool_rows:
             width = x.shape[2] // heights[i]
             weights = _eager.weights_of_sums(sums, pool_rows[i], pool_bias[i], heights[i], width)
         else:
             weights = masks.new_ones(masks.shape[:2])
         level_dice, pairs = _eager.dice_of_gram(gram)
-        masked.append(backend.gate(x, masks, weights))
+        masked.append(backend.gate(x, masks, weights) if gated is None else gated)
         dice.append(level_dice)
         kept += [masks, weights, sums, pairs]
     return masked, torch.stack(dice), kept
