@@ -98,6 +98,13 @@ class Standardization(NamedTuple):
         tokens: ``[T, C]``, the tokens for raw features, ``E / std``.
         token_bias: ``[T]``, added to their mask logits, ``-(E / std) @ mean``.
         affine: ``[2, C]``, mean and 1 / std of every channel.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import functional as F
+        >>> raw, _ = F.compose_standardization(torch.ones(1, 2), torch.tensor([3.0, 0.0]), torch.tensor([2.0, 1.0]))
+        >>> raw.tokens, raw.token_bias
+        (tensor([[0.5000, 1.0000]]), tensor([-1.5000]))
     """
 
     tokens: Tensor

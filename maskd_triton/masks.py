@@ -232,7 +232,9 @@ class MaskLearner(nn.Module):
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest forward; RuntimeError before it, and after an ``attach`` block."""
         if self._dice is None:
-            raise RuntimeError("dice_loss: no features seen in this block; run the teacher inside `with learner.attach(...)`")
+            raise RuntimeError(
+                "dice_loss: no features seen yet in this block; run the teacher inside `with learner.attach(...)`"
+            )
         return self._dice
 
     def diagnostics(self) -> dict[Any, LevelDiagnostics]:
