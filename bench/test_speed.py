@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from .__main__ import AGREEMENT, chosen, errors, result, step
-from .contenders import SAME_RESULT, literal
+from .__main__ import AGREEMENT, chosen, errors, step, truth
+from .contenders import SAME_RESULT
 from .workloads import WORKLOADS, make_inputs, variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,7 +23,7 @@ def test_speed(stage: int, contender: str, name: str, backward: bool, benchmark:
     inputs = make_inputs(workload, DEVICE)
     function = chosen(stage, DEVICE, compiled=False)[0][contender]
     if contender in SAME_RESULT:
-        assert max(errors(function, inputs, result(literal, inputs))) <= AGREEMENT[workload.dtype]
+        assert max(errors(function, inputs, truth(inputs))) <= AGREEMENT[workload.dtype]
 
     def call() -> None:
         step(function, inputs, backward)

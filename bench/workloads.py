@@ -64,7 +64,17 @@ class Inputs:
     weighting: list[Weighting]
     composed: list[tuple[Tensor, Tensor]]
     custom_mask: bool
-    leaves: list[Tensor]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return self.student if self.stage == 2 else [*self.tokens, *(p for level in self.weighting for p in level)]
+
+    def image(self, i: int) -> "Inputs":
+        """Copies for one image, in float64."""
+        images = ([x.detach()[i : i + 1].double() for x in levels] for levels in (self.student, self.teacher))
+        tokens = [e.detach().double() for e in self.tokens]
+        weighting = [tuple(p.detach().double() for p in level) for level in self.weighting]
+        return _with_leaves(Inputs(self.stage, *images, tokens, weighting, [], self.custom_mask))
 
 
 def make_inputs(workload: Workload, device: torch.device) -> Inputs:
@@ -86,10 +96,13 @@ def make_inputs(workload: Workload, device: torch.device) -> Inputs:
     ]
     student, teacher, tokens = features(), features(), [normal(t, c, scale=c**-0.5) for c in channels]
     composed = [F.compose_weighting(*level) for level in weighting]
-    leaves = student if workload.stage == 2 else [*tokens, *(p for level in weighting for p in level)]
-    for leaf in leaves:
+    return _with_leaves(Inputs(workload.stage, student, teacher, tokens, weighting, composed, workload.custom_mask))
+
+
+def _with_leaves(inputs: Inputs) -> Inputs:
+    for leaf in inputs.leaves:
         leaf.requires_grad_()
-    return Inputs(workload.stage, student, teacher, tokens, weighting, composed, workload.custom_mask, leaves)
+    return inputs
 
 
 def variant(workload: Workload, **changes: object) -> Workload:
