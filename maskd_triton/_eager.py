@@ -155,7 +155,7 @@ def compose_standardization(
 def masks(x: Tensor, tokens: Tensor, token_bias: Tensor | None = None) -> Tensor:
     """``sigmoid(tokens @ x + token_bias)``: ``x [N, C, P]``, ``tokens [T, C]`` -> ``[N, T, P]`` in the accumulation dtype."""
     acc = acc_dtype(x.dtype)
-    logits = torch.matmul(tokens.to(acc), x.to(acc))
+    logits = torch.bmm(tokens.to(acc).expand(len(x), -1, -1), x.to(acc))  # matmul would copy x
     if token_bias is not None:
         logits += token_bias[:, None]
     return torch.sigmoid(logits)
@@ -283,7 +283,8 @@ def token_gradient(
     """Gradients of tokens ``[T, C]``, token biases ``[T]`` and mask weights ``[N, T]``, and ``grad . x`` ``[N, P]``."""
     gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
     dl = _logit_gradient(gx, m, w, pairs)
-    return torch.einsum("ntp,ncp->tc", dl, x.to(m.dtype)), dl.sum((0, 2)), torch.einsum("ntp,np->nt", m, gx), gx
+    to_tokens = torch.bmm(dl, x.to(m.dtype).transpose(1, 2)).sum(0)  # an einsum over images and pixels would copy x
+    return to_tokens, dl.sum((0, 2)), torch.einsum("ntp,np->nt", m, gx), gx
 
 
 @_full_precision
@@ -292,7 +293,7 @@ def feature_gradient(
 ) -> Tensor:
     """Gradient of ``x [N, C, P]``; ``strips [N, 9, C]`` is that of its strip sums (empty without weighting)."""
     d = grad.to(m.dtype) * torch.einsum("nt,ntp->np", w, m)[:, None, :]
-    d += torch.einsum("ntp,tc->ncp", _logit_gradient(gx, m, w, pairs), tokens.to(m.dtype))
+    d += torch.bmm(tokens.to(m.dtype).t().expand(len(m), -1, -1), _logit_gradient(gx, m, w, pairs))
     if strips.numel() > 0:
         image = d.unflatten(2, (height, -1))
         every, top, bottom, left, right, *corners = strips.unbind(1)
