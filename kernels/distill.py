@@ -1,13 +1,15 @@
-"""Stage 2 on Triton: loss and gradient of masked feature reconstruction.
+"""Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels and images.
 
 Forward reads student and teacher once: a program takes all channels of BLOCK_P pixels of an image and writes their masks and
-three partial sums per token, A = sum m^2 d, B = sum m and Z = sum_p (pool_rows[0] @ t). Programs over the image's border add
-what the 3x3 windows of the mask weighting module miss there (method.md, identity 2). One program per image then adds the
-partial sums in a fixed order (no atomics) and writes the loss and the gradient's coefficients. Backward reads student,
-teacher and masks and writes the gradient: 5 passes over a feature tensor in all.
+three partial sums per token, A = sum m^2 d, B = sum m and Z = sum_p (pool_rows[0] @ t). Programs over an image's border add
+what the 3x3 windows of the mask weighting module miss there (method.md, identity 2); they follow those of the image, which is
+then in L2. A second launch with one program per level and image adds the partial sums in a fixed order (no atomics) and writes
+the loss and the gradient's coefficients. Backward reads student, teacher and masks and writes the gradient: 5 passes over a
+feature tensor in all.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,39 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tuning
-from .tiles import add_projection, join_split, load_rows, reconstructed, sigmoid, tile_offsets
-
-_SIZES = ["C_Q", "P_Q", "tiles", "partials"]
-_STRIDES = ["s_n", "s_c", "s_p", "t_n", "t_c", "t_p"]
+from .tiles import add_projection, find_level, join_split, load_rows, pick, pick_int, reconstructed, sigmoid, tile_offsets
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_STRIDES, "warmup", "step_ptr"])
-def forward_kernel(
-    s_ptr,  # [N, C, P] by strides
-    t_ptr,  # [N, C, P] by strides
-    token_ptr,  # [T, C]
-    raw_token_ptr,  # [T, C]: the tokens for t, which is not standardised
-    raw_bias_ptr,  # [T]
-    affine_ptr,  # [2, C]: mean and 1 / std of t
-    pool_ptr,  # [9, T, C], strip 0 is used here
-    step_ptr,  # int64 scalar
-    mask_ptr,  # [N, T, P]
-    part_ptr,  # [N, partials, 3, T]
-    warmup, C_Q, P_Q, tiles, partials, s_n, s_c, s_p, t_n, t_c, t_p,
+@triton.jit
+def _forward_tile(
+    n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, step_ptr, mask_ptr, part_ptr,
+    warmup, C, P, s_row, t_row,
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
-    S_FAST: tl.constexpr, T_FAST: tl.constexpr, C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    S_FAST: tl.constexpr, T_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    C = C_Q * C_ALIGN
-    P = P_Q * P_ALIGN
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    """Masks and partial sums of BLOCK_P pixels; ``s_ptr`` and ``t_ptr`` are those of the image."""
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
-    s_ptr += n * s_n * ALIGN
-    t_ptr += n * t_n * ALIGN
     logits = tl.zeros((T_SPLIT * TP, BLOCK_P), ACC)
     pooled = tl.zeros((T_SPLIT * TP, BLOCK_P), ACC)
     own = tl.zeros((S_SPLIT * TP, BLOCK_P), ACC)
@@ -55,8 +39,8 @@ def forward_kernel(
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
-        t = tl.load(t_ptr + tile_offsets(c, p, t_c, t_p, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
-        s = tl.load(s_ptr + tile_offsets(c, p, s_c, s_p, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        t = tl.load(t_ptr + tile_offsets(c, p, t_row, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        s = tl.load(s_ptr + tile_offsets(c, p, s_row, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
         logits = add_projection(logits, load_rows(raw_token_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if WEIGHTED:
             pooled = add_projection(pooled, load_rows(pool_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
@@ -79,7 +63,6 @@ def forward_kernel(
     m = tl.where(inside[None, :], m, 0.0)
     d = tl.sum(squares, axis=0)
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
-    part_ptr += (n * partials + tile) * 3 * T
     tl.store(part_ptr + token, tl.sum(m * m * d[None, :], axis=1), mask=real)
     tl.store(part_ptr + T + token, tl.sum(m, axis=1), mask=real)
     if WEIGHTED:
@@ -87,21 +70,14 @@ def forward_kernel(
         tl.store(part_ptr + 2 * T + token, z, mask=real)
 
 
-@triton.jit(do_not_specialize=["H", "W", "C_Q", "tiles", "partials", "t_n", "t_c", "t_p"])
-def border_kernel(
-    t_ptr,  # [N, C, P] by strides
-    pool_ptr,  # [9, T, C], strips 1 to 8 are used here
-    part_ptr,  # [N, partials, 3, T], rows from `tiles` on
-    H, W, C_Q, tiles, partials, t_n, t_c, t_p,
+@triton.jit
+def _border_run(
+    block, t_ptr, pool_ptr, part_ptr, H, W, C, t_row,
     ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
-    FAST: tl.constexpr, C_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One run of border pixels: Z += pool_rows[strip] @ t; the order of the strips is that of ``_eager.STRIPS``."""
-    C = C_Q * C_ALIGN
-    blocks = partials - tiles
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
     across = tl.cdiv(W, BLOCK_P)
     down = tl.cdiv(H, BLOCK_P)
     corner = block - 2 * across - 2 * down
@@ -122,37 +98,113 @@ def border_kernel(
     along = start + tl.arange(0, BLOCK_P)
     inside = along < length
     p = first + along * step
-    t_ptr += n * t_n * ALIGN
     pool_ptr += strip * T * C
     z = tl.zeros((SPLIT * TP, BLOCK_P), ACC)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
-        t = tl.load(t_ptr + tile_offsets(c, p, t_c, t_p, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        t = tl.load(t_ptr + tile_offsets(c, p, t_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
         z = add_projection(z, load_rows(pool_ptr, c, C, t.dtype, T, TP, SPLIT), t, ACC, UPCAST)
     token = tl.arange(0, TP)
     real = token < T
-    part_ptr += (n * partials + tiles + block) * 3 * T
     nothing = tl.zeros((TP,), ACC)
     tl.store(part_ptr + token, nothing, mask=real)
     tl.store(part_ptr + T + token, nothing, mask=real)
     tl.store(part_ptr + 2 * T + token, tl.sum(join_split(z, TP, SPLIT, BLOCK_P), axis=1), mask=real)
 
 
-@triton.jit(do_not_specialize=["N", "C", "H", "W", "partials", "loss_ptr", "coefficient_ptr"])
-def finish_kernel(
-    part_ptr,  # [N, partials, 3, T]
-    bias_ptr,  # [T], [4, T] where STANDARD
-    loss_ptr,  # [N]
-    coefficient_ptr,  # [N, T]
-    N, C, H, W, partials, weight_high, weight_low, eps_high, eps_low,
-    WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _partials(H, W, WEIGHTED: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Programs of an image: its tiles and, with mask weights, the runs of its border."""
+    count = tl.cdiv(H * W, BLOCK_P)
+    if WEIGHTED:
+        count += 2 * (tl.cdiv(W, BLOCK_P) + tl.cdiv(H, BLOCK_P)) + 4
+    return count
+
+
+@triton.jit(do_not_specialize=["first", "kinds", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "warmup", "step_ptr"])
+def forward_kernel(
+    # of every level
+    s_ptrs,  # [N, C, P] by strides
+    t_ptrs,  # [N, C, P] by strides
+    token_ptrs,  # [T, C]
+    raw_token_ptrs,  # [T, C]: the tokens for t, which is not standardised
+    raw_bias_ptrs,  # [T]
+    affine_ptrs,  # [2, C]: mean and 1 / std of t
+    pool_ptrs,  # [9, T, C]
+    mask_ptrs,  # [N, T, P], written
+    first, kinds, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
+    # of all
+    step_ptr,  # int64 scalar
+    part_ptr,  # [programs, 3, T], written
+    warmup,
+    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
+    S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    part_ptr += program.to(tl.int64) * 3 * T
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    kind = pick_int(kinds, level, LEVELS)
+    W = pick_int(Ws, level, LEVELS)
+    s_ptr = pick(s_ptrs, level, LEVELS)
+    t_ptr = pick(t_ptrs, level, LEVELS)
+    pool_ptr = pick(pool_ptrs, level, LEVELS)
+    s_row = pick_int(s_rows, level, LEVELS)
+    t_row = pick_int(t_rows, level, LEVELS)
+    for i in tl.static_range(len(ALIGNS)):
+        if kind == i:
+            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+            tiles = tl.cdiv(P, BLOCK_P)
+            blocks = _partials(P // W, W, WEIGHTED, BLOCK_P)
+            n = (program // blocks).to(tl.int64)
+            block = program % blocks
+            image = s_ptr + n * pick_int(s_ns, level, LEVELS) * ALIGNS[i]
+            target = t_ptr + n * pick_int(t_ns, level, LEVELS) * ALIGNS[i]
+            if block < tiles:
+                _forward_tile(
+                    n, block, image, target, pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS),
+                    pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr, step_ptr,
+                    pick(mask_ptrs, level, LEVELS), part_ptr, warmup, C, P, s_row, t_row,
+                    CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC, T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, ALIGNS[i], WIDE, UPCAST,
+                    BLOCK_C, BLOCK_P, STAGES,
+                )  # fmt: skip
+            elif WEIGHTED:
+                _border_run(
+                    block - tiles, target, pool_ptr, part_ptr, P // W, W, C, t_row,
+                    ACC, T, TP, T_SPLIT, T_FAST, ALIGNS[i], WIDE, UPCAST, BLOCK_C, BLOCK_P,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "Cs", "Hs", "Ws", "indices", "N", "loss_ptr", "coefficient_ptr"])
+def finish_kernel(
+    # of every level
+    bias_ptrs,  # [T], [4, T] where STANDARD
+    first, Cs, Hs, Ws, indices,
+    # of all
+    part_ptr,  # [programs, 3, T]
+    loss_ptr,  # [levels, N], written
+    coefficient_ptr,  # [levels, N, T], written
+    N, weight_high, weight_low, eps_high, eps_low,
+    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    level = tl.program_id(0) // N
+    n = (tl.program_id(0) % N).to(tl.int64)
+    C = pick_int(Cs, level, LEVELS)
+    H = pick_int(Hs, level, LEVELS)
+    W = pick_int(Ws, level, LEVELS)
+    bias_ptr = pick(bias_ptrs, level, LEVELS)
+    partials = _partials(H, W, WEIGHTED, BLOCK_P)
+    part_ptr += (pick_int(first, level, LEVELS) + n * partials) * 3 * T
+    out = pick_int(indices, level, LEVELS) * N + n  # a launch need not have all levels
     token = tl.arange(0, TP)
     real = token < T
     row = tl.arange(0, BLOCK)
-    part_ptr += n * partials * 3 * T
     a = tl.zeros((BLOCK, TP), ACC)
     b = tl.zeros((BLOCK, TP), ACC)
     z = tl.zeros((BLOCK, TP), ACC)
@@ -178,47 +230,73 @@ def finish_kernel(
     factor = (weight * weight_high + weight * weight_low) / N / C
     share = factor / (tl.sum(b, axis=0) + eps_high + eps_low)
     share = tl.where(real, share, 0.0)
-    tl.store(loss_ptr + n, tl.sum(share * tl.sum(a, axis=0), axis=0))
-    tl.store(coefficient_ptr + n * T + token, 2.0 * share, mask=real)
+    tl.store(loss_ptr + out, tl.sum(share * tl.sum(a, axis=0), axis=0))
+    tl.store(coefficient_ptr + out * T + token, 2.0 * share, mask=real)
 
 
-@triton.jit(do_not_specialize=["C_Q", "P_Q", "tiles", *_STRIDES, "g_n", "g_c", "g_p", "up_n", "up_ptr", "coefficient_ptr"])
+@triton.jit(
+    do_not_specialize=[
+        *("first", "kinds", "indices", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows"),
+        *("up_level", "up_n", "N", "up_ptr", "coefficient_ptr"),
+    ]
+)
 def backward_kernel(
-    up_ptr,  # [N] by stride
-    s_ptr,  # [N, C, P] by strides
-    t_ptr,  # [N, C, P] by strides
-    mask_ptr,  # [N, T, P]
-    coefficient_ptr,  # [N, T]
-    affine_ptr,  # [2, C]: mean and 1 / std of t
-    g_ptr,  # [N, C, P] by strides, written
-    up_n, C_Q, P_Q, tiles, s_n, s_c, s_p, t_n, t_c, t_p, g_n, g_c, g_p,
+    # of every level
+    s_ptrs,  # [N, C, P] by strides
+    t_ptrs,  # [N, C, P] by strides
+    mask_ptrs,  # [N, T, P]
+    affine_ptrs,  # [2, C]: mean and 1 / std of t
+    g_ptrs,  # [N, C, P] by strides, written
+    first, kinds, indices, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows,
+    # of all
+    up_ptr,  # [levels, N] by strides
+    coefficient_ptr,  # [levels, N, T]
+    up_level, up_n, N,
+    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
-    C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """grad_student = upstream * (s - t) * sum_t coefficient * m^2."""
-    C = C_Q * C_ALIGN
-    P = P_Q * P_ALIGN
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = p < P
-    mask = (c < C)[:, None] & inside[None, :]
-    s = tl.load(s_ptr + n * s_n * ALIGN + tile_offsets(c, p, s_c, s_p, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
-    t = tl.load(t_ptr + n * t_n * ALIGN + tile_offsets(c, p, t_c, t_p, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+    program = tl.program_id(0)
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    kind = pick_int(kinds, level, LEVELS)
+    index = pick_int(indices, level, LEVELS).to(tl.int64)
+    s_ptr = pick(s_ptrs, level, LEVELS)
+    t_ptr = pick(t_ptrs, level, LEVELS)
+    g_ptr = pick(g_ptrs, level, LEVELS)
+    mask_ptr = pick(mask_ptrs, level, LEVELS)
+    affine_ptr = pick(affine_ptrs, level, LEVELS)
+    s_row = pick_int(s_rows, level, LEVELS)
+    t_row = pick_int(t_rows, level, LEVELS)
+    g_row = pick_int(g_rows, level, LEVELS)
     token = tl.arange(0, TP)
     real = token < T
-    m = tl.load(
-        mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :],
-        mask=real[:, None] & inside[None, :],
-        other=0.0,
-    )
-    coefficient = tl.load(coefficient_ptr + n * T + token, mask=real, other=0.0) * tl.load(up_ptr + n * up_n)
-    scale = tl.sum(m * m * coefficient[:, None], axis=0)
-    g = (s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)) * scale[None, :]
-    g_at = g_ptr + n * g_n * ALIGN + tile_offsets(c, p, g_c, g_p, G_FAST, ALIGN, WIDE)
-    tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(ALIGNS)):
+        if kind == i:
+            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+            tiles = tl.cdiv(P, BLOCK_P)
+            across = program // tiles
+            blocks = tl.cdiv(C, BLOCK_C)
+            n = (across // blocks).to(tl.int64)
+            p = (program % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+            c = (across % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+            inside = p < P
+            mask = (c < C)[:, None] & inside[None, :]
+            s_at = s_ptr + n * pick_int(s_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, s_row, S_FAST, ALIGNS[i], WIDE)
+            t_at = t_ptr + n * pick_int(t_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, t_row, T_FAST, ALIGNS[i], WIDE)
+            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, g_row, G_FAST, ALIGNS[i], WIDE)
+            s = tl.load(s_at, mask=mask, other=0.0)
+            t = tl.load(t_at, mask=mask, other=0.0)
+            m_at = mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
+            m = tl.load(m_at, mask=real[:, None] & inside[None, :], other=0.0)
+            coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
+            coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
+            scale = tl.sum(m * m * coefficient[:, None], axis=0)
+            g = (s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)) * scale[None, :]
+            tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -245,47 +323,54 @@ def forward(
     n, num_tokens = coefficients.shape[1:]
     if n == 0:
         return
-    acc = launch.TL_DTYPE[loss.dtype]
     weighted, standard = len(pool_rows) > 0, len(affine) > 0
+    student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
+    tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine = (
+        [x.contiguous() for x in each] for each in (tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine)
+    )
+    raw_tokens = raw_tokens if standard else tokens
+    sizes = [(height, s.shape[2] // height) for s, height in zip(student, heights, strict=True)]
+    common = {
+        "WEIGHTED": weighted,
+        "ACC": launch.TL_DTYPE[loss.dtype],
+        "T": num_tokens,
+        "TP": tuning.token_rows(num_tokens),
+    }
     with launch.device_of(loss):
-        for i, (s, t) in enumerate(zip(map(launch.addressable, student), map(launch.addressable, teacher), strict=True)):
-            _, c, p = s.shape
-            height, width = heights[i], p // heights[i]
-            config = tuning.forward_config(max(s.dtype.itemsize, t.dtype.itemsize), num_tokens, launch.fast(s))
-            rows = tuning.token_rows(num_tokens)
-            tiles = triton.cdiv(p, config.block_p)
-            borders = 2 * (triton.cdiv(width, config.block_p) + triton.cdiv(height, config.block_p)) + 4
-            partials = tiles + (borders if weighted else 0)
-            part = loss.new_empty((n, partials, 3, num_tokens))
-            layout = launch.layout(s, t)
-            token = tokens[i].contiguous()
-            pool = pool_rows[i].contiguous() if weighted else token
-            raw = [x[i].contiguous() for x in (raw_tokens, raw_bias, affine)] if standard else [token] * 3
-            step = warmup_step if warmup_step is not None else token
-            t_strides = launch.quotients(t, layout["ALIGN"])
-            forward_kernel[(n * tiles,)](
-                s, t, token, *raw, pool, step, masks[i], part,
-                custom_mask_warmup, c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, partials,
-                *launch.quotients(s, layout["ALIGN"]), *t_strides,
-                CUSTOM=custom_mask, WARMUP=warmup_step is not None, WEIGHTED=weighted, STANDARD=standard, ACC=acc,
-                T=num_tokens, TP=rows, S_SPLIT=launch.split(s), T_SPLIT=launch.split(t),
-                S_FAST=launch.fast(s), T_FAST=launch.fast(t), **layout,
+        for group in launch.groups(student, teacher):
+            s, t = group.own(student), group.own(teacher)
+            config = tuning.forward_config(max(s[0].dtype.itemsize, t[0].dtype.itemsize), num_tokens, group.fast[0])
+            hs, ws = zip(*group.own(sizes), strict=True)
+            first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in group.own(sizes)])
+            part = loss.new_empty((programs, 3, num_tokens))
+
+            def pointers(values: Sequence[Tensor], wanted: bool = True) -> Any:
+                return launch.per_level(group.own(values if wanted else tokens))
+
+            forward_kernel[(programs,)](
+                pointers(student), pointers(teacher), pointers(tokens), pointers(raw_tokens), pointers(raw_bias, standard),
+                pointers(affine, standard), pointers(pool_rows, weighted), pointers(masks),
+                launch.table(first), launch.table(group.kinds), *group.lengths(student), launch.table(ws),
+                *group.strides(student, teacher),
+                warmup_step if warmup_step is not None else loss, part, custom_mask_warmup,
+                CUSTOM=custom_mask, WARMUP=warmup_step is not None, STANDARD=standard,
+                S_SPLIT=launch.split(s[0]), T_SPLIT=launch.split(t[0]), S_FAST=group.fast[0], T_FAST=group.fast[1],
                 UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
-                num_warps=config.num_warps,
+                num_warps=config.num_warps, **group.constants, **common,
             )  # fmt: skip
-            if weighted:
-                border_kernel[(n * borders,)](
-                    t, pool, part, height, width, c // layout["C_ALIGN"], tiles, partials, *t_strides,
-                    ACC=acc, T=num_tokens, TP=rows, SPLIT=launch.split(t), FAST=launch.fast(t),
-                    C_ALIGN=layout["C_ALIGN"], ALIGN=layout["ALIGN"], WIDE=layout["WIDE"], UPCAST=launch.INTERPRETED,
-                    BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
-                )  # fmt: skip
-            finish_kernel[(n,)](
-                part, pool_bias[i].contiguous() if weighted else token, loss[i], coefficients[i],
-                n, c, height, width, partials, *launch.two_parts(loss_weight), *launch.two_parts(eps),
-                WEIGHTED=weighted, STANDARD=weighted and pool_bias[i].dim() == 2, ACC=acc,
-                T=num_tokens, TP=rows, BLOCK=tuning.finish_block(rows), num_warps=4,
+            finish_kernel[(len(group.levels) * n,)](
+                pointers(pool_bias, weighted), launch.table(first), launch.table(x.shape[1] for x in s), launch.table(hs),
+                launch.table(ws), launch.table(group.levels), part, loss, coefficients,
+                n, *launch.two_parts(loss_weight), *launch.two_parts(eps),
+                LEVELS=len(group.levels), STANDARD=weighted and pool_bias[0].dim() == 2,
+                BLOCK_P=config.block_p, BLOCK=tuning.finish_block(common["TP"]), num_warps=4, **common,
             )  # fmt: skip
+
+
+def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
+    """What :func:`_partials` counts."""
+    border = 2 * (triton.cdiv(width, config.block_p) + triton.cdiv(height, config.block_p)) + 4
+    return triton.cdiv(height * width, config.block_p) + (border if weighted else 0)
 
 
 def backward(
@@ -302,22 +387,25 @@ def backward(
     grads = [torch.empty_like(s) for s in student]
     if n == 0:
         return grads
+    student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
+    written = [launch.writable(g) for g in grads]
+    affine = [x.contiguous() for x in affine]
     with launch.device_of(coefficients):
-        for i, (s, t) in enumerate(zip(map(launch.addressable, student), map(launch.addressable, teacher), strict=True)):
-            _, c, p = s.shape
-            g = launch.writable(grads[i])
-            config = tuning.backward_config(s.dtype.itemsize, num_tokens, launch.fast(s))
-            tiles = triton.cdiv(p, config.block_p)
-            layout = launch.layout(s, t, g)
-            backward_kernel[(n * tiles, triton.cdiv(c, config.block_c))](
-                grad[i], s, t, masks[i], coefficients[i], affine[i].contiguous() if affine else coefficients, g,
-                grad.stride(1), c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles,
-                *(q for x in (s, t, g) for q in launch.quotients(x, layout["ALIGN"])),
+        for group in launch.groups(student, teacher, written):
+            s = group.own(student)
+            config = tuning.backward_config(s[0].dtype.itemsize, num_tokens, group.fast[0])
+            counts = [n * triton.cdiv(x.shape[2], config.block_p) * triton.cdiv(x.shape[1], config.block_c) for x in s]
+            first, programs = launch.first_programs(counts)
+            backward_kernel[(programs,)](
+                *(launch.per_level(group.own(x)) for x in (student, teacher, masks, affine or masks, written)),
+                launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(student),
+                *group.strides(student, teacher, written), grad, coefficients, *grad.stride(), n,
                 STANDARD=len(affine) > 0, ACC=launch.TL_DTYPE[coefficients.dtype],
                 T=num_tokens, TP=triton.next_power_of_2(num_tokens),
-                S_FAST=launch.fast(s), T_FAST=launch.fast(t), G_FAST=launch.fast(g), **layout,
-                BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
+                S_FAST=group.fast[0], T_FAST=group.fast[1], G_FAST=group.fast[2],
+                BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
             )  # fmt: skip
-            if g is not grads[i]:
-                grads[i].copy_(g)
+    for out, g in zip(grads, written, strict=True):
+        if g is not out:
+            out.copy_(g)
     return grads

@@ -1,7 +1,14 @@
-"""What every launcher needs to know about its tensors: device, layout, alignment."""
+"""What every launcher needs to know about its tensors: device, layout, alignment, and how levels reach a kernel.
+
+The tables of a pyramid are arguments by value: nothing is copied to the device, nothing is synchronised, and a captured CUDA
+graph keeps them.
+"""
 
 import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +19,7 @@ from .tiles import CHANNELS, PIXELS, sigmoid
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
+PYRAMIDS = hasattr(tl, "tuple")  # Triton 3.2 takes no tuples: there, every level is a launch of its own
 
 
 def check_device(x: Tensor) -> None:
@@ -58,30 +66,109 @@ def _has_fast_axis(x: Tensor) -> bool:
     return 1 in x.stride()[1:] or x.shape[2] == 1
 
 
-def quotients(x: Tensor, align: int) -> tuple[int, int, int]:
-    """Strides in units of ``align``; the contiguous axis needs none."""
-    n, c, p = x.stride()
-    return n // align, 0 if fast(x) == CHANNELS else c // align, 0 if fast(x) == PIXELS else p // align
+@dataclass(frozen=True)
+class Group:
+    """Levels that one launch covers, and how it addresses their feature maps.
+
+    Attributes:
+        levels: their indices.
+        fast: the contiguous axis of each of the maps.
+        wide: whether an offset inside one image leaves 32 bits.
+        aligns: ``ALIGNS`` of the kernel: the alignment that 16-byte accesses need, that of the other levels, or both.
+        kinds: every level's index in ``aligns``.
+    """
+
+    levels: list[int]
+    fast: tuple[int, ...]
+    wide: bool
+    aligns: tuple[int, ...]
+    kinds: list[int]
+
+    def own(self, values: Sequence[Any]) -> list[Any]:
+        """The entries of these levels."""
+        return [values[i] for i in self.levels]
+
+    def lengths(self, like: Sequence[Tensor]) -> tuple[Any, Any]:
+        """Tables of channels and pixels, in units of the alignment where C_UNIT and P_UNIT say so."""
+        unit, own = [self.aligns[kind] for kind in self.kinds], self.own(like)
+        c = [x.shape[1] // (a if CHANNELS in self.fast else 1) for x, a in zip(own, unit, strict=True)]
+        p = [x.shape[2] // (a if PIXELS in self.fast else 1) for x, a in zip(own, unit, strict=True)]
+        return table(c), table(p)
+
+    def strides(self, *maps: Sequence[Tensor]) -> list[Any]:
+        """For each map the tables of image and row strides in units of the alignment."""
+        result = []
+        for axis, tensors in zip(self.fast, maps, strict=True):
+            for dim in (0, _row(axis)):
+                strides = zip(self.own(tensors), self.kinds, strict=True)
+                result.append(table(x.stride(dim) // self.aligns[kind] for x, kind in strides))
+        return result
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constexpr arguments that all kernels over feature maps take."""
+        return {
+            "LEVELS": len(self.levels),
+            "ALIGNS": self.aligns,
+            "C_UNIT": CHANNELS in self.fast,
+            "P_UNIT": PIXELS in self.fast,
+            "WIDE": self.wide,
+        }
 
 
-def layout(*tensors: Tensor) -> dict[str, int | bool]:
-    """How the tensors of one launch may be addressed: common alignment of rows and lengths, width of offsets."""
-    _, c, p = tensors[0].shape
-    axes = [fast(x) for x in tensors]
-    align = 8
-    for x, axis in zip(tensors, axes, strict=True):
-        n_stride, c_stride, p_stride = x.stride()
-        align = gcd(align, n_stride)
-        align = gcd(align, c_stride) if axis != CHANNELS else align
-        align = gcd(align, p_stride) if axis != PIXELS else align
-    return {
-        "ALIGN": align,
-        "C_ALIGN": gcd(8, c) if CHANNELS in axes else 1,
-        "P_ALIGN": gcd(8, p) if PIXELS in axes else 1,
-        "WIDE": _wide(*tensors),
-    }
+def groups(*maps: Sequence[Tensor]) -> list[Group]:
+    """The launches for a pyramid, given the feature maps ``[N, C, P]`` that a kernel addresses, one sequence of levels each.
+
+    One launch, unless levels differ in dtype or layout, or have 2**31 elements or more in an image.
+    """
+    found: dict[Any, list[int]] = {}
+    for i, level in enumerate(zip(*maps, strict=True)):
+        key = [(x.dtype, fast(x)) for x in level]
+        found.setdefault((*key, _wide(*level), None if PYRAMIDS else i), []).append(i)
+    return [_group(levels, maps, key[-2]) for key, levels in found.items()]
+
+
+def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], wide: bool) -> Group:
+    first = [tensors[levels[0]] for tensors in maps]
+    full = 16 // min(x.dtype.itemsize for x in first)
+    axes = tuple(fast(x) for x in first)
+    aligns = [_alignment(full, axes, [tensors[i] for tensors in maps]) for i in levels]
+    narrow = [a for a in aligns if a != full]
+    kinds = [int(a != full and len(narrow) < len(levels)) for a in aligns]
+    offered = ([full] if len(narrow) < len(levels) else []) + ([gcd(*narrow)] if narrow else [])
+    return Group(levels, axes, wide, tuple(offered), kinds)
+
+
+def _alignment(full: int, axes: Sequence[int], level: Sequence[Tensor]) -> int:
+    """The divisor of ``full`` common to the rows, images and contiguous lengths of one level."""
+    align = full
+    for x, axis in zip(level, axes, strict=True):
+        align = gcd(align, x.stride(0), x.stride(_row(axis)), x.shape[1 if axis == CHANNELS else 2])
+    return align
+
+
+def _row(axis: int) -> int:
+    """The dimension that is not contiguous."""
+    return 2 if axis == CHANNELS else 1
 
 
 def _wide(*tensors: Tensor) -> bool:
     """Whether an offset inside one image leaves 32 bits."""
     return any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 2**31 for x in tensors)
+
+
+def table(values: Iterable[int]) -> Any:
+    """Integers per level as a kernel takes them. Triton specialises the integers of a tuple on 1 and on multiples of 16, which
+    would compile anew for every size: an odd number above 1 is neither."""
+    return per_level([2 * value + 3 for value in values])
+
+
+def per_level(values: Sequence[Any]) -> Any:
+    """A tuple with an entry per level, or the entry itself where there is one level."""
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def first_programs(counts: Sequence[int]) -> tuple[list[int], int]:
+    """Every level's first program, and the number of all programs, given those of each level."""
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    return first, sum(counts)

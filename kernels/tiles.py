@@ -1,7 +1,9 @@
-"""What one tile computes: addressing in any layout, receptive-token projections, masks.
+"""What one tile computes: its place in the pyramid, addressing in any layout, receptive-token projections, masks.
 
-A tile is ``[BLOCK_C, BLOCK_P]`` of a feature map, channels by pixels. Strides come as ``quotient * ALIGN`` with a constexpr
-``ALIGN`` (a divisor of 8), which tells the compiler how wide an access may be at sizes that 16 does not divide.
+A launch covers all levels of a pyramid. What differs from level to level (addresses, lengths, strides) comes as a tuple with an
+entry per level, or as the entry itself where there is one level; a program finds its level and picks its own. A tile is
+``[BLOCK_C, BLOCK_P]`` of a feature map, channels by pixels. Strides come as ``quotient * ALIGN`` with a constexpr ``ALIGN`` (a
+divisor of 8), which tells the compiler how wide an access may be at sizes that 16 does not divide.
 """
 
 import triton
@@ -11,14 +13,49 @@ PIXELS, CHANNELS = 0, 1  # the axis along which a tensor is contiguous
 
 
 @triton.jit
-def tile_offsets(c, p, stride_c, stride_p, FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets [BLOCK_C, BLOCK_P] inside one image; 64-bit when an image has 2**31 elements or more."""
+def pick(values, level, LEVELS: tl.constexpr):
+    """``values[level]`` of addresses, which keep what is known of their alignment."""
+    if LEVELS == 1:
+        value = values
+    else:
+        value = values[0]
+        for i in tl.static_range(1, LEVELS):
+            value = tl.where(level == i, values[i], value)
+    return value
+
+
+@triton.jit
+def decode(value):
+    """An integer as :func:`launch.table` encodes it."""
+    return (value >> 1) - 1
+
+
+@triton.jit
+def pick_int(values, level, LEVELS: tl.constexpr):
+    """``values[level]`` of a :func:`launch.table`."""
+    return decode(pick(values, level, LEVELS))
+
+
+@triton.jit
+def find_level(program, first, LEVELS: tl.constexpr):
+    """The level of a program, given every level's first program."""
+    level = 0
+    if LEVELS > 1:
+        for i in tl.static_range(1, LEVELS):
+            level += (program >= decode(first[i])).to(tl.int32)
+    return level
+
+
+@triton.jit
+def tile_offsets(c, p, row, FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_P] inside one image, ``row`` between channels or, where these lie next to each other, between
+    pixels; 64-bit when an image has 2**31 elements or more."""
     if WIDE:
         c = c.to(tl.int64)
         p = p.to(tl.int64)
     if FAST == 0:
-        return c[:, None] * (stride_c * ALIGN) + p[None, :]
-    return c[:, None] + p[None, :] * (stride_p * ALIGN)
+        return c[:, None] * (row * ALIGN) + p[None, :]
+    return c[:, None] + p[None, :] * (row * ALIGN)
 
 
 @triton.jit
