@@ -17,7 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tuning
-from .tiles import add_projection, find_level, join_split, load_rows, pick, pick_int, reconstructed, sigmoid, tile_offsets
+from .tiles import (
+    add_projection,
+    find_level,
+    join_split,
+    load_masks,
+    load_rows,
+    pick,
+    pick_int,
+    reconstructed,
+    sigmoid,
+    tile_of,
+    tile_offsets,
+)
 
 
 @triton.jit
@@ -277,21 +289,14 @@ def backward_kernel(
         if kind == i:
             C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
             P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
-            tiles = tl.cdiv(P, BLOCK_P)
-            across = program // tiles
-            blocks = tl.cdiv(C, BLOCK_C)
-            n = (across // blocks).to(tl.int64)
-            p = (program % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-            c = (across % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-            inside = p < P
-            mask = (c < C)[:, None] & inside[None, :]
+            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+            mask = (c < C)[:, None] & (p < P)[None, :]
             s_at = s_ptr + n * pick_int(s_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, s_row, S_FAST, ALIGNS[i], WIDE)
             t_at = t_ptr + n * pick_int(t_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, t_row, T_FAST, ALIGNS[i], WIDE)
             g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, g_row, G_FAST, ALIGNS[i], WIDE)
             s = tl.load(s_at, mask=mask, other=0.0)
             t = tl.load(t_at, mask=mask, other=0.0)
-            m_at = mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
-            m = tl.load(m_at, mask=real[:, None] & inside[None, :], other=0.0)
+            m = load_masks(mask_ptr, n, p, P, T, TP)
             coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
             coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
             scale = tl.sum(m * m * coefficient[:, None], axis=0)
@@ -337,7 +342,7 @@ def forward(
         "TP": tuning.token_rows(num_tokens),
     }
     with launch.device_of(loss):
-        for group in launch.groups(student, teacher):
+        for group in launch.groups(student, teacher, parameters=[tokens, raw_tokens, pool_rows, pool_bias]):
             s, t = group.own(student), group.own(teacher)
             config = tuning.forward_config(max(s[0].dtype.itemsize, t[0].dtype.itemsize), num_tokens, group.fast[0])
             hs, ws = zip(*group.own(sizes), strict=True)
@@ -394,8 +399,7 @@ def backward(
         for group in launch.groups(student, teacher, written):
             s = group.own(student)
             config = tuning.backward_config(s[0].dtype.itemsize, num_tokens, group.fast[0])
-            counts = [n * triton.cdiv(x.shape[2], config.block_p) * triton.cdiv(x.shape[1], config.block_c) for x in s]
-            first, programs = launch.first_programs(counts)
+            first, programs = launch.first_programs([n * launch.tiles(x, config) for x in s])
             backward_kernel[(programs,)](
                 *(launch.per_level(group.own(x)) for x in (student, teacher, masks, affine or masks, written)),
                 launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(student),

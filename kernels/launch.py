@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import CHANNELS, PIXELS, sigmoid
+from .tuning import Config
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
@@ -116,16 +117,14 @@ class Group:
         }
 
 
-def groups(*maps: Sequence[Tensor]) -> list[Group]:
-    """The launches for a pyramid, given the feature maps ``[N, C, P]`` that a kernel addresses, one sequence of levels each.
-
-    One launch, unless levels differ in dtype or layout, or have 2**31 elements or more in an image.
-    """
+def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ()) -> list[Group]:
+    """The launches for a pyramid, given the feature maps ``[N, C, P]`` that a kernel addresses, one sequence of levels each, and
+    the ``parameters`` it reads: one launch, unless levels differ in dtypes or layouts, or have 2**31 elements in an image."""
     found: dict[Any, list[int]] = {}
     for i, level in enumerate(zip(*maps, strict=True)):
-        key = [(x.dtype, fast(x)) for x in level]
-        found.setdefault((*key, _wide(*level), None if PYRAMIDS else i), []).append(i)
-    return [_group(levels, maps, key[-2]) for key, levels in found.items()]
+        key = [(x.dtype, fast(x)) for x in level] + [each[i].dtype for each in parameters if each]
+        found.setdefault((*key, None if PYRAMIDS else i, _wide(*level)), []).append(i)
+    return [_group(levels, maps, key[-1]) for key, levels in found.items()]
 
 
 def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], wide: bool) -> Group:
@@ -166,6 +165,11 @@ def table(values: Iterable[int]) -> Any:
 def per_level(values: Sequence[Any]) -> Any:
     """A tuple with an entry per level, or the entry itself where there is one level."""
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def tiles(x: Tensor, config: Config) -> int:
+    """Tiles of an image of ``x [N, C, P]``."""
+    return triton.cdiv(x.shape[1], config.block_c) * triton.cdiv(x.shape[2], config.block_p)
 
 
 def first_programs(counts: Sequence[int]) -> tuple[list[int], int]:

@@ -1,12 +1,16 @@
-"""Stage 1 on Triton: masked features and Dice sums of a frozen teacher's features, and the gradients of the tokens.
+"""Stage 1 on Triton: masked features and Dice losses of a frozen teacher's features, and the gradients of the tokens.
 
-Forward: one read of x gives the masks, the sums of every channel and the Gram sums of every pair of masks. Without mask weights
-the same kernel writes y = x * sum_t m (x comes from L2 the second time: 2 passes over a feature tensor). Mask weights need sums
-of the whole image before a pixel can be weighed, so with them a second kernel writes y and reads x again: 3 passes. Backward:
-one kernel takes a tile of all channels, forms g.x per pixel, then the gradient of the masks, then the tile's share of the token
-gradient (x comes from L2 the second time): 2 passes. A third kernel writes the gradient of x where it is wanted. All reductions
-have a fixed order, no atomics.
+Every launch covers all levels and images. Forward: one read of x gives the masks, the sums of every channel and the Gram sums of
+every pair of masks; a second launch with one program per level and image adds them up and writes mask weights and Dice losses.
+Without mask weights the first kernel also writes y = x * sum_t m (x comes from L2 the second time: 2 passes over a feature
+tensor). Mask weights need sums of the whole image before a pixel can be weighed, so with them a third kernel reads x again and
+writes y: 3 passes. Backward: one kernel takes a tile of all channels, forms g.x per pixel, then the gradient of the masks, then
+the tile's share of the token gradient (x comes from L2 the second time): 2 passes; a finishing kernel adds the shares. Another
+kernel writes the gradient of x where it is wanted: 2 passes more. All reductions have a fixed order, no atomics.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,42 +19,44 @@ from torch import Tensor
 
 from .._eager import acc_dtype
 from . import launch, tuning
-from .tiles import add_projection, join_split, load_rows, mask_gradient, pick_row, sigmoid, tile_offsets
+from .tiles import (
+    add_projection,
+    find_level,
+    join_split,
+    load_masks,
+    load_rows,
+    mask_gradient,
+    pick,
+    pick_int,
+    pick_row,
+    sigmoid,
+    tile_of,
+    tile_offsets,
+)
 
-_STRIDES = ["x_n", "x_c", "x_p"]
+BORDER = 8  # programs of an image that add up its border, one for each strip but the first
 
 
-@triton.jit(do_not_specialize=["C_Q", "P_Q", "tiles", *_STRIDES, "y_n", "y_c", "y_p"])
-def mask_kernel(
-    x_ptr,  # [N, C, P] by strides
-    token_ptr,  # [T, C]
-    bias_ptr,  # [T]
-    mask_ptr,  # [N, T, P], written
-    sum_ptr,  # [N, tiles, C], written
-    gram_ptr,  # [N, tiles, T, T], written
-    y_ptr,  # [N, C, P] by strides, written where not WEIGHTED
-    C_Q, P_Q, tiles, x_n, x_c, x_p, y_n, y_c, y_p,
+@triton.jit
+def _mask_tile(
+    n, tile, tiles, x_ptr, token_ptr, bias_ptr, mask_ptr, total_ptr, gram_ptr, y_ptr, C, P, x_row, y_row,
     WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr,
-    C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    C = C_Q * C_ALIGN
-    P = P_Q * P_ALIGN
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    """Masks and sums of BLOCK_P pixels, and y where not WEIGHTED; ``x_ptr`` and ``y_ptr`` are those of the image."""
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
-    x_ptr += n * x_n * ALIGN
-    sum_ptr += (n * tiles + tile) * C
+    total_ptr += (n * tiles + tile) * C
     logits = tl.zeros((SPLIT * TP, BLOCK_P), ACC)
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(c, p, x_c, x_p, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
         logits = add_projection(logits, load_rows(token_ptr, c, C, x.dtype, T, TP, SPLIT), x, ACC, UPCAST)
         if WEIGHTED:
-            tl.store(sum_ptr + c, tl.sum(x.to(ACC), axis=1), mask=c < C)
+            tl.store(total_ptr + c, tl.sum(x.to(ACC), axis=1), mask=c < C)
     token = tl.arange(0, TP)
     real = token < T
     scores = join_split(logits, TP, SPLIT, BLOCK_P)
@@ -58,117 +64,246 @@ def mask_kernel(
         scores += tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
     m = tl.where(inside[None, :], sigmoid(scores), 0.0)
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
-    gram_ptr += (n * tiles + tile) * T * T
     for i in range(T):
         tl.store(gram_ptr + i * T + token, tl.sum(m * pick_row(m, i, TP)[None, :], axis=1), mask=real)
     if not WEIGHTED:
         gate = tl.sum(tl.where(real[:, None], m, 0.0), axis=0)
-        y_ptr += n * y_n * ALIGN
         for c0 in range(0, C, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             mask = (c < C)[:, None] & inside[None, :]
-            x = tl.load(x_ptr + tile_offsets(c, p, x_c, x_p, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+            x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
             y = (x.to(ACC) * gate[None, :]).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + tile_offsets(c, p, y_c, y_p, Y_FAST, ALIGN, WIDE), y, mask=mask)
+            tl.store(y_ptr + tile_offsets(c, p, y_row, Y_FAST, ALIGN, WIDE), y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "W", "C", *_STRIDES])
-def border_sum_kernel(
-    x_ptr,  # [N, C, P] by strides
-    sum_ptr,  # [N, 9, C], strips 1 to 8 are written; their order is that of ``_eager.STRIPS``
-    H, W, C, x_n, x_c, x_p,
+@triton.jit
+def _border_sum(
+    strip, x_ptr, sum_ptr, H, W, C, x_row,
     ACC: tl.constexpr, FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // 8).to(tl.int64)
-    strip = tl.program_id(0) % 8 + 1
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x_ptr += n * x_n * ALIGN
+    """Sums of x over one strip of the border; the order of the strips is that of ``_eager.STRIPS``."""
     length = tl.where(strip < 3, W, tl.where(strip < 5, H, 1))
     step = tl.where(strip < 3, 1, W)
     bottom = (strip == 2) | (strip == 7) | (strip == 8)
     right = (strip == 4) | (strip == 6) | (strip == 8)
     first = tl.where(bottom, (H - 1) * W, 0) + tl.where(right, W - 1, 0)
-    total = tl.zeros((BLOCK_C, BLOCK_P), ACC)
-    for start in range(0, length, BLOCK_P):
-        along = start + tl.arange(0, BLOCK_P)
-        mask = (c < C)[:, None] & (along < length)[None, :]
-        at = x_ptr + tile_offsets(c, first + along * step, x_c, x_p, FAST, ALIGN, WIDE)
-        total += tl.load(at, mask=mask, other=0.0).to(ACC)
-    tl.store(sum_ptr + (n * 9 + strip) * C + c, tl.sum(total, axis=1), mask=c < C)
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        total = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+        for start in range(0, length, BLOCK_P):
+            along = start + tl.arange(0, BLOCK_P)
+            mask = (c < C)[:, None] & (along < length)[None, :]
+            at = x_ptr + tile_offsets(c, first + along * step, x_row, FAST, ALIGN, WIDE)
+            total += tl.load(at, mask=mask, other=0.0).to(ACC)
+        tl.store(sum_ptr + strip * C + c, tl.sum(total, axis=1), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["C_Q", "P_Q", "tiles", *_STRIDES, "y_n", "y_c", "y_p", "weight_ptr"])
+@triton.jit(do_not_specialize=["first", "kinds", "Cs", "Ps", "Ws", "x_ns", "x_rows", "y_ns", "y_rows"])
+def mask_kernel(
+    # of every level
+    x_ptrs,  # [N, C, P] by strides
+    token_ptrs,  # [T, C]
+    bias_ptrs,  # [T]
+    mask_ptrs,  # [N, T, P], written
+    total_ptrs,  # [N, tiles, C], written where WEIGHTED
+    sum_ptrs,  # [N, 9, C], strips 1 to 8 are written where WEIGHTED
+    y_ptrs,  # [N, C, P] by strides, written where not WEIGHTED
+    first, kinds, Cs, Ps, Ws, x_ns, x_rows, y_ns, y_rows,
+    # of all
+    gram_ptr,  # [programs, T, T], written
+    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, BORDER: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    gram_ptr += program.to(tl.int64) * T * T
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    kind = pick_int(kinds, level, LEVELS)
+    W = pick_int(Ws, level, LEVELS)
+    x_ptr = pick(x_ptrs, level, LEVELS)
+    y_ptr = pick(y_ptrs, level, LEVELS)
+    sum_ptr = pick(sum_ptrs, level, LEVELS)
+    x_row = pick_int(x_rows, level, LEVELS)
+    for i in tl.static_range(len(ALIGNS)):
+        if kind == i:
+            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+            tiles = tl.cdiv(P, BLOCK_P)
+            blocks = tiles + BORDER
+            n = (program // blocks).to(tl.int64)
+            block = program % blocks
+            image = x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGNS[i]
+            if block < tiles:
+                _mask_tile(
+                    n, block, tiles, image, pick(token_ptrs, level, LEVELS), pick(bias_ptrs, level, LEVELS),
+                    pick(mask_ptrs, level, LEVELS), pick(total_ptrs, level, LEVELS), gram_ptr,
+                    y_ptr + n * pick_int(y_ns, level, LEVELS) * ALIGNS[i], C, P, x_row, pick_int(y_rows, level, LEVELS),
+                    WEIGHTED, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, ALIGNS[i], WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+                )  # fmt: skip
+            elif WEIGHTED:
+                _border_sum(
+                    block - tiles + 1, image, sum_ptr + n * 9 * C, P // W, W, C, x_row,
+                    ACC, FAST, ALIGNS[i], WIDE, BLOCK_C, BLOCK_P,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "Cs", "Hs", "Ws", "indices", "N", "weight_ptr", "pair_ptr", "dice_ptr"])
+def finish_kernel(
+    # of every level
+    total_ptrs,  # [N, tiles, C]
+    sum_ptrs,  # [N, 9, C], strip 0 is written
+    pool_ptrs,  # [9, T, C]
+    bias_ptrs,  # [T] or, where STANDARD, [4, T]
+    first, Cs, Hs, Ws, indices,
+    # of all
+    gram_ptr,  # [programs, T, T]
+    weight_ptr,  # [levels, N, T], written
+    pair_ptr,  # [levels, N, T, T], written: the gradient of the Dice loss for the masks is pairs @ m
+    dice_ptr,  # [levels, N], written
+    N, eps_high, eps_low,
+    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, TP: tl.constexpr, TILE: tl.constexpr, BORDER: tl.constexpr,
+    ROWS: tl.constexpr, PAIR_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mask weights, Dice losses and their gradients from the sums of one image; TILE is BLOCK_P of the mask kernel."""
+    level = tl.program_id(0) // N
+    n = (tl.program_id(0) % N).to(tl.int64)
+    C = pick_int(Cs, level, LEVELS)
+    H = pick_int(Hs, level, LEVELS)
+    W = pick_int(Ws, level, LEVELS)
+    tiles = tl.cdiv(H * W, TILE)
+    gram_ptr += (pick_int(first, level, LEVELS) + n * (tiles + BORDER)) * T * T
+    out = pick_int(indices, level, LEVELS) * N + n  # a launch need not have all levels
+    token = tl.arange(0, TP)
+    real = token < T
+
+    pair = tl.arange(0, TP * TP)
+    known = (pair // TP < T) & (pair % TP < T)
+    row = tl.arange(0, PAIR_ROWS)
+    grams = tl.zeros((PAIR_ROWS, TP * TP), ACC)
+    for r in range(0, tiles, PAIR_ROWS):
+        at = gram_ptr + (r + row)[:, None] * (T * T) + (pair // TP * T + pair % TP)[None, :]
+        grams += tl.load(at, mask=(r + row < tiles)[:, None] & known[None, :], other=0.0)
+    gram = tl.reshape(tl.sum(grams, axis=0), (TP, TP))
+    same = token[:, None] == token[None, :]
+    others = real[:, None] & real[None, :] & (token[:, None] != token[None, :])
+    area = tl.sum(tl.where(same, gram, 0.0), axis=0)  # the Gram sums are symmetric
+    areas = tl.sum(tl.where(same, gram, 0.0), axis=1)[:, None] + area[None, :] + eps_high + eps_low
+    share = tl.where(others, 1.0 / areas, 0.0)
+    if T > 1:
+        share = share / (N * T * (T - 1))
+    dice = 2.0 * share * gram
+    # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
+    falling = tl.sum(tl.where(others, dice / areas, 0.0), axis=1)
+    pairs = 4.0 * share - tl.where(same, 4.0 * falling[:, None], 0.0)
+    tl.store(dice_ptr + out, tl.sum(tl.sum(dice, axis=1), axis=0))
+    at = pair_ptr + out * T * T + token[:, None] * T + token[None, :]
+    tl.store(at, pairs, mask=real[:, None] & real[None, :])
+
+    if WEIGHTED:
+        total_ptr = pick(total_ptrs, level, LEVELS) + n * tiles * C
+        sum_ptr = pick(sum_ptrs, level, LEVELS) + n * 9 * C
+        pool_ptr = pick(pool_ptrs, level, LEVELS)
+        bias_ptr = pick(bias_ptrs, level, LEVELS)
+        row = tl.arange(0, ROWS)
+        score = tl.zeros((TP,), ACC)
+        for c0 in range(0, C, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            totals = tl.zeros((ROWS, BLOCK_C), ACC)
+            for r in range(0, tiles, ROWS):
+                at = total_ptr + (r + row)[:, None].to(tl.int64) * C + c[None, :]
+                totals += tl.load(at, mask=(r + row < tiles)[:, None] & (c < C)[None, :], other=0.0)
+            strip_sum = tl.sum(totals, axis=0)
+            tl.store(sum_ptr + c, strip_sum, mask=c < C)
+            for strip in range(9):
+                at = pool_ptr + (strip * T + token)[:, None] * C + c[None, :]
+                rows = tl.load(at, mask=real[:, None] & (c < C)[None, :], other=0.0).to(ACC)
+                border_sum = tl.load(sum_ptr + strip * C + c, mask=(c < C) & (strip > 0), other=0.0)
+                score += tl.sum(rows * tl.where(strip == 0, strip_sum, border_sum)[None, :], axis=1)
+        score = score / (H * W) + tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)
+        if STANDARD:  # what the mean adds to the sums of the border
+            score += tl.load(bias_ptr + T + token, mask=real, other=0.0).to(ACC) / H
+            score += tl.load(bias_ptr + 2 * T + token, mask=real, other=0.0).to(ACC) / W
+            score += tl.load(bias_ptr + 3 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
+        score = tl.where(real, score, float("-inf"))
+        weight = tl.exp(score - tl.max(score, axis=0))
+        weight = weight / tl.sum(weight, axis=0)
+    else:
+        weight = tl.full((TP,), 1.0, ACC)
+    tl.store(weight_ptr + out * T + token, weight, mask=real)
+
+
+@triton.jit(do_not_specialize=["first", "kinds", "indices", "Cs", "Ps", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
 def gate_kernel(
-    x_ptr,  # [N, C, P] by strides
-    mask_ptr,  # [N, T, P]
-    weight_ptr,  # [N, T]
-    y_ptr,  # [N, C, P] by strides, written
-    C_Q, P_Q, tiles, x_n, x_c, x_p, y_n, y_c, y_p,
+    # of every level
+    x_ptrs,  # [N, C, P] by strides
+    mask_ptrs,  # [N, T, P]
+    y_ptrs,  # [N, C, P] by strides, written
+    first, kinds, indices, Cs, Ps, x_ns, x_rows, y_ns, y_rows,
+    # of all
+    weight_ptr,  # [levels, N, T]
+    N,
+    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr,
-    C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """y = x * sum_t weight * mask."""
-    C = C_Q * C_ALIGN
-    P = P_Q * P_ALIGN
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = p < P
-    mask = (c < C)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + n * x_n * ALIGN + tile_offsets(c, p, x_c, x_p, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+    program = tl.program_id(0)
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    kind = pick_int(kinds, level, LEVELS)
+    index = pick_int(indices, level, LEVELS).to(tl.int64)
+    x_ptr = pick(x_ptrs, level, LEVELS)
+    y_ptr = pick(y_ptrs, level, LEVELS)
+    mask_ptr = pick(mask_ptrs, level, LEVELS)
+    x_row = pick_int(x_rows, level, LEVELS)
+    y_row = pick_int(y_rows, level, LEVELS)
     token = tl.arange(0, TP)
     real = token < T
-    at = mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
-    m = tl.load(at, mask=real[:, None] & inside[None, :], other=0.0)
-    gate = tl.sum(m * tl.load(weight_ptr + n * T + token, mask=real, other=0.0)[:, None], axis=0)
-    y = x.to(gate.dtype) * gate[None, :]
-    y_at = y_ptr + n * y_n * ALIGN + tile_offsets(c, p, y_c, y_p, Y_FAST, ALIGN, WIDE)
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(ALIGNS)):
+        if kind == i:
+            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+            inside = p < P
+            mask = (c < C)[:, None] & inside[None, :]
+            x_at = x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, x_row, FAST, ALIGNS[i], WIDE)
+            y_at = y_ptr + n * pick_int(y_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, y_row, Y_FAST, ALIGNS[i], WIDE)
+            x = tl.load(x_at, mask=mask, other=0.0)
+            m = load_masks(mask_ptr, n, p, P, T, TP)
+            weight = tl.load(weight_ptr + (index * N + n) * T + token, mask=real, other=0.0)
+            gate = tl.sum(m * weight[:, None], axis=0)
+            y = x.to(gate.dtype) * gate[None, :]
+            tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["C_Q", "P_Q", "tiles", *_STRIDES, "g_n", "g_c", "g_p", "weight_ptr", "pair_ptr"])
-def token_gradient_kernel(
-    g_ptr,  # [N, C, P] by strides: the gradient of y
-    x_ptr,  # [N, C, P] by strides
-    mask_ptr,  # [N, T, P]
-    weight_ptr,  # [N, T]
-    pair_ptr,  # [N, T, T]
-    gx_ptr,  # [N, P], written where X_GRAD
-    share_ptr,  # [N, tiles, 2, T], written: each tile's share of the gradients of mask weights and token biases
-    token_ptr,  # [N, tiles, T, C], written: each tile's share of the token gradient
-    C_Q, P_Q, tiles, x_n, x_c, x_p, g_n, g_c, g_p,
+@triton.jit
+def _token_gradient_tile(
+    n, tile, tiles, g_ptr, x_ptr, mask_ptr, weight_ptr, pair_ptr, dice, gx_ptr, share_ptr, token_ptr, C, P, x_row, g_row,
     X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
-    FAST: tl.constexpr, G_FAST: tl.constexpr,
-    C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    FAST: tl.constexpr, G_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    C = C_Q * C_ALIGN
-    P = P_Q * P_ALIGN
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
-    x_ptr += n * x_n * ALIGN
-    g_ptr += n * g_n * ALIGN
     products = tl.zeros((BLOCK_C, BLOCK_P), ACC)
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(c, p, x_c, x_p, FAST, ALIGN, WIDE), mask=mask, other=0.0)
-        g = tl.load(g_ptr + tile_offsets(c, p, g_c, g_p, G_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        g = tl.load(g_ptr + tile_offsets(c, p, g_row, G_FAST, ALIGN, WIDE), mask=mask, other=0.0)
         products += g.to(ACC) * x.to(ACC)
     gx = tl.sum(products, axis=0)
     if X_GRAD:
         tl.store(gx_ptr + n * P + p, gx, mask=inside)
     token = tl.arange(0, TP)
     real = token < T
-    at = mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
-    m = tl.load(at, mask=real[:, None] & inside[None, :], other=0.0)
-    share_ptr += (n * tiles + tile) * 2 * T
+    m = load_masks(mask_ptr, n, p, P, T, TP)
     tl.store(share_ptr + token, tl.sum(m * gx[None, :], axis=1), mask=real)
-    dl = mask_gradient(m, gx, weight_ptr + n * T, pair_ptr + n * T * T, T, TP)
+    dl = mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T, TP)
     tl.store(share_ptr + T + token, tl.sum(dl, axis=1), mask=real)
     # rows scaled to 1, in two parts for half features: a half-precision product must not lose small gradients
     largest = tl.max(tl.abs(dl), axis=1)
@@ -180,7 +315,7 @@ def token_gradient_kernel(
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + tile_offsets(c, p, x_c, x_p, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
         across = tl.trans(x)
         share = add_projection(tl.zeros((TP, BLOCK_C), ACC), high, across, ACC, UPCAST)
         if SPLIT == 2:
@@ -189,175 +324,421 @@ def token_gradient_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["W", "H", "C_Q", "P_Q", "tiles", "g_n", "g_c", "g_p", "d_n", "d_c", "d_p", "weight_ptr", "pair_ptr"]
+    do_not_specialize=[
+        *("first", "kinds", "indices", "Cs", "Ps", "x_ns", "x_rows", "g_ns", "g_rows"),
+        *("weight_ptr", "pair_ptr", "dice_ptr", "dice_stride", "N"),
+    ]
+)
+def token_gradient_kernel(
+    # of every level
+    x_ptrs,  # [N, C, P] by strides
+    g_ptrs,  # [N, C, P] by strides: the gradient of y
+    mask_ptrs,  # [N, T, P]
+    gx_ptrs,  # [N, P], written where X_GRAD
+    token_ptrs,  # [N, tiles, T, C], written: each tile's share of the token gradient
+    first, kinds, indices, Cs, Ps, x_ns, x_rows, g_ns, g_rows,
+    # of all
+    weight_ptr,  # [levels, N, T]
+    pair_ptr,  # [levels, N, T, T]
+    dice_ptr,  # [levels] by stride: the gradient of the Dice losses
+    share_ptr,  # [programs, 2, T], written: each tile's share of the gradients of mask weights and token biases
+    dice_stride, N,
+    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
+    FAST: tl.constexpr, G_FAST: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    share_ptr += program.to(tl.int64) * 2 * T
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    kind = pick_int(kinds, level, LEVELS)
+    index = pick_int(indices, level, LEVELS).to(tl.int64)
+    x_ptr = pick(x_ptrs, level, LEVELS)
+    g_ptr = pick(g_ptrs, level, LEVELS)
+    dice = tl.load(dice_ptr + index * dice_stride)
+    for i in tl.static_range(len(ALIGNS)):
+        if kind == i:
+            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+            tiles = tl.cdiv(P, BLOCK_P)
+            n = (program // tiles).to(tl.int64)
+            _token_gradient_tile(
+                n, program % tiles, tiles, g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGNS[i],
+                x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGNS[i], pick(mask_ptrs, level, LEVELS),
+                weight_ptr + (index * N + n) * T, pair_ptr + (index * N + n) * T * T, dice, pick(gx_ptrs, level, LEVELS),
+                share_ptr, pick(token_ptrs, level, LEVELS), C, P,
+                pick_int(x_rows, level, LEVELS), pick_int(g_rows, level, LEVELS),
+                X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, ALIGNS[i], WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _add_token_shares(
+    token, block, count, token_ptr, share_ptr, to_token_ptr, to_token_bias_ptr, C,
+    BIASED: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C channels of the gradient of one token from ``count`` shares, and the gradient of its bias."""
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.arange(0, ROWS).to(tl.int64)
+    total = tl.zeros((ROWS, BLOCK_C), ACC)
+    bias = tl.zeros((ROWS,), ACC)
+    for r in range(0, count, ROWS):
+        there = r + row < count
+        at = token_ptr + ((r + row) * T + token)[:, None] * C + c[None, :]
+        total += tl.load(at, mask=there[:, None] & (c < C)[None, :], other=0.0)
+        if BIASED:
+            bias += tl.load(share_ptr + ((r + row) * 2 + 1) * T + token, mask=there, other=0.0)
+    tl.store(to_token_ptr + token * C + c, tl.sum(total, axis=0).to(to_token_ptr.dtype.element_ty), mask=c < C)
+    if BIASED:
+        tl.store(to_token_bias_ptr + token, tl.sum(bias, axis=0).to(to_token_bias_ptr.dtype.element_ty), mask=block == 0)
+
+
+@triton.jit
+def _add_weight_shares(
+    strip, block, tiles, share_ptr, weight_ptr, sum_ptr, pool_ptr, to_pool_ptr, to_bias_ptr, to_sum_ptr, N, C, H, W,
+    STANDARD: tl.constexpr, X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C channels of the gradients of one strip's pool rows and sums, and the gradient of the weighting's bias."""
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    token = tl.arange(0, TP)
+    real = token < T
+    row = tl.arange(0, ROWS)
+    parameters = real[:, None] & (c < C)[None, :]
+    at = (strip * T + token)[:, None] * C + c[None, :]
+    pool = tl.load(pool_ptr + at, mask=parameters, other=0.0).to(ACC)
+    total = tl.zeros((TP, BLOCK_C), ACC)
+    constant = tl.zeros((TP,), ACC)
+    for n in range(N):
+        shares = tl.zeros((ROWS, TP), ACC)
+        for r in range(0, tiles, ROWS):
+            shares += tl.load(
+                share_ptr + (n * tiles + r + row)[:, None].to(tl.int64) * (2 * T) + token[None, :],
+                mask=(r + row < tiles)[:, None] & real[None, :],
+                other=0.0,
+            )
+        to_weight = tl.sum(shares, axis=0)
+        weight = tl.load(weight_ptr + n * T + token, mask=real, other=0.0)
+        to_score = weight * (to_weight - tl.sum(weight * to_weight, axis=0))
+        constant += to_score
+        to_score = to_score / (H * W)
+        image = (n * 9 + strip) * C
+        total += to_score[:, None] * tl.load(sum_ptr + image + c, mask=c < C, other=0.0)[None, :]
+        if X_GRAD:
+            tl.store(to_sum_ptr + image + c, tl.sum(to_score[:, None] * pool, axis=0), mask=c < C)
+    tl.store(to_pool_ptr + at, total.to(to_pool_ptr.dtype.element_ty), mask=parameters)
+    once = real & (strip == 0) & (block == 0)
+    tl.store(to_bias_ptr + token, constant.to(to_bias_ptr.dtype.element_ty), mask=once)
+    if STANDARD:
+        tl.store(to_bias_ptr + T + token, (constant / H).to(to_bias_ptr.dtype.element_ty), mask=once)
+        tl.store(to_bias_ptr + 2 * T + token, (constant / W).to(to_bias_ptr.dtype.element_ty), mask=once)
+        tl.store(to_bias_ptr + 3 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=once)
+
+
+@triton.jit(do_not_specialize=["first", "adding", "indices", "Cs", "Hs", "Ws", "weight_ptr", "N"])
+def add_shares_kernel(
+    # of every level
+    token_ptrs,  # [N, tiles, T, C]: the tiles' shares
+    sum_ptrs,  # [N, 9, C]
+    pool_ptrs,  # [9, T, C]
+    to_token_ptrs,  # [T, C], written
+    to_token_bias_ptrs,  # [T], written where BIASED
+    to_pool_ptrs,  # [9, T, C], written where WEIGHTED
+    to_bias_ptrs,  # [T] or, where STANDARD, [4, T], written where WEIGHTED
+    to_sum_ptrs,  # [N, 9, C], written where WEIGHTED and X_GRAD
+    first,  # programs of the token gradient
+    adding,  # first programs of this launch
+    indices, Cs, Hs, Ws,
+    # of all
+    share_ptr,  # [programs of the token gradient, 2, T]
+    weight_ptr,  # [levels, N, T]
+    N,
+    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, STANDARD: tl.constexpr, X_GRAD: tl.constexpr,
+    ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, SHARE_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all parameters; TILE is BLOCK_P of the token gradient."""
+    program = tl.program_id(0)
+    level = find_level(program, adding, LEVELS)
+    program -= pick_int(adding, level, LEVELS)
+    C = pick_int(Cs, level, LEVELS)
+    H = pick_int(Hs, level, LEVELS)
+    W = pick_int(Ws, level, LEVELS)
+    tiles = tl.cdiv(H * W, TILE)
+    share_ptr += pick_int(first, level, LEVELS).to(tl.int64) * 2 * T
+    blocks = tl.cdiv(C, BLOCK_C)
+    role = program // blocks  # a token, or T + a strip
+    if role < T:
+        _add_token_shares(
+            role, program % blocks, N * tiles, pick(token_ptrs, level, LEVELS), share_ptr,
+            pick(to_token_ptrs, level, LEVELS), pick(to_token_bias_ptrs, level, LEVELS), C, BIASED, ACC, T, ROWS, BLOCK_C,
+        )  # fmt: skip
+    elif WEIGHTED:
+        _add_weight_shares(
+            role - T, program % blocks, tiles, share_ptr, weight_ptr + pick_int(indices, level, LEVELS) * N * T,
+            pick(sum_ptrs, level, LEVELS), pick(pool_ptrs, level, LEVELS), pick(to_pool_ptrs, level, LEVELS),
+            pick(to_bias_ptrs, level, LEVELS), pick(to_sum_ptrs, level, LEVELS), N, C, H, W,
+            STANDARD, X_GRAD, ACC, T, TP, SHARE_ROWS, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("first", "kinds", "indices", "Cs", "Ps", "Ws", "g_ns", "g_rows", "d_ns", "d_rows"),
+        *("weight_ptr", "pair_ptr", "dice_ptr", "dice_stride", "N"),
+    ]
 )
 def feature_gradient_kernel(
-    g_ptr,  # [N, C, P] by strides: the gradient of y
-    gx_ptr,  # [N, P]
-    mask_ptr,  # [N, T, P]
-    weight_ptr,  # [N, T]
-    pair_ptr,  # [N, T, T]
-    token_ptr,  # [T, C]
-    strip_ptr,  # [N, 9, C]: the gradients of the strip sums
-    d_ptr,  # [N, C, P] by strides, written
-    H, W, C_Q, P_Q, tiles, g_n, g_c, g_p, d_n, d_c, d_p,
+    # of every level
+    g_ptrs,  # [N, C, P] by strides: the gradient of y
+    gx_ptrs,  # [N, P]
+    mask_ptrs,  # [N, T, P]
+    token_ptrs,  # [T, C]
+    to_sum_ptrs,  # [N, 9, C]: the gradients of the strip sums
+    d_ptrs,  # [N, C, P] by strides, written
+    first, kinds, indices, Cs, Ps, Ws, g_ns, g_rows, d_ns, d_rows,
+    # of all
+    weight_ptr,  # [levels, N, T]
+    pair_ptr,  # [levels, N, T, T]
+    dice_ptr,  # [levels] by stride: the gradient of the Dice losses
+    dice_stride, N,
+    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, G_FAST: tl.constexpr, D_FAST: tl.constexpr,
-    C_ALIGN: tl.constexpr, P_ALIGN: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx = g * sum_t weight * mask + sum_t dl * token + the path through the mask weights."""
-    C = C_Q * C_ALIGN
-    P = P_Q * P_ALIGN
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    p = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = p < P
-    mask = (c < C)[:, None] & inside[None, :]
-    g = tl.load(g_ptr + n * g_n * ALIGN + tile_offsets(c, p, g_c, g_p, G_FAST, ALIGN, WIDE), mask=mask, other=0.0)
-    gx = tl.load(gx_ptr + n * P + p, mask=inside, other=0.0)
+    program = tl.program_id(0)
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    kind = pick_int(kinds, level, LEVELS)
+    index = pick_int(indices, level, LEVELS).to(tl.int64)
+    W = pick_int(Ws, level, LEVELS)
+    g_ptr = pick(g_ptrs, level, LEVELS)
+    d_ptr = pick(d_ptrs, level, LEVELS)
+    gx_ptr = pick(gx_ptrs, level, LEVELS)
+    mask_ptr = pick(mask_ptrs, level, LEVELS)
+    token_ptr = pick(token_ptrs, level, LEVELS)
+    to_sum_ptr = pick(to_sum_ptrs, level, LEVELS)
+    g_row = pick_int(g_rows, level, LEVELS)
+    d_row = pick_int(d_rows, level, LEVELS)
+    dice = tl.load(dice_ptr + index * dice_stride)
     token = tl.arange(0, TP)
     real = token < T
-    at = mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
-    m = tl.load(at, mask=real[:, None] & inside[None, :], other=0.0)
-    gate = tl.sum(m * tl.load(weight_ptr + n * T + token, mask=real, other=0.0)[:, None], axis=0)
-    dl = mask_gradient(m, gx, weight_ptr + n * T, pair_ptr + n * T * T, T, TP)
-    d = g.to(gate.dtype) * gate[None, :]
-    for i in range(T):
-        row = tl.load(token_ptr + i * C + c, mask=c < C, other=0.0).to(gate.dtype)
-        d += row[:, None] * pick_row(dl, i, TP)[None, :]
-    if WEIGHTED:
-        strip_ptr += n * 9 * C
-        h = p // W
-        w = p % W
-        for strip in range(9):  # a loop: nine rows at a time would not fit into registers
-            top = (strip == 1) | (strip == 5) | (strip == 6)
-            bottom = (strip == 2) | (strip == 7) | (strip == 8)
-            left = (strip == 3) | (strip == 5) | (strip == 7)
-            right = (strip == 4) | (strip == 6) | (strip == 8)
-            there = ((h == 0) | (top == 0)) & ((h == H - 1) | (bottom == 0))
-            there = there & ((w == 0) | (left == 0)) & ((w == W - 1) | (right == 0))
-            row = tl.load(strip_ptr + strip * C + c, mask=c < C, other=0.0)
-            d += tl.where(there[None, :], row[:, None], 0.0)
-    d_at = d_ptr + n * d_n * ALIGN + tile_offsets(c, p, d_c, d_p, D_FAST, ALIGN, WIDE)
-    tl.store(d_at, d.to(d_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(ALIGNS)):
+        if kind == i:
+            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+            inside = p < P
+            mask = (c < C)[:, None] & inside[None, :]
+            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, g_row, G_FAST, ALIGNS[i], WIDE)
+            d_at = d_ptr + n * pick_int(d_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, d_row, D_FAST, ALIGNS[i], WIDE)
+            g = tl.load(g_at, mask=mask, other=0.0)
+            gx = tl.load(gx_ptr + n * P + p, mask=inside, other=0.0)
+            m = load_masks(mask_ptr, n, p, P, T, TP)
+            image = index * N + n
+            gate = tl.sum(m * tl.load(weight_ptr + image * T + token, mask=real, other=0.0)[:, None], axis=0)
+            dl = mask_gradient(m, gx, dice, weight_ptr + image * T, pair_ptr + image * T * T, T, TP)
+            d = g.to(gate.dtype) * gate[None, :]
+            for j in range(T):
+                row = tl.load(token_ptr + j * C + c, mask=c < C, other=0.0).to(gate.dtype)
+                d += row[:, None] * pick_row(dl, j, TP)[None, :]
+            if WEIGHTED:
+                strip_ptr = to_sum_ptr + n * 9 * C
+                h = p // W
+                w = p % W
+                H = P // W
+                for strip in range(9):  # a loop: nine rows at a time would not fit into registers
+                    top = (strip == 1) | (strip == 5) | (strip == 6)
+                    bottom = (strip == 2) | (strip == 7) | (strip == 8)
+                    left = (strip == 3) | (strip == 5) | (strip == 7)
+                    right = (strip == 4) | (strip == 6) | (strip == 8)
+                    there = ((h == 0) | (top == 0)) & ((h == H - 1) | (bottom == 0))
+                    there = there & ((w == 0) | (left == 0)) & ((w == W - 1) | (right == 0))
+                    row = tl.load(strip_ptr + strip * C + c, mask=c < C, other=0.0)
+                    d += tl.where(there[None, :], row[:, None], 0.0)
+            tl.store(d_at, d.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-def mask_pass(
-    x: Tensor, tokens: Tensor, token_bias: Tensor | None, height: int, weighted: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``, and
-    without weighting the masked features in the dtype and, where it is dense, the strides of ``x``."""
-    launch.check_device(x)
-    masked = None if weighted else torch.empty_like(x)
-    x = launch.addressable(x)
-    y = x if masked is None else launch.writable(masked)
-    (n, c, p), t = x.shape, tokens.shape[0]
-    acc = acc_dtype(x.dtype)
-    config = tuning.forward_config(x.dtype.itemsize, t, launch.fast(x))
-    tiles = triton.cdiv(p, config.block_p)
-    masks = x.new_empty((n, t, p), dtype=acc)
-    grams = x.new_empty((n, tiles, t, t), dtype=acc)
-    totals = x.new_empty((n, tiles, c) if weighted else 0, dtype=acc)
-    sums = x.new_empty((n, 9, c) if weighted else 0, dtype=acc)
-    if n == 0:
-        return masks, sums, grams.sum(1), masked
-    layout = launch.layout(x, y)
-    strides = launch.quotients(x, layout["ALIGN"])
-    common = {"ACC": launch.TL_DTYPE[acc], "FAST": launch.fast(x), "ALIGN": layout["ALIGN"], "WIDE": layout["WIDE"]}
-    with launch.device_of(x):
-        mask_kernel[(n * tiles,)](
-            x, tokens.contiguous(), masks if token_bias is None else token_bias.contiguous(), masks, totals, grams, y,
-            c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles, *strides, *launch.quotients(y, layout["ALIGN"]),
-            WEIGHTED=weighted, BIASED=token_bias is not None, Y_FAST=launch.fast(y),
-            T=t, TP=tuning.token_rows(t), SPLIT=launch.split(x), C_ALIGN=layout["C_ALIGN"], P_ALIGN=layout["P_ALIGN"],
-            UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
-            num_warps=config.num_warps, **common,
-        )  # fmt: skip
-        if weighted:
-            block = tuning.backward_config(x.dtype.itemsize, t, launch.fast(x))
-            border_sum_kernel[(n * 8, triton.cdiv(c, block.block_c))](
-                x, sums, height, p // height, c, *strides,
-                BLOCK_C=block.block_c, BLOCK_P=block.block_p, num_warps=block.num_warps, **common,
-            )  # fmt: skip
-            torch.sum(totals, 1, out=sums[:, 0])
-        if masked is not None and y is not masked:
-            masked.copy_(y)
-        return masks, sums, grams.sum(1), masked
-
-
-def gate(x: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
-    """``x * sum_t weights[n, t] masks[n, t]``, in the dtype and, where it is dense, the strides of ``x [N, C, P]``."""
-    (n, c, p), t = x.shape, masks.shape[1]
-    masked = torch.empty_like(x)
-    if n == 0:
-        return masked
-    x, y = launch.addressable(x), launch.writable(masked)
-    config = tuning.backward_config(x.dtype.itemsize, t, launch.fast(x))
-    tiles = triton.cdiv(p, config.block_p)
-    layout = launch.layout(x, y)
-    with launch.device_of(x):
-        gate_kernel[(n * tiles, triton.cdiv(c, config.block_c))](
-            x, masks, weights, y, c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles,
-            *launch.quotients(x, layout["ALIGN"]), *launch.quotients(y, layout["ALIGN"]),
-            T=t, TP=triton.next_power_of_2(t), FAST=launch.fast(x), Y_FAST=launch.fast(y), **layout,
-            BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
-        )  # fmt: skip
-    return masked if y is masked else masked.copy_(y)
-
-
-def token_gradient(
-    grad: Tensor, x: Tensor, masks: Tensor, weights: Tensor, pairs: Tensor, need_x: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of tokens ``[T, C]``, token biases ``[T]`` and mask weights ``[N, T]``; ``grad . x`` if ``need_x``."""
-    x, grad = launch.addressable(x), launch.addressable(grad)
-    (n, c, p), t = x.shape, masks.shape[1]
-    config = tuning.forward_config(max(x.dtype.itemsize, grad.dtype.itemsize), t, launch.fast(x))
-    tiles = triton.cdiv(p, config.block_p)
-    gx = masks.new_empty((n, p) if need_x else 0)
-    shares = masks.new_empty((n, tiles, 2, t))
-    token_shares = masks.new_empty((n, tiles, t, c))
-    if n > 0:
-        layout = launch.layout(x, grad)
-        with launch.device_of(x):
-            token_gradient_kernel[(n * tiles,)](
-                grad, x, masks, weights, pairs, gx, shares, token_shares,
-                c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles,
-                *launch.quotients(x, layout["ALIGN"]), *launch.quotients(grad, layout["ALIGN"]),
-                X_GRAD=need_x, ACC=launch.TL_DTYPE[masks.dtype], T=t, TP=tuning.token_rows(t), SPLIT=launch.split(x),
-                FAST=launch.fast(x), G_FAST=launch.fast(grad), **layout, UPCAST=launch.INTERPRETED,
-                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
-            )  # fmt: skip
-    weight_grad, bias_grad = shares.sum(1).unbind(1)
-    return token_shares.sum((0, 1)), bias_grad.sum(0), weight_grad, gx
-
-
-def feature_gradient(
-    grad: Tensor,
-    x: Tensor,
-    gx: Tensor,
-    masks: Tensor,
+def forward(
+    features: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    token_bias: Sequence[Tensor],
+    pool_rows: Sequence[Tensor],
+    pool_bias: Sequence[Tensor],
+    heights: Sequence[int],
+    masks: Sequence[Tensor],
+    sums: Sequence[Tensor],
     weights: Tensor,
     pairs: Tensor,
-    tokens: Tensor,
-    strips: Tensor,
-    height: int,
-) -> Tensor:
-    """Gradient of ``x [N, C, P]``; ``strips [N, 9, C]`` is that of its strip sums (empty without weighting)."""
-    (n, c, p), t = x.shape, masks.shape[1]
-    result = torch.empty_like(x)
+    dice: Tensor,
+) -> list[Tensor]:
+    """Masked features, in dtype and, where they are dense, strides of ``features``; fill ``masks`` (one ``[N, T, P]`` per level),
+    ``sums`` (``[N, 9, C]`` each, with mask weights), ``weights [levels, N, T]``, ``pairs [levels, N, T, T]``, ``dice [levels, N]``.
+    """
+    launch.check_device(dice)
+    n, t = weights.shape[1:]
+    masked = [torch.empty_like(x) for x in features]
     if n == 0:
-        return result
-    grad, out = launch.addressable(grad), launch.writable(result)
-    config = tuning.backward_config(x.dtype.itemsize, t, launch.fast(out))
-    tiles = triton.cdiv(p, config.block_p)
-    layout = launch.layout(grad, out)
-    with launch.device_of(x):
-        feature_gradient_kernel[(n * tiles, triton.cdiv(c, config.block_c))](
-            grad, gx, masks, weights, pairs, tokens.contiguous(), strips, out,
-            height, p // height, c // layout["C_ALIGN"], p // layout["P_ALIGN"], tiles,
-            *launch.quotients(grad, layout["ALIGN"]), *launch.quotients(out, layout["ALIGN"]),
-            WEIGHTED=strips.numel() > 0, T=t, TP=triton.next_power_of_2(t),
-            G_FAST=launch.fast(grad), D_FAST=launch.fast(out), **layout,
-            BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps,
+        return masked
+    weighted = len(pool_rows) > 0
+    features, written = [launch.addressable(x) for x in features], [launch.writable(y) for y in masked]
+    tokens, token_bias, pool_rows, pool_bias = (
+        [x.contiguous() for x in each] for each in (tokens, token_bias, pool_rows, pool_bias)
+    )
+    sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
+    border = BORDER if weighted else 0
+    common = {"WEIGHTED": weighted, "ACC": launch.TL_DTYPE[masks[0].dtype], "T": t, "BORDER": border}
+    with launch.device_of(dice):
+        for group in launch.groups(features, written, parameters=[tokens, token_bias, pool_rows, pool_bias]):
+            x = group.own(features)
+            hs, ws = zip(*group.own(sizes), strict=True)
+            config = tuning.forward_config(x[0].dtype.itemsize, t, group.fast[0])
+            tiles = [triton.cdiv(h * w, config.block_p) for h, w in zip(hs, ws, strict=True)]
+            totals = [weights.new_empty((n, k, level.shape[1]) if weighted else 0) for k, level in zip(tiles, x, strict=True)]
+            first, programs = launch.first_programs([n * (k + border) for k in tiles])
+            grams = weights.new_empty((programs, t, t))
+
+            def pointers(values: Sequence[Tensor]) -> Any:
+                return launch.per_level(group.own(values or masks))
+
+            mask_kernel[(programs,)](
+                pointers(features), pointers(tokens), pointers(token_bias), pointers(masks), launch.per_level(totals),
+                pointers(sums), pointers(written),
+                launch.table(first), launch.table(group.kinds), *group.lengths(features), launch.table(ws),
+                *group.strides(features, written), grams,
+                BIASED=len(token_bias) > 0, TP=tuning.token_rows(t), SPLIT=launch.split(x[0]),
+                FAST=group.fast[0], Y_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
+                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
+                **group.constants, **common,
+            )  # fmt: skip
+            finish_kernel[(len(x) * n,)](
+                launch.per_level(totals), pointers(sums), pointers(pool_rows), pointers(pool_bias),
+                launch.table(first), launch.table(level.shape[1] for level in x), launch.table(hs), launch.table(ws),
+                launch.table(group.levels), grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
+                LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=triton.next_power_of_2(t),
+                TILE=config.block_p, **tuning.add_blocks(triton.next_power_of_2(t)), num_warps=8, **common,
+            )  # fmt: skip
+        if weighted:
+            _gate(features, masks, weights, written)
+    for y, out in zip(masked, written, strict=True):
+        if y is not out:
+            y.copy_(out)
+    return masked
+
+
+def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, written: Sequence[Tensor]) -> None:
+    n, t = weights.shape[1:]
+    for group in launch.groups(features, written):
+        x = group.own(features)
+        config = tuning.backward_config(x[0].dtype.itemsize, t, group.fast[0])
+        first, programs = launch.first_programs([n * launch.tiles(level, config) for level in x])
+        gate_kernel[(programs,)](
+            *(launch.per_level(group.own(values)) for values in (features, masks, written)),
+            launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(features),
+            *group.strides(features, written), weights, n,
+            T=t, TP=triton.next_power_of_2(t), FAST=group.fast[0], Y_FAST=group.fast[1],
+            BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
         )  # fmt: skip
-    return result if out is result else result.copy_(out)
+
+
+def backward(
+    grads: Sequence[Tensor],
+    grad_dice: Tensor,
+    features: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    pool_rows: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    weights: Tensor,
+    pairs: Tensor,
+    heights: Sequence[int],
+    to_tokens: Sequence[Tensor],
+    to_token_bias: Sequence[Tensor],
+    to_rows: Sequence[Tensor],
+    to_bias: Sequence[Tensor],
+    need_features: bool,
+) -> list[Tensor]:
+    """Gradients of ``features``, if needed; fill those of the parameters, ``to_...``, of which there are as many as parameters."""
+    launch.check_device(weights)
+    n, t = weights.shape[1:]
+    result = [torch.empty_like(x) for x in features] if need_features else []
+    if n == 0:
+        for each in (to_tokens, to_token_bias, to_rows, to_bias):
+            for gradient in each:
+                gradient.zero_()
+        return result
+    weighted = len(pool_rows) > 0
+    grads, features = [launch.addressable(g) for g in grads], [launch.addressable(x) for x in features]
+    tokens, pool_rows = [x.contiguous() for x in tokens], [x.contiguous() for x in pool_rows]
+    sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
+    gx = [weights.new_empty((n, x.shape[2])) for x in features] if need_features else masks
+    to_sums = [torch.empty_like(s) for s in sums] if need_features else sums
+    common = {"X_GRAD": need_features, "ACC": launch.TL_DTYPE[weights.dtype], "T": t, "TP": tuning.token_rows(t)}
+    with launch.device_of(weights):
+        for group in launch.groups(features, grads, parameters=[to_tokens, to_token_bias, to_rows, to_bias]):
+            x, g = group.own(features), group.own(grads)
+            hs, ws = zip(*group.own(sizes), strict=True)
+            config = tuning.forward_config(max(x[0].dtype.itemsize, g[0].dtype.itemsize), t, group.fast[0])
+            tiles = [triton.cdiv(level.shape[2], config.block_p) for level in x]
+            token_shares = [weights.new_empty((n, k, t, level.shape[1])) for k, level in zip(tiles, x, strict=True)]
+            first, programs = launch.first_programs([n * k for k in tiles])
+            shares = weights.new_empty((programs, 2, t))
+
+            def pointers(values: Sequence[Tensor]) -> Any:
+                return launch.per_level(group.own(values or masks))
+
+            token_gradient_kernel[(programs,)](
+                pointers(features), pointers(grads), pointers(masks), pointers(gx), launch.per_level(token_shares),
+                launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(features),
+                *group.strides(features, grads), weights, pairs, grad_dice, shares, grad_dice.stride(0), n,
+                SPLIT=launch.split(x[0]), FAST=group.fast[0], G_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
+                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
+                **group.constants, **common,
+            )  # fmt: skip
+            blocks = tuning.share_blocks(common["TP"])
+            roles = t + 9 * weighted
+            adding, programs = launch.first_programs([roles * triton.cdiv(level.shape[1], blocks["BLOCK_C"]) for level in x])
+            add_shares_kernel[(programs,)](
+                launch.per_level(token_shares), pointers(sums), pointers(pool_rows), pointers(to_tokens),
+                pointers(to_token_bias), pointers(to_rows), pointers(to_bias), pointers(to_sums),
+                launch.table(first), launch.table(adding), launch.table(group.levels),
+                launch.table(level.shape[1] for level in x), launch.table(hs), launch.table(ws), shares, weights, n,
+                LEVELS=len(x), WEIGHTED=weighted, BIASED=len(to_token_bias) > 0,
+                STANDARD=weighted and to_bias[0].dim() == 2, TILE=config.block_p, **blocks, num_warps=8, **common,
+            )  # fmt: skip
+        if need_features:
+            _feature_gradient(grads, grad_dice, gx, masks, weights, pairs, tokens, to_sums if weighted else (), sizes, result)
+    return result
+
+
+def _feature_gradient(
+    grads: Sequence[Tensor],
+    grad_dice: Tensor,
+    gx: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    weights: Tensor,
+    pairs: Tensor,
+    tokens: Sequence[Tensor],
+    to_sums: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    result: Sequence[Tensor],
+) -> None:
+    n, t = weights.shape[1:]
+    written = [launch.writable(d) for d in result]
+    for group in launch.groups(grads, written, parameters=[tokens]):
+        g, d = group.own(grads), group.own(written)
+        config = tuning.backward_config(d[0].dtype.itemsize, t, group.fast[1])
+        first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
+        feature_gradient_kernel[(programs,)](
+            *(launch.per_level(group.own(values)) for values in (grads, gx, masks, tokens, to_sums or masks, written)),
+            launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(grads),
+            launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),
+            weights, pairs, grad_dice, grad_dice.stride(0), n,
+            WEIGHTED=len(to_sums) > 0, T=t, TP=triton.next_power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],
+            BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
+        )  # fmt: skip
+    for out, d in zip(result, written, strict=True):
+        if d is not out:
+            out.copy_(d)

@@ -47,6 +47,25 @@ def find_level(program, first, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def tile_of(program, C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Image, channels and pixels of a program of a level whose tiles are walked along pixels, channels, images."""
+    tiles = tl.cdiv(P, BLOCK_P)
+    across = program // tiles
+    blocks = tl.cdiv(C, BLOCK_C)
+    c = (across % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = (program % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    return (across // blocks).to(tl.int64), c, p
+
+
+@triton.jit
+def load_masks(ptr, n, p, P, T: tl.constexpr, TP: tl.constexpr):
+    """Masks [TP, BLOCK_P] of image ``n`` from [N, T, P]; 0 for the rows that pad T."""
+    token = tl.arange(0, TP)
+    at = ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
+    return tl.load(at, mask=(token < T)[:, None] & (p < P)[None, :], other=0.0)
+
+
+@triton.jit
 def tile_offsets(c, p, row, FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
     """Offsets [BLOCK_C, BLOCK_P] inside one image, ``row`` between channels or, where these lie next to each other, between
     pixels; 64-bit when an image has 2**31 elements or more."""
@@ -117,12 +136,12 @@ def pick_row(x, i, ROWS: tl.constexpr):
 
 
 @triton.jit
-def mask_gradient(m, gx, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr):
-    """Gradient [TP, BLOCK_P] of the mask logits: ``dm = weight * gx + pair @ m``, ``dl = dm m (1 - m)``."""
+def mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr):
+    """Gradient [TP, BLOCK_P] of the mask logits: ``dm = weight * gx + dice * pair @ m``, ``dl = dm m (1 - m)``."""
     token = tl.arange(0, TP)
     real = token < T
     dm = tl.load(weight_ptr + token, mask=real, other=0.0)[:, None] * gx[None, :]
     for j in range(T):
-        column = tl.load(pair_ptr + j * T + token, mask=real, other=0.0)
+        column = tl.load(pair_ptr + j * T + token, mask=real, other=0.0) * dice
         dm += column[:, None] * pick_row(m, j, TP)[None, :]
     return dm * m * (1.0 - m)

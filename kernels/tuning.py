@@ -57,5 +57,15 @@ def backward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
 
 
 def finish_block(rows: int) -> int:
-    """Rows of partial sums that the finishing kernel adds at a time."""
+    """Rows of partial sums that the finishing kernel of stage 2 adds at a time."""
     return max(16, 1024 // rows)
+
+
+def add_blocks(rows: int) -> dict[str, int]:
+    """Blocks in which the finishing kernel of stage 1's forward pass adds sums of channels and of pairs of ``rows`` tokens."""
+    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), "BLOCK_C": 64}
+
+
+def share_blocks(rows: int) -> dict[str, int]:
+    """Blocks in which the finishing kernel of stage 1's backward pass adds shares of gradients."""
+    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), "BLOCK_C": 64}

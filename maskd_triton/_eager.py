@@ -240,10 +240,8 @@ def gram(m: Tensor) -> Tensor:
 
 
 def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean Dice coefficient of the ``T (T - 1)`` ordered pairs, 0 for ``T = 1`` or ``N = 0``, and its gradient for the masks.
-
-    ``gram [N, T, T]``; the gradient is ``pairs @ m`` with ``pairs [N, T, T]``.
-    """
+    """Every image's share ``[N]`` of the mean Dice coefficient of the ``T (T - 1)`` ordered pairs (0 for ``T = 1``), and its
+    gradient for the masks, ``pairs @ m`` with ``pairs [N, T, T]``; ``gram [N, T, T]``."""
     n, t, _ = gram.shape
     area = torch.diagonal(gram, dim1=1, dim2=2)
     others = 1 - torch.eye(t, dtype=gram.dtype, device=gram.device)
@@ -251,24 +249,60 @@ def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     dice = 2 * share * gram
     # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
     falling = (dice / (area[:, :, None] + area[:, None, :] + 2e-12)).sum(2)
-    return dice.sum(), 4 * share - 4 * torch.diag_embed(falling)
-
-
-# Stage 1, one level at a time: the same four functions as in kernels/learn.py, in plain torch.
+    return dice.sum((1, 2)), 4 * share - 4 * torch.diag_embed(falling)
 
 
 @_full_precision
-def mask_pass(
-    x: Tensor, tokens: Tensor, token_bias: Tensor | None, height: int, weighted: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``x [N, C, P]`` -> masks ``[N, T, P]``, strip sums ``[N, 9, C]`` (empty without weighting), Gram sums ``[N, T, T]``, and
-    without weighting the masked features."""
+def learn_forward(
+    x: Tensor, tokens: Tensor, token_bias: Tensor | None, weighting: tuple[Tensor, Tensor] | None, height: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """One level of stage 1: masked features, Dice loss ``[N]``, masks ``[N, T, P]``, mask weights ``[N, T]``, strip sums ``[N, 9, C]``
+    (None without weighting) and Dice pairs ``[N, T, T]``."""
     m = masks(x, tokens, token_bias)
-    sums = strip_sums(x, height, x.shape[2] // height) if weighted else m.new_empty(0)
-    return m, sums, gram(m), None if weighted else gate(x, m, m.new_ones(m.shape[:2]))
+    dice, pairs = dice_of_gram(gram(m))
+    if weighting is None:
+        sums, w = None, m.new_ones(m.shape[:2])
+    else:
+        width = x.shape[2] // height
+        sums = strip_sums(x, height, width)
+        w = weights_of_sums(sums, *weighting, height, width)
+    return gate(x, m, w), dice, m, w, sums, pairs
 
 
 @_full_precision
+def learn_backward(
+    grad: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    weighting: tuple[Tensor, Tensor, Tensor] | None,
+    m: Tensor,
+    w: Tensor,
+    pairs: Tensor,
+    height: int,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of tokens ``[T, C]``, token biases ``[T]``, pool rows and bias, and ``x``; ``weighting``: rows, bias, strip sums.
+
+    ``pairs`` is already multiplied by the gradient of the Dice loss.
+    """
+    gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
+    dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)
+    to_tokens = torch.bmm(dl, x.to(m.dtype).transpose(1, 2)).sum(0)  # an einsum over images and pixels would copy x
+    to_rows = to_bias = strips = None
+    if weighting is not None:
+        rows, bias, sums = weighting
+        pixels = x.shape[2]
+        to_weights = torch.einsum("ntp,np->nt", m, gx)
+        to_scores = w * (to_weights - (w * to_weights).sum(1, keepdim=True))
+        to_rows = torch.einsum("nt,nsc->stc", to_scores / pixels, sums)
+        to_bias = to_scores.sum(0)
+        if bias.dim() == 2:
+            to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), to_bias / pixels])
+        strips = torch.einsum("nt,stc->nsc", to_scores / pixels, rows.to(sums.dtype))
+    to_x = _feature_gradient(grad, x, dl, m, w, tokens, strips, height) if need_x else None
+    return to_tokens, dl.sum((0, 2)), to_rows, to_bias, to_x
+
+
 def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
     """``x * sum_t w[n, t] m[n, t, p]`` in the dtype and, where it is dense, the strides of ``x``."""
     a = torch.einsum("nt,ntp->np", w, m)[:, None, :]
@@ -276,25 +310,13 @@ def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
     return torch.mul(x, a, out=y) if x.dtype == a.dtype else y.copy_(x * a)
 
 
-@_full_precision
-def token_gradient(
-    grad: Tensor, x: Tensor, m: Tensor, w: Tensor, pairs: Tensor, need_x: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of tokens ``[T, C]``, token biases ``[T]`` and mask weights ``[N, T]``, and ``grad . x`` ``[N, P]``."""
-    gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
-    dl = _logit_gradient(gx, m, w, pairs)
-    to_tokens = torch.bmm(dl, x.to(m.dtype).transpose(1, 2)).sum(0)  # an einsum over images and pixels would copy x
-    return to_tokens, dl.sum((0, 2)), torch.einsum("ntp,np->nt", m, gx), gx
-
-
-@_full_precision
-def feature_gradient(
-    grad: Tensor, x: Tensor, gx: Tensor, m: Tensor, w: Tensor, pairs: Tensor, tokens: Tensor, strips: Tensor, height: int
+def _feature_gradient(
+    grad: Tensor, x: Tensor, dl: Tensor, m: Tensor, w: Tensor, tokens: Tensor, strips: Tensor | None, height: int
 ) -> Tensor:
-    """Gradient of ``x [N, C, P]``; ``strips [N, 9, C]`` is that of its strip sums (empty without weighting)."""
+    """Gradient of ``x [N, C, P]``; ``dl [N, T, P]`` is that of the mask logits, ``strips [N, 9, C]`` that of the strip sums."""
     d = grad.to(m.dtype) * torch.einsum("nt,ntp->np", w, m)[:, None, :]
-    d += torch.bmm(tokens.to(m.dtype).t().expand(len(m), -1, -1), _logit_gradient(gx, m, w, pairs))
-    if strips.numel() > 0:
+    d += torch.bmm(tokens.to(m.dtype).t().expand(len(m), -1, -1), dl)
+    if strips is not None:
         image = d.unflatten(2, (height, -1))
         every, top, bottom, left, right, *corners = strips.unbind(1)
         d += every[:, :, None]
@@ -305,7 +327,3 @@ def feature_gradient(
         for (i, j), corner in zip(((0, 0), (0, -1), (-1, 0), (-1, -1)), corners, strict=True):
             image[:, :, i, j] += corner
     return torch.empty_like(x).copy_(d)
-
-
-def _logit_gradient(gx: Tensor, m: Tensor, w: Tensor, pairs: Tensor) -> Tensor:
-    return (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)

@@ -16,10 +16,8 @@ from torch import Tensor
 from . import _eager
 
 
-def _backend(stage: str, impl: str) -> ModuleType:
-    """The Triton launchers of a stage, imported on first use (the package itself must work without triton), or eager torch."""
-    if impl == "eager":
-        return _eager
+def _kernels(stage: str) -> ModuleType:
+    """The Triton launchers of a stage, imported on first use: the package itself must work without triton."""
     try:
         return importlib.import_module(f".kernels.{stage}", __package__)
     except ModuleNotFoundError as error:
@@ -82,7 +80,7 @@ def distill(
     loss, masks, coefficients = _new_outputs(student, tokens[0].shape[0])
     outputs = _split_masks(masks, student, tokens[0].shape[0])
     if impl == "triton":
-        _backend("distill", impl).forward(
+        _kernels("distill").forward(
             student, teacher, tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine, heights,
             custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps, loss, outputs, coefficients,
         )  # fmt: skip
@@ -134,7 +132,7 @@ def distill_backward(
     """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones."""
     levels = _split_masks(masks, student, coefficients.shape[2])
     if impl == "triton":
-        return _backend("distill", impl).backward(grad, student, teacher, levels, coefficients, affine)
+        return _kernels("distill").backward(grad, student, teacher, levels, coefficients, affine)
     return [
         _eager.distill_backward(grad[i], s, t, levels[i], coefficients[i], affine[i] if affine else None)
         for i, (s, t) in enumerate(zip(student, teacher, strict=True))
@@ -175,7 +173,19 @@ distill.register_autograd(_backward, setup_context=_setup_context)
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
 
-KEPT = 4  # tensors a level keeps for the backward pass: masks, weights, strip sums, Dice pairs
+def _new_kept(features: Sequence[Tensor], num_tokens: int, weighted: bool) -> list[Tensor]:
+    """Empty: every level's masks ``[N, T, P]``, with mask weights every level's strip sums ``[N, 9, C]``, then of all levels mask
+    weights ``[levels, N, T]`` and Dice pairs ``[levels, N, T, T]``."""
+    first = features[0]
+    acc, n, levels = _eager.acc_dtype(first.dtype), first.shape[0], len(features)
+    masks = [first.new_empty((n, num_tokens, x.shape[2]), dtype=acc) for x in features]
+    sums = [first.new_empty((n, 9, x.shape[1]), dtype=acc) for x in features if weighted]
+    shapes = (levels, n, num_tokens), (levels, n, num_tokens, num_tokens)
+    return [*masks, *sums, *(first.new_empty(shape, dtype=acc) for shape in shapes)]
+
+
+def _new_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in parameters]
 
 
 @torch.library.custom_op("maskd_triton::learn", mutates_args=())
@@ -188,25 +198,29 @@ def learn(
     heights: list[int],
     impl: str,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Masked features ``[N, C_i, P_i]``, Dice losses ``[levels]``, and what the backward pass needs of every level.
+    """Masked features ``[N, C_i, P_i]``, Dice losses ``[levels]``, and what :func:`_new_kept` lists for the backward pass.
 
     Arguments as for :func:`distill`, ``token_bias [T]`` per level or none at all; all but ``heights`` may require grad.
     """
-    backend = _backend("learn", impl)
-    masked, dice, kept = [], [], []
+    levels = len(features)
+    kept = _new_kept(features, tokens[0].shape[0], bool(pool_rows))
+    masks, sums, (weights, pairs) = _in_sequences(kept, (levels, len(pool_rows), 2))
+    dice = weights.new_empty((levels, weights.shape[1]))
+    if impl == "triton":
+        masked = _kernels("learn").forward(
+            features, tokens, token_bias, pool_rows, pool_bias, heights, masks, sums, weights, pairs, dice
+        )
+        return masked, dice.sum(1), kept
+    masked = []
     for i, x in enumerate(features):
         bias = token_bias[i] if token_bias else None
-        masks, sums, gram, gated = backend.mask_pass(x, tokens[i], bias, heights[i], bool(pool_rows))
+        weighting = (pool_rows[i], pool_bias[i]) if pool_rows else None
+        y, dice[i], m, weights[i], strip_sums, pairs[i] = _eager.learn_forward(x, tokens[i], bias, weighting, heights[i])
+        masked.append(y)
+        masks[i].copy_(m)
         if pool_rows:
-            width = x.shape[2] // heights[i]
-            weights = _eager.weights_of_sums(sums, pool_rows[i], pool_bias[i], heights[i], width)
-        else:
-            weights = masks.new_ones(masks.shape[:2])
-        level_dice, pairs = _eager.dice_of_gram(gram)
-        masked.append(backend.gate(x, masks, weights) if gated is None else gated)
-        dice.append(level_dice)
-        kept += [masks, weights, sums, pairs]
-    return masked, torch.stack(dice), kept
+            sums[i].copy_(strip_sums)
+    return masked, dice.sum(1), kept
 
 
 @learn.register_fake
@@ -219,16 +233,8 @@ def _(
     heights: list[int],
     impl: str,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    acc, t, kept = _eager.acc_dtype(features[0].dtype), tokens[0].shape[0], []
-    for x in features:
-        n, c, p = x.shape
-        kept += [
-            x.new_empty((n, t, p), dtype=acc),
-            x.new_empty((n, t), dtype=acc),
-            x.new_empty((n, 9, c) if pool_rows else (0,), dtype=acc),
-            x.new_empty((n, t, t), dtype=acc),
-        ]
-    return [torch.empty_like(x) for x in features], features[0].new_empty(len(features), dtype=acc), kept
+    kept = _new_kept(features, tokens[0].shape[0], bool(pool_rows))
+    return [torch.empty_like(x) for x in features], kept[0].new_empty(len(features)), kept
 
 
 @torch.library.custom_op("maskd_triton::learn_backward", mutates_args=())
@@ -246,30 +252,31 @@ def learn_backward(
     impl: str,
 ) -> list[Tensor]:
     """Gradients of all arguments of :func:`learn` that there are, in their order; of ``features``, if needed, at the end."""
-    backend = _backend("learn", impl)
-    to_tokens, to_token_bias, to_rows, to_bias, to_features = [], [], [], [], []
+    lengths = len(tokens), len(token_bias), len(pool_rows), len(pool_bias)
+    parameters = _new_gradients([*tokens, *token_bias, *pool_rows, *pool_bias])
+    to_tokens, to_token_bias, to_rows, to_bias = _in_sequences(parameters, lengths)
+    masks, sums, (weights, pairs) = _in_sequences(kept, (len(features), len(pool_rows), 2))
+    if impl == "triton":
+        to_features = _kernels("learn").backward(
+            grad_masked, grad_dice, features, tokens, pool_rows, masks, sums, weights, pairs, heights,
+            to_tokens, to_token_bias, to_rows, to_bias, need_features,
+        )  # fmt: skip
+        return parameters + to_features
+    to_features = []
     for i, (g, x) in enumerate(zip(grad_masked, features, strict=True)):
-        masks, weights, sums, pairs = kept[KEPT * i : KEPT * (i + 1)]
-        pairs = pairs * grad_dice[i]
-        token_grad, bias_grad, weight_grad, gx = backend.token_gradient(g, x, masks, weights, pairs, need_features)
-        to_tokens.append(token_grad.to(tokens[i].dtype).contiguous())
+        weighting = (pool_rows[i], pool_bias[i], sums[i]) if pool_rows else None
+        token_grad, bias_grad, rows_grad, constant_grad, feature_grad = _eager.learn_backward(
+            g, x, tokens[i], weighting, masks[i], weights[i], pairs[i] * grad_dice[i], heights[i], need_features
+        )
+        to_tokens[i].copy_(token_grad)
         if token_bias:
-            to_token_bias.append(bias_grad.to(token_bias[i].dtype))
-        strips = sums.new_empty(0)
-        if pool_rows:
-            logit_grad = weights * (weight_grad - (weights * weight_grad).sum(1, keepdim=True))
-            rows, pixels = pool_rows[i], x.shape[2]
-            to_rows.append(torch.einsum("nt,nsc->stc", logit_grad / pixels, sums).to(rows.dtype).contiguous())
-            constant = logit_grad.sum(0)
-            if pool_bias[i].dim() == 2:
-                height, width = heights[i], pixels // heights[i]
-                constant = torch.stack([constant, constant / height, constant / width, constant / pixels])
-            to_bias.append(constant.to(pool_bias[i].dtype))
-            strips = torch.einsum("nt,stc->nsc", logit_grad / pixels, rows.to(sums.dtype)).contiguous()
-        if need_features:
-            args = (g, x, gx, masks, weights, pairs, tokens[i], strips, heights[i])
-            to_features.append(backend.feature_gradient(*args))
-    return to_tokens + to_token_bias + to_rows + to_bias + to_features
+            to_token_bias[i].copy_(bias_grad)
+        if rows_grad is not None and constant_grad is not None:
+            to_rows[i].copy_(rows_grad)
+            to_bias[i].copy_(constant_grad)
+        if feature_grad is not None:
+            to_features.append(feature_grad)
+    return parameters + to_features
 
 
 @learn_backward.register_fake
@@ -286,9 +293,8 @@ def _(
     need_features: bool,
     impl: str,
 ) -> list[Tensor]:
-    parameters = [*tokens, *token_bias, *pool_rows, *pool_bias]
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in parameters]
-    return like + ([torch.empty_like(x) for x in features] if need_features else [])
+    parameters = _new_gradients([*tokens, *token_bias, *pool_rows, *pool_bias])
+    return parameters + ([torch.empty_like(x) for x in features] if need_features else [])
 
 
 def _learn_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

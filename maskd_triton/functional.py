@@ -211,7 +211,7 @@ def dice_loss(masks: Tensor) -> Tensor:
         (tensor(0.), tensor(1.))
     """
     check.features(masks, "masks")
-    return _eager.dice_of_gram(_eager.gram(masks.flatten(2)))[0]
+    return _eager.dice_of_gram(_eager.gram(masks.flatten(2)))[0].sum()
 
 
 def masked_features_and_dice(
@@ -290,6 +290,6 @@ def learn(
         resolve_impl(impl, first.device),
     )
     sizes = [x.shape[2:] for x in features]
-    masks, weights = kept[:: _ops.KEPT], kept[1 :: _ops.KEPT]
+    masks, weights = kept[: len(features)], kept[-2]
     seen = [(m.unflatten(2, size), w) for m, w, size in zip(masks, weights, sizes, strict=True)]
     return [y.unflatten(2, size) for y, size in zip(masked, sizes, strict=True)], dice, seen
