@@ -209,6 +209,7 @@ def finish_kernel(
         pool_ptr = pick(pool_ptrs, level, LEVELS)
         bias_ptr = pick(bias_ptrs, level, LEVELS)
         row = tl.arange(0, ROWS)
+        strip = tl.arange(0, 16)
         score = tl.zeros((TP,), ACC)
         for c0 in range(0, C, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
@@ -218,11 +219,13 @@ def finish_kernel(
                 totals += tl.load(at, mask=(r + row < tiles)[:, None] & (c < C)[None, :], other=0.0)
             strip_sum = tl.sum(totals, axis=0)
             tl.store(sum_ptr + c, strip_sum, mask=c < C)
-            for strip in range(9):
-                at = pool_ptr + (strip * T + token)[:, None] * C + c[None, :]
-                rows = tl.load(at, mask=real[:, None] & (c < C)[None, :], other=0.0).to(ACC)
-                border_sum = tl.load(sum_ptr + strip * C + c, mask=(c < C) & (strip > 0), other=0.0)
-                score += tl.sum(rows * tl.where(strip == 0, strip_sum, border_sum)[None, :], axis=1)
+            # all nine strips at once, the first from above
+            at = pool_ptr + (strip[:, None, None] * T + token[None, :, None]) * C + c[None, None, :]
+            rows = tl.load(at, mask=(strip < 9)[:, None, None] & real[None, :, None] & (c < C)[None, None, :], other=0.0)
+            border = (strip > 0) & (strip < 9)
+            sums = tl.load(sum_ptr + strip[:, None] * C + c[None, :], mask=border[:, None] & (c < C)[None, :], other=0.0)
+            sums += tl.where((strip == 0)[:, None], strip_sum[None, :], 0.0)
+            score += tl.sum(tl.sum(rows.to(ACC) * sums[:, None, :], axis=2), axis=0)
         score = score / (H * W) + tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)
         if STANDARD:  # what the mean adds to the sums of the border
             score += tl.load(bias_ptr + T + token, mask=real, other=0.0).to(ACC) / H
@@ -396,19 +399,21 @@ def _add_token_shares(
 
 @triton.jit
 def _add_weight_shares(
-    strip, block, tiles, share_ptr, weight_ptr, sum_ptr, pool_ptr, to_pool_ptr, to_bias_ptr, to_sum_ptr, N, C, H, W,
+    block, tiles, share_ptr, weight_ptr, sum_ptr, pool_ptr, to_pool_ptr, to_bias_ptr, to_sum_ptr, N, C, H, W,
     STANDARD: tl.constexpr, X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C channels of the gradients of one strip's pool rows and sums, and the gradient of the weighting's bias."""
+    """BLOCK_C channels of the gradients of pool rows and strip sums, and the gradient of the weighting's bias."""
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     token = tl.arange(0, TP)
     real = token < T
+    strip = tl.arange(0, 16)
     row = tl.arange(0, ROWS)
-    parameters = real[:, None] & (c < C)[None, :]
-    at = (strip * T + token)[:, None] * C + c[None, :]
+    channels = (strip < 9)[:, None] & (c < C)[None, :]
+    parameters = channels[:, None, :] & real[None, :, None]
+    at = (strip[:, None, None] * T + token[None, :, None]) * C + c[None, None, :]
     pool = tl.load(pool_ptr + at, mask=parameters, other=0.0).to(ACC)
-    total = tl.zeros((TP, BLOCK_C), ACC)
+    total = tl.zeros((16, TP, BLOCK_C), ACC)
     constant = tl.zeros((TP,), ACC)
     for n in range(N):
         shares = tl.zeros((ROWS, TP), ACC)
@@ -423,12 +428,12 @@ def _add_weight_shares(
         to_score = weight * (to_weight - tl.sum(weight * to_weight, axis=0))
         constant += to_score
         to_score = to_score / (H * W)
-        image = (n * 9 + strip) * C
-        total += to_score[:, None] * tl.load(sum_ptr + image + c, mask=c < C, other=0.0)[None, :]
+        image = (n * 9 + strip)[:, None] * C + c[None, :]
+        total += to_score[None, :, None] * tl.load(sum_ptr + image, mask=channels, other=0.0)[:, None, :]
         if X_GRAD:
-            tl.store(to_sum_ptr + image + c, tl.sum(to_score[:, None] * pool, axis=0), mask=c < C)
+            tl.store(to_sum_ptr + image, tl.sum(to_score[None, :, None] * pool, axis=1), mask=channels)
     tl.store(to_pool_ptr + at, total.to(to_pool_ptr.dtype.element_ty), mask=parameters)
-    once = real & (strip == 0) & (block == 0)
+    once = real & (block == 0)
     tl.store(to_bias_ptr + token, constant.to(to_bias_ptr.dtype.element_ty), mask=once)
     if STANDARD:
         tl.store(to_bias_ptr + T + token, (constant / H).to(to_bias_ptr.dtype.element_ty), mask=once)
@@ -468,7 +473,7 @@ def add_shares_kernel(
     tiles = tl.cdiv(H * W, TILE)
     share_ptr += pick_int(first, level, LEVELS).to(tl.int64) * 2 * T
     blocks = tl.cdiv(C, BLOCK_C)
-    role = program // blocks  # a token, or T + a strip
+    role = program // blocks  # a token, or the weighting
     if role < T:
         _add_token_shares(
             role, program % blocks, N * tiles, pick(token_ptrs, level, LEVELS), share_ptr,
@@ -476,7 +481,7 @@ def add_shares_kernel(
         )  # fmt: skip
     elif WEIGHTED:
         _add_weight_shares(
-            role - T, program % blocks, tiles, share_ptr, weight_ptr + pick_int(indices, level, LEVELS) * N * T,
+            program % blocks, tiles, share_ptr, weight_ptr + pick_int(indices, level, LEVELS) * N * T,
             pick(sum_ptrs, level, LEVELS), pick(pool_ptrs, level, LEVELS), pick(to_pool_ptrs, level, LEVELS),
             pick(to_bias_ptrs, level, LEVELS), pick(to_sum_ptrs, level, LEVELS), N, C, H, W,
             STANDARD, X_GRAD, ACC, T, TP, SHARE_ROWS, BLOCK_C,
@@ -698,7 +703,7 @@ def backward(
                 **group.constants, **common,
             )  # fmt: skip
             blocks = tuning.share_blocks(common["TP"])
-            roles = t + 9 * weighted
+            roles = t + weighted
             adding, programs = launch.first_programs([roles * triton.cdiv(level.shape[1], blocks["BLOCK_C"]) for level in x])
             add_shares_kernel[(programs,)](
                 launch.per_level(token_shares), pointers(sums), pointers(pool_rows), pointers(to_tokens),

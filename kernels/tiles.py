@@ -25,15 +25,15 @@ def pick(values, level, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def decode(value):
-    """An integer as :func:`launch.table` encodes it."""
-    return (value >> 1) - 1
-
-
-@triton.jit
 def pick_int(values, level, LEVELS: tl.constexpr):
     """``values[level]`` of a :func:`launch.table`."""
-    return decode(pick(values, level, LEVELS))
+    if LEVELS == 1:  # not by pick: calls are what the interpreter takes longest for
+        value = values
+    else:
+        value = values[0]
+        for i in tl.static_range(1, LEVELS):
+            value = tl.where(level == i, values[i], value)
+    return (value >> 1) - 1
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def find_level(program, first, LEVELS: tl.constexpr):
     level = 0
     if LEVELS > 1:
         for i in tl.static_range(1, LEVELS):
-            level += (program >= decode(first[i])).to(tl.int32)
+            level += (program >= (first[i] >> 1) - 1).to(tl.int32)
     return level
 
 

@@ -63,9 +63,14 @@ def finish_block(rows: int) -> int:
 
 def add_blocks(rows: int) -> dict[str, int]:
     """Blocks in which the finishing kernel of stage 1's forward pass adds sums of channels and of pairs of ``rows`` tokens."""
-    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), "BLOCK_C": 64}
+    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), "BLOCK_C": _parameter_block(rows)}
 
 
 def share_blocks(rows: int) -> dict[str, int]:
     """Blocks in which the finishing kernel of stage 1's backward pass adds shares of gradients."""
-    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), "BLOCK_C": 64}
+    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), "BLOCK_C": _parameter_block(rows)}
+
+
+def _parameter_block(rows: int) -> int:
+    """Channels of a block that holds pool rows of all strips and tokens in registers."""
+    return max(8, min(64, 512 // rows))

@@ -29,8 +29,9 @@ def target(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def float_arguments_as_on_a_gpu() -> Iterator[None]:
-    """A kernel's float arguments are float32; the interpreter would hand them over in float64."""
+def interpreter_as_a_gpu() -> Iterator[None]:
+    """A kernel's float arguments are float32; the interpreter would hand them over in float64. And it would patch
+    triton.language for every call of one jit function by another, not once a launch, which takes longer than what most do."""
     if HAS_GPU or importlib.util.find_spec("triton") is None:
         yield
         return
@@ -41,8 +42,23 @@ def float_arguments_as_on_a_gpu() -> Iterator[None]:
     def rounded(argument: Any) -> Any:
         return ctypes.c_float(argument).value if type(argument) is float else convert(argument)
 
+    launch, patched = interpreter.GridExecutor.__call__, set()
+
+    def begin(executor: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(executor, *args, **kwargs)
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        module = function.fn.__module__
+        if module not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(module)
+        return function.rewrite()(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_implicit_cvt", rounded)
+        patch.setattr(interpreter.GridExecutor, "__call__", begin)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield
 
 
