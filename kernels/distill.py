@@ -344,7 +344,7 @@ def forward(
     with launch.device_of(loss):
         for group in launch.groups(student, teacher, parameters=[tokens, raw_tokens, pool_rows, pool_bias]):
             s, t = group.own(student), group.own(teacher)
-            config = tuning.forward_config(max(s[0].dtype.itemsize, t[0].dtype.itemsize), num_tokens, group.fast[0])
+            config = group.config("forward_kernel", num_tokens, student, teacher)
             hs, ws = zip(*group.own(sizes), strict=True)
             first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in group.own(sizes)])
             part = loss.new_empty((programs, 3, num_tokens))
@@ -398,7 +398,7 @@ def backward(
     with launch.device_of(coefficients):
         for group in launch.groups(student, teacher, written):
             s = group.own(student)
-            config = tuning.backward_config(s[0].dtype.itemsize, num_tokens, group.fast[0])
+            config = group.config("backward_kernel", num_tokens, student, teacher)
             first, programs = launch.first_programs([n * launch.tiles(x, config) for x in s])
             backward_kernel[(programs,)](
                 *(launch.per_level(group.own(x)) for x in (student, teacher, masks, affine or masks, written)),

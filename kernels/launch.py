@@ -7,7 +7,6 @@ graph keeps them.
 import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .tiles import CHANNELS, PIXELS, sigmoid
 from .tuning import Config
 
@@ -75,7 +75,8 @@ class Group:
         levels: their indices.
         fast: the contiguous axis of each of the maps.
         wide: whether an offset inside one image leaves 32 bits.
-        aligns: ``ALIGNS`` of the kernel: the alignment that 16-byte accesses need, that of the other levels, or both.
+        aligns: ``ALIGNS`` of the kernel: the alignment in elements that 16-byte accesses need, 1 for other levels, or both. No
+            finer distinction: every one would be compiled anew.
         kinds: every level's index in ``aligns``.
     """
 
@@ -88,6 +89,12 @@ class Group:
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""
         return [values[i] for i in self.levels]
+
+    def config(self, kernel: str, num_tokens: int, *maps: Sequence[Tensor]) -> Config:
+        """The configuration of ``kernel`` for these levels; the tiles follow the first of ``maps``."""
+        own = [self.own(tensors) for tensors in maps]
+        bits = 8 * max(tensors[0].dtype.itemsize for tensors in own)
+        return tuning.config(kernel, own[0], bits, fast(own[0][0]), num_tokens)
 
     def lengths(self, like: Sequence[Tensor]) -> tuple[Any, Any]:
         """Tables of channels and pixels, in units of the alignment where C_UNIT and P_UNIT say so."""
@@ -131,19 +138,17 @@ def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], wide: bool) -> G
     first = [tensors[levels[0]] for tensors in maps]
     full = 16 // min(x.dtype.itemsize for x in first)
     axes = tuple(fast(x) for x in first)
-    aligns = [_alignment(full, axes, [tensors[i] for tensors in maps]) for i in levels]
-    narrow = [a for a in aligns if a != full]
-    kinds = [int(a != full and len(narrow) < len(levels)) for a in aligns]
-    offered = ([full] if len(narrow) < len(levels) else []) + ([gcd(*narrow)] if narrow else [])
-    return Group(levels, axes, wide, tuple(offered), kinds)
+    narrow = [not _aligned(full, axes, [tensors[i] for tensors in maps]) for i in levels]
+    aligns = tuple(align for align, there in ((full, not all(narrow)), (1, any(narrow))) if there)
+    return Group(levels, axes, wide, aligns, [int(x) and len(aligns) - 1 for x in narrow])
 
 
-def _alignment(full: int, axes: Sequence[int], level: Sequence[Tensor]) -> int:
-    """The divisor of ``full`` common to the rows, images and contiguous lengths of one level."""
-    align = full
-    for x, axis in zip(level, axes, strict=True):
-        align = gcd(align, x.stride(0), x.stride(_row(axis)), x.shape[1 if axis == CHANNELS else 2])
-    return align
+def _aligned(full: int, axes: Sequence[int], level: Sequence[Tensor]) -> bool:
+    """Whether ``full`` divides the rows, images and contiguous lengths of one level."""
+    lengths = (
+        (x.stride(0), x.stride(_row(axis)), x.shape[1 if axis == CHANNELS else 2]) for x, axis in zip(level, axes, strict=True)
+    )
+    return all(length % full == 0 for each in lengths for length in each)
 
 
 def _row(axis: int) -> int:

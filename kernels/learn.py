@@ -185,8 +185,8 @@ def finish_kernel(
     row = tl.arange(0, PAIR_ROWS)
     grams = tl.zeros((PAIR_ROWS, TP * TP), ACC)
     for r in range(0, tiles, PAIR_ROWS):
-        at = gram_ptr + (r + row)[:, None] * (T * T) + (pair // TP * T + pair % TP)[None, :]
-        grams += tl.load(at, mask=(r + row < tiles)[:, None] & known[None, :], other=0.0)
+        gram_at = gram_ptr + (r + row)[:, None] * (T * T) + (pair // TP * T + pair % TP)[None, :]
+        grams += tl.load(gram_at, mask=(r + row < tiles)[:, None] & known[None, :], other=0.0)
     gram = tl.reshape(tl.sum(grams, axis=0), (TP, TP))
     same = token[:, None] == token[None, :]
     others = real[:, None] & real[None, :] & (token[:, None] != token[None, :])
@@ -200,8 +200,8 @@ def finish_kernel(
     falling = tl.sum(tl.where(others, dice / areas, 0.0), axis=1)
     pairs = 4.0 * share - tl.where(same, 4.0 * falling[:, None], 0.0)
     tl.store(dice_ptr + out, tl.sum(tl.sum(dice, axis=1), axis=0))
-    at = pair_ptr + out * T * T + token[:, None] * T + token[None, :]
-    tl.store(at, pairs, mask=real[:, None] & real[None, :])
+    pair_at = pair_ptr + out * T * T + token[:, None] * T + token[None, :]
+    tl.store(pair_at, pairs, mask=real[:, None] & real[None, :])
 
     if WEIGHTED:
         total_ptr = pick(total_ptrs, level, LEVELS) + n * tiles * C
@@ -215,13 +215,13 @@ def finish_kernel(
             c = c0 + tl.arange(0, BLOCK_C)
             totals = tl.zeros((ROWS, BLOCK_C), ACC)
             for r in range(0, tiles, ROWS):
-                at = total_ptr + (r + row)[:, None].to(tl.int64) * C + c[None, :]
-                totals += tl.load(at, mask=(r + row < tiles)[:, None] & (c < C)[None, :], other=0.0)
+                total_at = total_ptr + (r + row)[:, None].to(tl.int64) * C + c[None, :]
+                totals += tl.load(total_at, mask=(r + row < tiles)[:, None] & (c < C)[None, :], other=0.0)
             strip_sum = tl.sum(totals, axis=0)
             tl.store(sum_ptr + c, strip_sum, mask=c < C)
             # all nine strips at once, the first from above
-            at = pool_ptr + (strip[:, None, None] * T + token[None, :, None]) * C + c[None, None, :]
-            rows = tl.load(at, mask=(strip < 9)[:, None, None] & real[None, :, None] & (c < C)[None, None, :], other=0.0)
+            pool_at = pool_ptr + (strip[:, None, None] * T + token[None, :, None]) * C + c[None, None, :]
+            rows = tl.load(pool_at, mask=(strip < 9)[:, None, None] & real[None, :, None] & (c < C)[None, None, :], other=0.0)
             border = (strip > 0) & (strip < 9)
             sums = tl.load(sum_ptr + strip[:, None] * C + c[None, :], mask=border[:, None] & (c < C)[None, :], other=0.0)
             sums += tl.where((strip == 0)[:, None], strip_sum[None, :], 0.0)
@@ -599,7 +599,7 @@ def forward(
         for group in launch.groups(features, written, parameters=[tokens, token_bias, pool_rows, pool_bias]):
             x = group.own(features)
             hs, ws = zip(*group.own(sizes), strict=True)
-            config = tuning.forward_config(x[0].dtype.itemsize, t, group.fast[0])
+            config = group.config("mask_kernel", t, features)
             tiles = [triton.cdiv(h * w, config.block_p) for h, w in zip(hs, ws, strict=True)]
             totals = [weights.new_empty((n, k, level.shape[1]) if weighted else 0) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * (k + border) for k in tiles])
@@ -637,7 +637,7 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
     n, t = weights.shape[1:]
     for group in launch.groups(features, written):
         x = group.own(features)
-        config = tuning.backward_config(x[0].dtype.itemsize, t, group.fast[0])
+        config = group.config("gate_kernel", t, features)
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in x])
         gate_kernel[(programs,)](
             *(launch.per_level(group.own(values)) for values in (features, masks, written)),
@@ -683,9 +683,9 @@ def backward(
     common = {"X_GRAD": need_features, "ACC": launch.TL_DTYPE[weights.dtype], "T": t, "TP": tuning.token_rows(t)}
     with launch.device_of(weights):
         for group in launch.groups(features, grads, parameters=[to_tokens, to_token_bias, to_rows, to_bias]):
-            x, g = group.own(features), group.own(grads)
+            x = group.own(features)
             hs, ws = zip(*group.own(sizes), strict=True)
-            config = tuning.forward_config(max(x[0].dtype.itemsize, g[0].dtype.itemsize), t, group.fast[0])
+            config = group.config("token_gradient_kernel", t, features, grads)
             tiles = [triton.cdiv(level.shape[2], config.block_p) for level in x]
             token_shares = [weights.new_empty((n, k, t, level.shape[1])) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * k for k in tiles])
@@ -733,8 +733,8 @@ def _feature_gradient(
     n, t = weights.shape[1:]
     written = [launch.writable(d) for d in result]
     for group in launch.groups(grads, written, parameters=[tokens]):
-        g, d = group.own(grads), group.own(written)
-        config = tuning.backward_config(d[0].dtype.itemsize, t, group.fast[1])
+        g = group.own(grads)
+        config = group.config("feature_gradient_kernel", t, written, grads)
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
         feature_gradient_kernel[(programs,)](
             *(launch.per_level(group.own(values)) for values in (grads, gx, masks, tokens, to_sums or masks, written)),

@@ -1,15 +1,37 @@
-"""Launch configurations: a pure function of dtype, tokens and layout, so that nothing is timed or compiled twice.
+"""Launch configurations: a pure function of GPU, kernel, width of the features, layout, channels, tokens and a bucket of pixels.
 
-Chosen by compiling (``python -m bench.inspect``): no spill and 16-byte loads on sm_80, sm_90, sm_100 and gfx942, at least two
-programs per multiprocessor, and runs of at least 128 contiguous bytes. Not yet timed on a GPU.
+Nothing is timed, and nothing compiled twice, while a model trains. In this order:
+
+1. ``<folder>/<GPU>.json`` of the user, written by ``python -m bench.autotune`` or by online tuning; the folder is
+   ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
+2. ``configs/<GPU>.json`` beside this file, for GPUs that were measured. None was yet.
+3. :func:`default`, chosen by compiling (``python -m bench.inspect``): no spill and 16-byte loads on sm_80, sm_90, sm_100 and
+   gfx942, at least two programs per multiprocessor, and runs of at least 128 contiguous bytes.
+
+``MASKD_TRITON_AUTOTUNE=1`` tunes online: the first launch in a bucket that no file knows takes a few seconds, and its result goes
+into the user's file.
 """
 
-from dataclasses import dataclass
+import functools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 
 from .tiles import CHANNELS
+
+ONLINE = "MASKD_TRITON_AUTOTUNE"
+FOLDER = "MASKD_TRITON_CONFIGS"
+READING = ("forward_kernel", "mask_kernel", "token_gradient_kernel")  # a program takes all channels of its pixels
+WRITING = ("backward_kernel", "gate_kernel", "feature_gradient_kernel")  # a program takes one tile
 
 
 @dataclass(frozen=True)
@@ -26,6 +48,26 @@ class Config:
         return self.threads // warp_size()
 
 
+class Key(NamedTuple):
+    """What a configuration may depend on.
+
+    Attributes:
+        kernel: one of :data:`READING` and :data:`WRITING`.
+        bits: of an element of the widest feature map.
+        layout: "nchw" or "nhwc", of the first feature map.
+        channels: of the level with the most.
+        tokens: rows that they are padded to.
+        log2_pixels: of all levels and images of a launch, rounded up.
+    """
+
+    kernel: str
+    bits: int
+    layout: str
+    channels: int
+    tokens: int
+    log2_pixels: int
+
+
 def token_rows(num_tokens: int) -> int:
     """Rows that tokens are padded to in a matrix product: a power of 2, at least 8."""
     return max(8, triton.next_power_of_2(num_tokens))
@@ -36,24 +78,113 @@ def warp_size() -> int:
     return 64 if torch.version.hip else 32
 
 
-def forward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
-    """Tile of the forward and border kernels; ``itemsize`` is that of the wider of the two feature dtypes."""
-    if itemsize == 8:  # no matrix instruction: the product is a [T, C, P] block
-        return Config(2, 16, 256) if num_tokens > 16 else Config(8, 32, 128)
-    if num_tokens > 8:
-        return Config(16 if itemsize == 4 else 32, 64, 256, 3)
-    if fast == CHANNELS:
-        return Config(32, 64, 256, 3) if itemsize == 4 else Config(64, 64, 256, 3)
-    return Config(16, 64, 128, 3) if itemsize == 4 else Config(16, 128, 128, 3)
+def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_tokens: int) -> Config:
+    """The configuration of a launch over ``maps [N, C, P]``, one per level, contiguous along ``axis``."""
+    if kernel in _forced:
+        return _forced[kernel]
+    device, pixels, channels = maps[0].device, 0, 0
+    for x in maps:
+        pixels += x.shape[0] * x.shape[2]
+        channels = max(channels, x.shape[1])
+    layout = "nhwc" if axis == CHANNELS else "nchw"
+    key = Key(kernel, bits, layout, channels, token_rows(num_tokens), (pixels - 1).bit_length())
+    return _choice(key, device)
 
 
-def backward_config(itemsize: int, num_tokens: int, fast: int) -> Config:
-    """Tile of the kernels that write a feature map; ``itemsize`` is that of the widest feature dtype."""
-    if itemsize == 8:
-        return Config(64, 16, 256) if fast == CHANNELS else Config(16, 64, 256)
-    if fast == CHANNELS:
-        return Config(128, 32, 128)
-    return Config(32, 64 if num_tokens > 16 else 128, 128)
+@functools.cache
+def _choice(key: Key, device: torch.device) -> Config:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if os.environ.get(ONLINE) == "1" and not any(key in _read(path) for path in (user_file(gpu), shipped_file(gpu))):
+        from . import autotune
+
+        autotune.tune([key], device)
+    return choose(key, gpu)
+
+
+_forced: dict[str, Config] = {}
+
+
+@contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """Inside, every launch of ``kernel`` takes ``config``: to measure it."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+def default(key: Key) -> Config:
+    """The configuration where nothing was measured."""
+    if key.kernel in WRITING:
+        if key.bits == 64:
+            return Config(64, 16, 256) if key.layout == "nhwc" else Config(16, 64, 256)
+        if key.layout == "nhwc":
+            return Config(128, 32, 128)
+        return Config(32, 64 if key.tokens > 16 else 128, 128)
+    if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
+        return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 2)
+    if key.tokens > 8:
+        return Config(16, 64, 256, 2) if key.bits == 32 else Config(32, 64, 256, 3)
+    if key.layout == "nhwc":
+        return Config(32, 64, 256, 4) if key.bits == 32 else Config(64, 64, 256, 3)
+    return Config(16, 64, 128, 3) if key.bits == 32 else Config(16, 128, 128, 3)
+
+
+def choose(key: Key, gpu: str) -> Config:
+    """The configuration for ``gpu``: the nearest measured one with the same kernel, width, layout and tokens, or the default."""
+    for path in (user_file(gpu), shipped_file(gpu)):
+        measured = {k: c for k, c in _read(path).items() if _alike(k, key)}
+        if measured:
+            return measured[min(measured, key=lambda k: (_distance(k, key), k.channels, k.log2_pixels))]
+    return default(key)
+
+
+def _alike(a: Key, b: Key) -> bool:
+    return (a.kernel, a.bits, a.layout, a.tokens) == (b.kernel, b.bits, b.layout, b.tokens)
+
+
+def _distance(a: Key, b: Key) -> int:
+    return abs(a.channels.bit_length() - b.channels.bit_length()) + abs(a.log2_pixels - b.log2_pixels)
+
+
+def user_file(gpu: str) -> Path:
+    """Where configurations tuned on this machine are kept."""
+    folder = os.environ.get(FOLDER) or Path.home() / ".config" / "maskd_triton"
+    return Path(folder, _file_name(gpu))
+
+
+def shipped_file(gpu: str) -> Path:
+    """Where configurations that come with the package are kept."""
+    return Path(__file__).parent / "configs" / _file_name(gpu)
+
+
+def _file_name(gpu: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json"
+
+
+@functools.cache
+def _read(path: Path) -> dict[Key, Config]:
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text())["configs"]
+        return {Key(**entry["key"]): Config(**entry["config"]) for entry in entries}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected what `python -m bench.autotune` writes; delete it or run that again") from error
+
+
+def write(gpu: str, configs: dict[Key, Config], about: dict[str, str]) -> Path:
+    """Add measured configurations, with a note of how they were measured, to the user's file; an interrupted write changes nothing."""
+    path = user_file(gpu)
+    entries = [{"key": k._asdict(), "config": asdict(c)} for k, c in (_read(path) | configs).items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump({"about": about, "configs": entries}, file, indent=1)
+    os.replace(file.name, path)
+    _read.cache_clear()
+    _choice.cache_clear()
+    return path
 
 
 def finish_block(rows: int) -> int:
@@ -73,4 +204,4 @@ def share_blocks(rows: int) -> dict[str, int]:
 
 def _parameter_block(rows: int) -> int:
     """Channels of a block that holds pool rows of all strips and tokens in registers."""
-    return max(8, min(64, 512 // rows))
+    return max(8, min(64, 256 // rows))
