@@ -248,14 +248,18 @@ def problems(case: Case, fact: Facts) -> list[str]:
     layouts = (case.layout, case.student_layout or case.layout)
     sizes = [DTYPES[dtype].itemsize for dtype in dtypes]
     aligned = [
-        all((case.channels if layout == "nhwc" else h * w) * size % 16 == 0 for layout, size in zip(layouts, sizes, strict=True))
+        all(
+            (case.channels if layout == "nhwc" else h * w) * size % 16 == 0 for layout, size in zip(layouts, sizes, strict=True)
+        )
         for h, w in case.sizes
     ]
     if fact.kernel not in FEATURE_MAPS or not any(aligned) or "fp64" in dtypes:
         return found
     wanted = FEATURE_MAPS[fact.kernel] * fact.elements * min(sizes) / 16
     # parameters are float32: loads of 2 bytes are features, and may be of levels that are not aligned or a column of the border
-    column = fact.elements if case.weighted and case.layout == "nchw" and fact.kernel in ("forward_kernel", "mask_kernel") else 0
+    column = (
+        fact.elements if case.weighted and case.layout == "nchw" and fact.kernel in ("forward_kernel", "mask_kernel") else 0
+    )
     narrow = sum(fact.load_bytes.get(size, 0) for size in (1, 2))
     if fact.load_bytes.get(16, 0) < wanted or (all(aligned) and narrow > column):
         found.append(f"expected {wanted:g} loads of 16 bytes and at most {column:g} of 2: {fact.load_bytes}")
@@ -279,8 +283,8 @@ def main() -> int:
             for fact in report:
                 wrong = problems(case, fact)
                 failed += len(wrong)
-                line = f"{target:7s} {case!s:40s} {fact.kernel:23s} regs {fact.registers:3d} spill {fact.spills:3d} smem {fact.shared:6d}"
-                print(line, f"loads {fact.load_bytes}", *wrong, flush=True)
+                costs = f"regs {fact.registers:3d} spill {fact.spills:3d} smem {fact.shared:6d} loads {fact.load_bytes}"
+                print(f"{target:7s} {case!s:40s} {fact.kernel:23s} {costs}", *wrong, flush=True)
     return 1 if failed else 0
 
 

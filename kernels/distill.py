@@ -9,7 +9,6 @@ feature tensor in all.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -112,7 +111,7 @@ def _border_run(
     p = first + along * step
     pool_ptr += strip * T * C
     z = tl.zeros((SPLIT * TP, BLOCK_P), ACC)
-    for c0 in range(0, C, BLOCK_C):
+    for c0 in tl.range(0, C, BLOCK_C, num_stages=1):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
         t = tl.load(t_ptr + tile_offsets(c, p, t_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
@@ -348,14 +347,9 @@ def forward(
             hs, ws = zip(*group.own(sizes), strict=True)
             first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in group.own(sizes)])
             part = loss.new_empty((programs, 3, num_tokens))
-
-            def pointers(values: Sequence[Tensor], wanted: bool = True) -> Any:
-                return launch.per_level(group.own(values if wanted else tokens))
-
             forward_kernel[(programs,)](
-                pointers(student), pointers(teacher), pointers(tokens), pointers(raw_tokens), pointers(raw_bias, standard),
-                pointers(affine, standard), pointers(pool_rows, weighted), pointers(masks),
-                launch.table(first), launch.table(group.kinds), *group.lengths(student), launch.table(ws),
+                *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, masks),
+                *launch.tables(first, group.kinds), *group.lengths(student), launch.table(ws),
                 *group.strides(student, teacher),
                 warmup_step if warmup_step is not None else loss, part, custom_mask_warmup,
                 CUSTOM=custom_mask, WARMUP=warmup_step is not None, STANDARD=standard,
@@ -364,8 +358,8 @@ def forward(
                 num_warps=config.num_warps, **group.constants, **common,
             )  # fmt: skip
             finish_kernel[(len(group.levels) * n,)](
-                pointers(pool_bias, weighted), launch.table(first), launch.table(x.shape[1] for x in s), launch.table(hs),
-                launch.table(ws), launch.table(group.levels), part, loss, coefficients,
+                *group.addresses(pool_bias or tokens), *launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels),
+                part, loss, coefficients,
                 n, *launch.two_parts(loss_weight), *launch.two_parts(eps),
                 LEVELS=len(group.levels), STANDARD=weighted and pool_bias[0].dim() == 2,
                 BLOCK_P=config.block_p, BLOCK=tuning.finish_block(common["TP"]), num_warps=4, **common,
@@ -401,8 +395,8 @@ def backward(
             config = group.config("backward_kernel", num_tokens, student, teacher)
             first, programs = launch.first_programs([n * launch.tiles(x, config) for x in s])
             backward_kernel[(programs,)](
-                *(launch.per_level(group.own(x)) for x in (student, teacher, masks, affine or masks, written)),
-                launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(student),
+                *group.addresses(student, teacher, masks, affine, written),
+                *launch.tables(first, group.kinds, group.levels), *group.lengths(student),
                 *group.strides(student, teacher, written), grad, coefficients, *grad.stride(), n,
                 STANDARD=len(affine) > 0, ACC=launch.TL_DTYPE[coefficients.dtype],
                 T=num_tokens, TP=triton.next_power_of_2(num_tokens),

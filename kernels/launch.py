@@ -90,18 +90,22 @@ class Group:
         """The entries of these levels."""
         return [values[i] for i in self.levels]
 
+    def addresses(self, *arguments: Sequence[Tensor]) -> list[Any]:
+        """The tensors of these levels as a kernel takes them; the first argument stands in for one that there is none of."""
+        return [per_level(self.own(tensors or arguments[0])) for tensors in arguments]
+
     def config(self, kernel: str, num_tokens: int, *maps: Sequence[Tensor]) -> Config:
         """The configuration of ``kernel`` for these levels; the tiles follow the first of ``maps``."""
         own = [self.own(tensors) for tensors in maps]
         bits = 8 * max(tensors[0].dtype.itemsize for tensors in own)
         return tuning.config(kernel, own[0], bits, fast(own[0][0]), num_tokens)
 
-    def lengths(self, like: Sequence[Tensor]) -> tuple[Any, Any]:
+    def lengths(self, like: Sequence[Tensor]) -> list[Any]:
         """Tables of channels and pixels, in units of the alignment where C_UNIT and P_UNIT say so."""
         unit, own = [self.aligns[kind] for kind in self.kinds], self.own(like)
         c = [x.shape[1] // (a if CHANNELS in self.fast else 1) for x, a in zip(own, unit, strict=True)]
         p = [x.shape[2] // (a if PIXELS in self.fast else 1) for x, a in zip(own, unit, strict=True)]
-        return table(c), table(p)
+        return tables(c, p)
 
     def strides(self, *maps: Sequence[Tensor]) -> list[Any]:
         """For each map the tables of image and row strides in units of the alignment."""
@@ -125,8 +129,10 @@ class Group:
 
 
 def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ()) -> list[Group]:
-    """The launches for a pyramid, given the feature maps ``[N, C, P]`` that a kernel addresses, one sequence of levels each, and
-    the ``parameters`` it reads: one launch, unless levels differ in dtypes or layouts, or have 2**31 elements in an image."""
+    """The launches for a pyramid: one, unless levels differ in dtypes or layouts, or have 2**31 elements in an image.
+
+    ``maps``: the feature maps ``[N, C, P]`` that a kernel addresses, a sequence of levels each; ``parameters``: what it reads.
+    """
     found: dict[Any, list[int]] = {}
     for i, level in enumerate(zip(*maps, strict=True)):
         key = [(x.dtype, fast(x)) for x in level] + [each[i].dtype for each in parameters if each]
@@ -159,6 +165,11 @@ def _row(axis: int) -> int:
 def _wide(*tensors: Tensor) -> bool:
     """Whether an offset inside one image leaves 32 bits."""
     return any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 2**31 for x in tensors)
+
+
+def tables(*values: Iterable[int]) -> list[Any]:
+    """A :func:`table` of each."""
+    return [table(each) for each in values]
 
 
 def table(values: Iterable[int]) -> Any:

@@ -1,7 +1,7 @@
 """Stage 1 on Triton: masked features and Dice losses of a frozen teacher's features, and the gradients of the tokens.
 
-Every launch covers all levels and images. Forward: one read of x gives the masks, the sums of every channel and the Gram sums of
-every pair of masks; a second launch with one program per level and image adds them up and writes mask weights and Dice losses.
+Every launch covers all levels and images. Forward: one read of x gives the masks, the sums of every channel and the Gram sums
+of every pair of masks; a second launch with one program per level and image adds them up to mask weights and Dice losses.
 Without mask weights the first kernel also writes y = x * sum_t m (x comes from L2 the second time: 2 passes over a feature
 tensor). Mask weights need sums of the whole image before a pixel can be weighed, so with them a third kernel reads x again and
 writes y: 3 passes. Backward: one kernel takes a tile of all channels, forms g.x per pixel, then the gradient of the masks, then
@@ -10,14 +10,12 @@ kernel writes the gradient of x where it is wanted: 2 passes more. All reduction
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._eager import acc_dtype
 from . import launch, tuning
 from .tiles import (
     add_projection,
@@ -91,7 +89,7 @@ def _border_sum(
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         total = tl.zeros((BLOCK_C, BLOCK_P), ACC)
-        for start in range(0, length, BLOCK_P):
+        for start in tl.range(0, length, BLOCK_P, num_stages=1):
             along = start + tl.arange(0, BLOCK_P)
             mask = (c < C)[:, None] & (along < length)[None, :]
             at = x_ptr + tile_offsets(c, first + along * step, x_row, FAST, ALIGN, WIDE)
@@ -579,8 +577,10 @@ def forward(
     pairs: Tensor,
     dice: Tensor,
 ) -> list[Tensor]:
-    """Masked features, in dtype and, where they are dense, strides of ``features``; fill ``masks`` (one ``[N, T, P]`` per level),
-    ``sums`` (``[N, 9, C]`` each, with mask weights), ``weights [levels, N, T]``, ``pairs [levels, N, T, T]``, ``dice [levels, N]``.
+    """Masked features, in the dtype and, where they are dense, the strides of ``features``.
+
+    Filled: ``masks`` (one ``[N, T, P]`` per level), ``sums`` (``[N, 9, C]`` each, with mask weights),
+    ``weights [levels, N, T]``, ``pairs [levels, N, T, T]``, ``dice [levels, N]``.
     """
     launch.check_device(dice)
     n, t = weights.shape[1:]
@@ -604,14 +604,10 @@ def forward(
             totals = [weights.new_empty((n, k, level.shape[1]) if weighted else 0) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * (k + border) for k in tiles])
             grams = weights.new_empty((programs, t, t))
-
-            def pointers(values: Sequence[Tensor]) -> Any:
-                return launch.per_level(group.own(values or masks))
-
             mask_kernel[(programs,)](
-                pointers(features), pointers(tokens), pointers(token_bias), pointers(masks), launch.per_level(totals),
-                pointers(sums), pointers(written),
-                launch.table(first), launch.table(group.kinds), *group.lengths(features), launch.table(ws),
+                *group.addresses(features, tokens, token_bias, masks), launch.per_level(totals),
+                *group.addresses(sums or masks, written),
+                *launch.tables(first, group.kinds), *group.lengths(features), launch.table(ws),
                 *group.strides(features, written), grams,
                 BIASED=len(token_bias) > 0, TP=tuning.token_rows(t), SPLIT=launch.split(x[0]),
                 FAST=group.fast[0], Y_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
@@ -619,9 +615,9 @@ def forward(
                 **group.constants, **common,
             )  # fmt: skip
             finish_kernel[(len(x) * n,)](
-                launch.per_level(totals), pointers(sums), pointers(pool_rows), pointers(pool_bias),
-                launch.table(first), launch.table(level.shape[1] for level in x), launch.table(hs), launch.table(ws),
-                launch.table(group.levels), grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
+                launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias),
+                *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
+                grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
                 LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=triton.next_power_of_2(t),
                 TILE=config.block_p, **tuning.add_blocks(triton.next_power_of_2(t)), num_warps=8, **common,
             )  # fmt: skip
@@ -640,8 +636,8 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
         config = group.config("gate_kernel", t, features)
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in x])
         gate_kernel[(programs,)](
-            *(launch.per_level(group.own(values)) for values in (features, masks, written)),
-            launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(features),
+            *group.addresses(features, masks, written),
+            *launch.tables(first, group.kinds, group.levels), *group.lengths(features),
             *group.strides(features, written), weights, n,
             T=t, TP=triton.next_power_of_2(t), FAST=group.fast[0], Y_FAST=group.fast[1],
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
@@ -665,7 +661,7 @@ def backward(
     to_bias: Sequence[Tensor],
     need_features: bool,
 ) -> list[Tensor]:
-    """Gradients of ``features``, if needed; fill those of the parameters, ``to_...``, of which there are as many as parameters."""
+    """Gradients of ``features``, if needed; those of the parameters, ``to_...``, are filled."""
     launch.check_device(weights)
     n, t = weights.shape[1:]
     result = [torch.empty_like(x) for x in features] if need_features else []
@@ -678,8 +674,8 @@ def backward(
     grads, features = [launch.addressable(g) for g in grads], [launch.addressable(x) for x in features]
     tokens, pool_rows = [x.contiguous() for x in tokens], [x.contiguous() for x in pool_rows]
     sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
-    gx = [weights.new_empty((n, x.shape[2])) for x in features] if need_features else masks
-    to_sums = [torch.empty_like(s) for s in sums] if need_features else sums
+    gx = [weights.new_empty((n, x.shape[2])) for x in features if need_features]
+    to_sums = [torch.empty_like(s) for s in sums if need_features]
     common = {"X_GRAD": need_features, "ACC": launch.TL_DTYPE[weights.dtype], "T": t, "TP": tuning.token_rows(t)}
     with launch.device_of(weights):
         for group in launch.groups(features, grads, parameters=[to_tokens, to_token_bias, to_rows, to_bias]):
@@ -690,13 +686,9 @@ def backward(
             token_shares = [weights.new_empty((n, k, t, level.shape[1])) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * k for k in tiles])
             shares = weights.new_empty((programs, 2, t))
-
-            def pointers(values: Sequence[Tensor]) -> Any:
-                return launch.per_level(group.own(values or masks))
-
             token_gradient_kernel[(programs,)](
-                pointers(features), pointers(grads), pointers(masks), pointers(gx), launch.per_level(token_shares),
-                launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(features),
+                *group.addresses(features, grads, masks, gx), launch.per_level(token_shares),
+                *launch.tables(first, group.kinds, group.levels), *group.lengths(features),
                 *group.strides(features, grads), weights, pairs, grad_dice, shares, grad_dice.stride(0), n,
                 SPLIT=launch.split(x[0]), FAST=group.fast[0], G_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
@@ -706,15 +698,14 @@ def backward(
             roles = t + weighted
             adding, programs = launch.first_programs([roles * triton.cdiv(level.shape[1], blocks["BLOCK_C"]) for level in x])
             add_shares_kernel[(programs,)](
-                launch.per_level(token_shares), pointers(sums), pointers(pool_rows), pointers(to_tokens),
-                pointers(to_token_bias), pointers(to_rows), pointers(to_bias), pointers(to_sums),
-                launch.table(first), launch.table(adding), launch.table(group.levels),
-                launch.table(level.shape[1] for level in x), launch.table(hs), launch.table(ws), shares, weights, n,
+                launch.per_level(token_shares),
+                *group.addresses(sums or masks, pool_rows, to_tokens, to_token_bias, to_rows, to_bias, to_sums),
+                *launch.tables(first, adding, group.levels, (level.shape[1] for level in x), hs, ws), shares, weights, n,
                 LEVELS=len(x), WEIGHTED=weighted, BIASED=len(to_token_bias) > 0,
                 STANDARD=weighted and to_bias[0].dim() == 2, TILE=config.block_p, **blocks, num_warps=8, **common,
             )  # fmt: skip
         if need_features:
-            _feature_gradient(grads, grad_dice, gx, masks, weights, pairs, tokens, to_sums if weighted else (), sizes, result)
+            _feature_gradient(grads, grad_dice, gx, masks, weights, pairs, tokens, to_sums, sizes, result)
     return result
 
 
@@ -737,8 +728,8 @@ def _feature_gradient(
         config = group.config("feature_gradient_kernel", t, written, grads)
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
         feature_gradient_kernel[(programs,)](
-            *(launch.per_level(group.own(values)) for values in (grads, gx, masks, tokens, to_sums or masks, written)),
-            launch.table(first), launch.table(group.kinds), launch.table(group.levels), *group.lengths(grads),
+            *group.addresses(grads, gx, masks, tokens, to_sums, written),
+            *launch.tables(first, group.kinds, group.levels), *group.lengths(grads),
             launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),
             weights, pairs, grad_dice, grad_dice.stride(0), n,
             WEIGHTED=len(to_sums) > 0, T=t, TP=triton.next_power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],

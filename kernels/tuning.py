@@ -1,4 +1,4 @@
-"""Launch configurations: a pure function of GPU, kernel, width of the features, layout, channels, tokens and a bucket of pixels.
+"""Launch configurations: a pure function of GPU, kernel, width of features, layout, channels, tokens and a bucket of pixels.
 
 Nothing is timed, and nothing compiled twice, while a model trains. In this order:
 
@@ -8,8 +8,8 @@ Nothing is timed, and nothing compiled twice, while a model trains. In this orde
 3. :func:`default`, chosen by compiling (``python -m bench.inspect``): no spill and 16-byte loads on sm_80, sm_90, sm_100 and
    gfx942, at least two programs per multiprocessor, and runs of at least 128 contiguous bytes.
 
-``MASKD_TRITON_AUTOTUNE=1`` tunes online: the first launch in a bucket that no file knows takes a few seconds, and its result goes
-into the user's file.
+``MASKD_TRITON_AUTOTUNE=1`` tunes online: the first launch in a bucket that no file knows takes a few seconds, and its result
+goes into the user's file.
 """
 
 import functools
@@ -94,7 +94,8 @@ def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_
 @functools.cache
 def _choice(key: Key, device: torch.device) -> Config:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if os.environ.get(ONLINE) == "1" and not any(key in _read(path) for path in (user_file(gpu), shipped_file(gpu))):
+    known = (_read(path) for path in (user_file(gpu), shipped_file(gpu)))
+    if os.environ.get(ONLINE) == "1" and not any(key in configs for configs in known):
         from . import autotune
 
         autotune.tune([key], device)
@@ -120,19 +121,20 @@ def default(key: Key) -> Config:
         if key.bits == 64:
             return Config(64, 16, 256) if key.layout == "nhwc" else Config(16, 64, 256)
         if key.layout == "nhwc":
-            return Config(128, 32, 128)
+            return Config(64 if key.kernel == "feature_gradient_kernel" else 128, 32, 128)
         return Config(32, 64 if key.tokens > 16 else 128, 128)
     if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
-        return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 2)
+        return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 3)
+    masks = key.kernel == "mask_kernel"
     if key.tokens > 8:
-        return Config(16, 64, 256, 2) if key.bits == 32 else Config(32, 64, 256, 3)
+        return Config(16, 64, 256, 2) if key.bits == 32 else Config(32, 64, 256, 2 if masks else 3)
     if key.layout == "nhwc":
-        return Config(32, 64, 256, 4) if key.bits == 32 else Config(64, 64, 256, 3)
-    return Config(16, 64, 128, 3) if key.bits == 32 else Config(16, 128, 128, 3)
+        return Config(32, 64, 256, 2) if key.bits == 32 else Config(64, 64, 256, 3)
+    return Config(16, 64, 128, 3) if key.bits == 32 else Config(16, 128, 128, 4 if masks else 3)
 
 
 def choose(key: Key, gpu: str) -> Config:
-    """The configuration for ``gpu``: the nearest measured one with the same kernel, width, layout and tokens, or the default."""
+    """The nearest configuration measured on ``gpu`` with the same kernel, width, layout and tokens, or the default."""
     for path in (user_file(gpu), shipped_file(gpu)):
         measured = {k: c for k, c in _read(path).items() if _alike(k, key)}
         if measured:
@@ -175,7 +177,7 @@ def _read(path: Path) -> dict[Key, Config]:
 
 
 def write(gpu: str, configs: dict[Key, Config], about: dict[str, str]) -> Path:
-    """Add measured configurations, with a note of how they were measured, to the user's file; an interrupted write changes nothing."""
+    """Add measured configurations, and how they were measured, to the user's file; an interrupted write changes nothing."""
     path = user_file(gpu)
     entries = [{"key": k._asdict(), "config": asdict(c)} for k, c in (_read(path) | configs).items()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -256,8 +256,8 @@ def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 def learn_forward(
     x: Tensor, tokens: Tensor, token_bias: Tensor | None, weighting: tuple[Tensor, Tensor] | None, height: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """One level of stage 1: masked features, Dice loss ``[N]``, masks ``[N, T, P]``, mask weights ``[N, T]``, strip sums ``[N, 9, C]``
-    (None without weighting) and Dice pairs ``[N, T, T]``."""
+    """One level of stage 1: masked features, Dice loss ``[N]``, masks ``[N, T, P]``, mask weights ``[N, T]``, strip sums
+    ``[N, 9, C]`` (None without weighting) and Dice pairs ``[N, T, T]``."""
     m = masks(x, tokens, token_bias)
     dice, pairs = dice_of_gram(gram(m))
     if weighting is None:
@@ -281,9 +281,9 @@ def learn_backward(
     height: int,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of tokens ``[T, C]``, token biases ``[T]``, pool rows and bias, and ``x``; ``weighting``: rows, bias, strip sums.
+    """Gradients of tokens ``[T, C]``, token biases ``[T]``, pool rows and bias, and ``x``.
 
-    ``pairs`` is already multiplied by the gradient of the Dice loss.
+    ``weighting``: rows, bias, strip sums. ``pairs`` is already multiplied by the gradient of the Dice loss.
     """
     gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
     dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)

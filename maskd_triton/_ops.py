@@ -173,9 +173,10 @@ distill.register_autograd(_backward, setup_context=_setup_context)
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
 
+
 def _new_kept(features: Sequence[Tensor], num_tokens: int, weighted: bool) -> list[Tensor]:
-    """Empty: every level's masks ``[N, T, P]``, with mask weights every level's strip sums ``[N, 9, C]``, then of all levels mask
-    weights ``[levels, N, T]`` and Dice pairs ``[levels, N, T, T]``."""
+    """Empty: every level's masks ``[N, T, P]``, with mask weights every level's strip sums ``[N, 9, C]``, then mask weights
+    ``[levels, N, T]`` and Dice pairs ``[levels, N, T, T]``."""
     first = features[0]
     acc, n, levels = _eager.acc_dtype(first.dtype), first.shape[0], len(features)
     masks = [first.new_empty((n, num_tokens, x.shape[2]), dtype=acc) for x in features]
@@ -218,7 +219,7 @@ def learn(
         y, dice[i], m, weights[i], strip_sums, pairs[i] = _eager.learn_forward(x, tokens[i], bias, weighting, heights[i])
         masked.append(y)
         masks[i].copy_(m)
-        if pool_rows:
+        if strip_sums is not None:
             sums[i].copy_(strip_sums)
     return masked, dice.sum(1), kept
 

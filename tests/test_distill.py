@@ -542,7 +542,8 @@ def test_when_offsets_become_wide() -> None:
     from maskd_triton.kernels import launch
 
     for channels, pixels, wide in [(2, 2**30, False), (2, 2**30 + 1, True), (1, 2**31, False), (4096, 2**19, False)]:
-        assert launch.layout(torch.empty((4, channels, pixels), device="meta"))["WIDE"] is wide
+        (group,) = launch.groups([torch.empty((4, channels, pixels), device="meta")])
+        assert group.wide is wide
 
 
 def test_features_without_a_contiguous_axis(target: Target) -> None:
