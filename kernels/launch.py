@@ -48,23 +48,19 @@ def split(x: Tensor) -> int:
     return 2 if x.dtype.itemsize == 2 else 1
 
 
-def fast(x: Tensor) -> int:
-    """The axis of ``x [N, C, P]``, as :func:`addressable` gives it, whose elements lie next to each other."""
-    return PIXELS if x.stride(2) == 1 or (x.shape[2] == 1 and x.stride(1) != 1) else CHANNELS
-
-
 def addressable(x: Tensor) -> Tensor:
     """``x [N, C, P]`` with pixels or channels next to each other; a copy where neither are."""
-    return x if _has_fast_axis(x) else x.contiguous()
+    return x if _contiguous_along(x, PIXELS) or _contiguous_along(x, CHANNELS) else x.contiguous()
 
 
 def writable(x: Tensor) -> Tensor:
     """``x`` if a kernel can write it, else an empty contiguous tensor, to be copied into ``x``."""
-    return x if _has_fast_axis(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x if addressable(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _has_fast_axis(x: Tensor) -> bool:
-    return 1 in x.stride()[1:] or x.shape[2] == 1
+def _contiguous_along(x: Tensor, axis: int) -> bool:
+    dim = 2 if axis == PIXELS else 1
+    return x.stride(dim) == 1 or x.shape[dim] == 1
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,11 @@ class Group:
         """The tensors of these levels as a kernel takes them; the first argument stands in for one that there is none of."""
         return [per_level(self.own(tensors or arguments[0])) for tensors in arguments]
 
-    def config(self, kernel: str, num_tokens: int, *maps: Sequence[Tensor]) -> Config:
-        """The configuration of ``kernel`` for these levels; the tiles follow the first of ``maps``."""
+    def config(self, kernel: str, num_tokens: int, *maps: Sequence[Tensor], axis: int | None = None) -> Config:
+        """The configuration of ``kernel`` over ``maps`` of these levels; its tiles follow ``axis``, that of the first map."""
         own = [self.own(tensors) for tensors in maps]
         bits = 8 * max(tensors[0].dtype.itemsize for tensors in own)
-        return tuning.config(kernel, own[0], bits, fast(own[0][0]), num_tokens)
+        return tuning.config(kernel, own[0], bits, self.fast[0] if axis is None else axis, num_tokens)
 
     def lengths(self, like: Sequence[Tensor]) -> list[Any]:
         """Tables of channels and pixels, in units of the alignment where C_UNIT and P_UNIT say so."""
@@ -134,16 +130,24 @@ def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ())
     ``maps``: the feature maps ``[N, C, P]`` that a kernel addresses, a sequence of levels each; ``parameters``: what it reads.
     """
     found: dict[Any, list[int]] = {}
+    axes = [_axes(tensors) for tensors in maps]
     for i, level in enumerate(zip(*maps, strict=True)):
-        key = [(x.dtype, fast(x)) for x in level] + [each[i].dtype for each in parameters if each]
-        found.setdefault((*key, None if PYRAMIDS else i, _wide(*level)), []).append(i)
-    return [_group(levels, maps, key[-1]) for key, levels in found.items()]
+        dtypes = *(x.dtype for x in level), *(each[i].dtype for each in parameters if each)
+        fast = tuple(each[i] for each in axes)
+        found.setdefault((dtypes, None if PYRAMIDS else i, fast, _wide(*level)), []).append(i)
+    return [_group(levels, maps, fast, wide) for (_, _, fast, wide), levels in found.items()]
 
 
-def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], wide: bool) -> Group:
+def _axes(tensors: Sequence[Tensor]) -> list[int]:
+    """The contiguous axis of every level: of both, where a level has one pixel or one channel, that of the largest level."""
+    largest = max(tensors, key=Tensor.numel)
+    preferred = PIXELS if _contiguous_along(largest, PIXELS) else CHANNELS
+    return [preferred if _contiguous_along(x, preferred) else 1 - preferred for x in tensors]
+
+
+def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], axes: tuple[int, ...], wide: bool) -> Group:
     first = [tensors[levels[0]] for tensors in maps]
     full = 16 // min(x.dtype.itemsize for x in first)
-    axes = tuple(fast(x) for x in first)
     narrow = [not _aligned(full, axes, [tensors[i] for tensors in maps]) for i in levels]
     aligns = tuple(align for align, there in ((full, not all(narrow)), (1, any(narrow))) if there)
     return Group(levels, axes, wide, aligns, [int(x) and len(aligns) - 1 for x in narrow])

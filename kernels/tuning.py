@@ -123,9 +123,9 @@ def default(key: Key) -> Config:
         if key.layout == "nhwc":
             return Config(64 if key.kernel == "feature_gradient_kernel" else 128, 32, 128)
         return Config(32, 64 if key.tokens > 16 else 128, 128)
-    if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
-        return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 3)
     masks = key.kernel == "mask_kernel"
+    if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
+        return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 1 if masks else 3)
     if key.tokens > 8:
         return Config(16, 64, 256, 2) if key.bits == 32 else Config(32, 64, 256, 2 if masks else 3)
     if key.layout == "nhwc":
