@@ -619,7 +619,7 @@ def forward(
                 *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
                 grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
                 LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=triton.next_power_of_2(t),
-                TILE=config.block_p, **tuning.add_blocks(triton.next_power_of_2(t)), num_warps=4, **common,
+                TILE=config.block_p, **tuning.add_blocks(triton.next_power_of_2(t)), **common,
             )  # fmt: skip
         if weighted:
             _gate(features, masks, weights, written)
@@ -702,7 +702,7 @@ def backward(
                 *group.addresses(sums or masks, pool_rows, to_tokens, to_token_bias, to_rows, to_bias, to_sums),
                 *launch.tables(first, adding, group.levels, (level.shape[1] for level in x), hs, ws), shares, weights, n,
                 LEVELS=len(x), WEIGHTED=weighted, BIASED=len(to_token_bias) > 0,
-                STANDARD=weighted and to_bias[0].dim() == 2, TILE=config.block_p, **blocks, num_warps=4, **common,
+                STANDARD=weighted and to_bias[0].dim() == 2, TILE=config.block_p, **blocks, **common,
             )  # fmt: skip
         if need_features:
             _feature_gradient(grads, grad_dice, gx, masks, weights, pairs, tokens, to_sums, sizes, result)

@@ -9,7 +9,8 @@ Nothing is timed, and nothing compiled twice, while a model trains. In this orde
    gfx942, at least two programs per multiprocessor, and runs of at least 128 contiguous bytes.
 
 ``MASKD_TRITON_AUTOTUNE=1`` tunes online: the first launch in a bucket that no file knows takes a few seconds, and its result
-goes into the user's file.
+goes into the user's file. Never while a CUDA graph is captured. Processes of one job tune on their own and may disagree, so for
+several GPUs tune beforehand.
 """
 
 import functools
@@ -88,18 +89,23 @@ def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_
         channels = max(channels, x.shape[1])
     layout = "nhwc" if axis == CHANNELS else "nchw"
     key = Key(kernel, bits, layout, channels, token_rows(num_tokens), (pixels - 1).bit_length())
-    return _choice(key, device)
+    return _choice(key, device, not _forced and os.environ.get(ONLINE) == "1")
 
 
 @functools.cache
-def _choice(key: Key, device: torch.device) -> Config:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    known = (_read(path) for path in (user_file(gpu), shipped_file(gpu)))
-    if os.environ.get(ONLINE) == "1" and not any(key in configs for configs in known):
+def _choice(key: Key, device: torch.device, online: bool) -> Config:
+    gpu = gpu_name(device)
+    known = any(key in _read(path) for path in (user_file(gpu), shipped_file(gpu)))
+    if online and not known and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         from . import autotune
 
         autotune.tune([key], device)
     return choose(key, gpu)
+
+
+def gpu_name(device: torch.device) -> str:
+    """What the files of a device are called after."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 _forced: dict[str, Config] = {}
@@ -196,14 +202,14 @@ def finish_block(rows: int) -> int:
 
 def add_blocks(rows: int) -> dict[str, int]:
     """Blocks in which the finishing kernel of stage 1's forward pass adds sums of channels and of pairs of ``rows`` tokens."""
-    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), "BLOCK_C": _parameter_block(rows)}
+    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), **_parameter_block(rows)}
 
 
 def share_blocks(rows: int) -> dict[str, int]:
     """Blocks in which the finishing kernel of stage 1's backward pass adds shares of gradients."""
-    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), "BLOCK_C": _parameter_block(rows)}
+    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), **_parameter_block(rows)}
 
 
-def _parameter_block(rows: int) -> int:
-    """Channels of a block that holds pool rows of all strips and tokens in registers."""
-    return max(8, min(64, 256 // rows))
+def _parameter_block(rows: int) -> dict[str, int]:
+    """Channels of a block that holds pool rows of all strips and tokens in registers, and the warps that these take."""
+    return {"BLOCK_C": max(8, min(64, 256 // rows)), "num_warps": 8 if rows > 32 else 4}

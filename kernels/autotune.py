@@ -1,0 +1,102 @@
+"""Search for launch configurations on the GPU at hand. Nothing here runs unless it is asked for: ``python -m bench.autotune``,
+or ``MASKD_TRITON_AUTOTUNE=1``."""
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from . import tuning
+from .tuning import Config, Key
+
+Clock = Callable[[Callable[[], object]], float]
+DTYPES = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+
+
+def candidates(key: Key) -> list[Config]:
+    """The default first, then every tile with 8 to 32 elements a thread and runs of at least 128 contiguous bytes."""
+    stages = (2, 3, 4) if key.kernel in tuning.READING else (1,)
+    found = [tuning.default(key)]
+    for c, p, threads, n in itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (128, 256), stages):
+        run = (c if key.layout == "nhwc" else p) * key.bits // 8
+        config = Config(c, p, threads, n)
+        if 8 <= c * p // threads <= 32 and run >= 128 and config not in found:
+            found.append(config)
+    return found
+
+
+def cold_median(call: Callable[[], object]) -> float:
+    """Median milliseconds of a call, the L2 cache flushed before each."""
+    return triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median")
+
+
+def tune(
+    keys: Iterable[Key],
+    device: torch.device,
+    clock: Clock = cold_median,
+    about: dict[str, str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[Key, Config]:
+    """The fastest candidate of every key on ``device``, written into the user's file (:func:`tuning.user_file`).
+
+    ``clock`` gives the milliseconds of a call, ``about`` goes into the file, ``say`` gets a line per key.
+    """
+    best: dict[Key, Config] = {}
+    for key in keys:
+        call = _launch(key, device)
+        times: dict[Config, float] = {}
+        for config in candidates(key):
+            with tuning.forced(key.kernel, config):
+                try:
+                    times[config] = clock(call)
+                except OutOfResources:  # more shared memory or registers than this GPU has
+                    continue
+        best[key] = min(times, key=lambda config: times[config])
+        default = times.get(tuning.default(key), float("nan"))
+        say(f"{' '.join(map(str, key))}: {best[key]} {times[best[key]]:.4f} ms, default {default:.4f} ms, {len(times)} tried")
+    tuning.write(tuning.gpu_name(device), best, about or {"by": "online tuning", "torch": torch.__version__})
+    return best
+
+
+def _launch(key: Key, device: torch.device) -> Callable[[], object]:
+    """A call that launches the key's kernel over one level with about as many pixels; whatever else it launches costs the same
+    with every candidate."""
+    from .. import _ops
+
+    dtype = DTYPES[key.bits]
+    n = min(4, 2**key.log2_pixels)
+    height = 2 ** (key.log2_pixels // 2) // 2 or 1
+    width = max(1, 2**key.log2_pixels // n // height)
+    c, t, p = key.channels, key.tokens, height * width
+
+    def features() -> list[Tensor]:
+        x = torch.randn((n, p, c) if key.layout == "nhwc" else (n, c, p), device=device, dtype=dtype)
+        return [x.transpose(1, 2) if key.layout == "nhwc" else x]
+
+    def parameters(*shape: int) -> list[Tensor]:
+        return [torch.randn(shape, device=device) * c**-0.5]
+
+    student, teacher = features(), features()
+    tokens, rows, bias = parameters(t, c), parameters(9, t, c), parameters(t)
+    if key.kernel in ("forward_kernel", "backward_kernel"):
+        step = torch.zeros((), dtype=torch.int64, device=device)
+
+        def forward() -> tuple[Tensor, Tensor, Tensor]:
+            return _ops.distill(student, teacher, tokens, rows, bias, [], [], [], [height], True, step, 0, 1.0, 1e-12, "triton")
+
+        if key.kernel == "forward_kernel":
+            return forward
+        loss, masks, coefficients = forward()
+        return lambda: _ops.distill_backward(loss, student, teacher, masks, coefficients, [], "triton")
+
+    def learn() -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        return _ops.learn(teacher, tokens, [], rows, bias, [height], "triton")
+
+    if key.kernel in ("mask_kernel", "gate_kernel"):
+        return learn
+    _, dice, kept = learn()
+    need_features = key.kernel == "feature_gradient_kernel"
+    return lambda: _ops.learn_backward(student, dice, teacher, tokens, [], rows, bias, kept, [height], need_features, "triton")
