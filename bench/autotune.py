@@ -1,8 +1,9 @@
 """Find the fastest launch configurations on this GPU: ``python -m bench.autotune``.
 
 Times every candidate with a cold L2 cache, for every kernel, dtype and layout given, in two buckets of pixels (a pyramid of 2
-and one of 16 images), and writes ``~/.config/maskd_triton/<GPU>.json`` (or ``$MASKD_TRITON_CONFIGS``), where the library finds it.
-To ship it with the library, copy it to ``kernels/configs/`` and commit it as it is. Without a GPU it says so and exits with 2.
+and one of 16 images), and writes ``~/.config/maskd_triton/<GPU>.json`` (or ``$MASKD_TRITON_CONFIGS``), where the library finds
+it. To ship it with the library, copy it to ``kernels/configs/`` and commit it as it is. Without a GPU it says so and exits
+with 2.
 """
 
 import argparse

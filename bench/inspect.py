@@ -164,7 +164,9 @@ def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Compiled]]:
         return run
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", _TargetOnly(target)))
+        before = driver.__dict__.copy()  # to ask for the active driver would look for a GPU
+        stack.callback(lambda: driver.__dict__.update(before))
+        driver.set_active(_TargetOnly(target))
         stack.enter_context(mock.patch.object(launch, "check_device"))
         stack.enter_context(mock.patch.object(tuning, "warp_size", return_value=target.warp_size))
         for kernel in KERNELS:

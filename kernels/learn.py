@@ -619,7 +619,7 @@ def forward(
                 *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
                 grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
                 LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=triton.next_power_of_2(t),
-                TILE=config.block_p, **tuning.add_blocks(triton.next_power_of_2(t)), **common,
+                TILE=config.block_p, **tuning.add_blocks(triton.next_power_of_2(t), dice.dtype.itemsize), **common,
             )  # fmt: skip
         if weighted:
             _gate(features, masks, weights, written)
@@ -694,7 +694,7 @@ def backward(
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
                 **group.constants, **common,
             )  # fmt: skip
-            blocks = tuning.share_blocks(common["TP"])
+            blocks = tuning.share_blocks(common["TP"], weights.dtype.itemsize)
             roles = t + weighted
             adding, programs = launch.first_programs([roles * triton.cdiv(level.shape[1], blocks["BLOCK_C"]) for level in x])
             add_shares_kernel[(programs,)](

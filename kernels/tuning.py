@@ -200,16 +200,16 @@ def finish_block(rows: int) -> int:
     return max(16, 1024 // rows)
 
 
-def add_blocks(rows: int) -> dict[str, int]:
+def add_blocks(rows: int, itemsize: int) -> dict[str, int]:
     """Blocks in which the finishing kernel of stage 1's forward pass adds sums of channels and of pairs of ``rows`` tokens."""
-    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), **_parameter_block(rows)}
+    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), **_parameter_block(rows, itemsize)}
 
 
-def share_blocks(rows: int) -> dict[str, int]:
+def share_blocks(rows: int, itemsize: int) -> dict[str, int]:
     """Blocks in which the finishing kernel of stage 1's backward pass adds shares of gradients."""
-    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), **_parameter_block(rows)}
+    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), **_parameter_block(rows, itemsize)}
 
 
-def _parameter_block(rows: int) -> dict[str, int]:
+def _parameter_block(rows: int, itemsize: int) -> dict[str, int]:
     """Channels of a block that holds pool rows of all strips and tokens in registers, and the warps that these take."""
-    return {"BLOCK_C": max(8, min(64, 256 // rows)), "num_warps": 8 if rows > 32 else 4}
+    return {"BLOCK_C": max(4, min(64, 1024 // (rows * itemsize))), "num_warps": itemsize}
