@@ -133,7 +133,7 @@ def _partials(H, W, WEIGHTED: tl.constexpr, BLOCK_P: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["first", "kinds", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "warmup", "step_ptr"])
+@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "warmup", "step_ptr"])
 def forward_kernel(
     # of every level
     s_ptrs,  # [N, C, P] by strides
@@ -144,12 +144,13 @@ def forward_kernel(
     affine_ptrs,  # [2, C]: mean and 1 / std of t
     pool_ptrs,  # [9, T, C]
     mask_ptrs,  # [N, T, P], written
-    first, kinds, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
+    first, aligns, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
     # of all
     step_ptr,  # int64 scalar
     part_ptr,  # [programs, 3, T], written
     warmup,
-    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
@@ -159,35 +160,35 @@ def forward_kernel(
     part_ptr += program.to(tl.int64) * 3 * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    kind = pick_int(kinds, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
     W = pick_int(Ws, level, LEVELS)
     s_ptr = pick(s_ptrs, level, LEVELS)
     t_ptr = pick(t_ptrs, level, LEVELS)
     pool_ptr = pick(pool_ptrs, level, LEVELS)
     s_row = pick_int(s_rows, level, LEVELS)
     t_row = pick_int(t_rows, level, LEVELS)
-    for i in tl.static_range(len(ALIGNS)):
-        if kind == i:
-            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             tiles = tl.cdiv(P, BLOCK_P)
             blocks = _partials(P // W, W, WEIGHTED, BLOCK_P)
             n = (program // blocks).to(tl.int64)
             block = program % blocks
-            image = s_ptr + n * pick_int(s_ns, level, LEVELS) * ALIGNS[i]
-            target = t_ptr + n * pick_int(t_ns, level, LEVELS) * ALIGNS[i]
+            image = s_ptr + n * pick_int(s_ns, level, LEVELS) * align
+            target = t_ptr + n * pick_int(t_ns, level, LEVELS) * align
             if block < tiles:
                 _forward_tile(
                     n, block, image, target, pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS),
                     pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr, step_ptr,
                     pick(mask_ptrs, level, LEVELS), part_ptr, warmup, C, P, s_row, t_row,
-                    CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC, T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, ALIGNS[i], WIDE, UPCAST,
+                    CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC, T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST,
                     BLOCK_C, BLOCK_P, STAGES,
                 )  # fmt: skip
             elif WEIGHTED:
                 _border_run(
                     block - tiles, target, pool_ptr, part_ptr, P // W, W, C, t_row,
-                    ACC, T, TP, T_SPLIT, T_FAST, ALIGNS[i], WIDE, UPCAST, BLOCK_C, BLOCK_P,
+                    ACC, T, TP, T_SPLIT, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P,
                 )  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def finish_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "kinds", "indices", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows"),
+        *("first", "aligns", "indices", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows"),
         *("up_level", "up_n", "N", "up_ptr", "coefficient_ptr"),
     ]
 )
@@ -258,12 +259,13 @@ def backward_kernel(
     mask_ptrs,  # [N, T, P]
     affine_ptrs,  # [2, C]: mean and 1 / std of t
     g_ptrs,  # [N, C, P] by strides, written
-    first, kinds, indices, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows,
+    first, aligns, indices, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows,
     # of all
     up_ptr,  # [levels, N] by strides
     coefficient_ptr,  # [levels, N, T]
     up_level, up_n, N,
-    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -272,7 +274,7 @@ def backward_kernel(
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    kind = pick_int(kinds, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     s_ptr = pick(s_ptrs, level, LEVELS)
     t_ptr = pick(t_ptrs, level, LEVELS)
@@ -284,15 +286,15 @@ def backward_kernel(
     g_row = pick_int(g_rows, level, LEVELS)
     token = tl.arange(0, TP)
     real = token < T
-    for i in tl.static_range(len(ALIGNS)):
-        if kind == i:
-            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
             mask = (c < C)[:, None] & (p < P)[None, :]
-            s_at = s_ptr + n * pick_int(s_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, s_row, S_FAST, ALIGNS[i], WIDE)
-            t_at = t_ptr + n * pick_int(t_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, t_row, T_FAST, ALIGNS[i], WIDE)
-            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, g_row, G_FAST, ALIGNS[i], WIDE)
+            s_at = s_ptr + n * pick_int(s_ns, level, LEVELS) * align + tile_offsets(c, p, s_row, S_FAST, align, WIDE)
+            t_at = t_ptr + n * pick_int(t_ns, level, LEVELS) * align + tile_offsets(c, p, t_row, T_FAST, align, WIDE)
+            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
             s = tl.load(s_at, mask=mask, other=0.0)
             t = tl.load(t_at, mask=mask, other=0.0)
             m = load_masks(mask_ptr, n, p, P, T, TP)
@@ -349,7 +351,7 @@ def forward(
             part = loss.new_empty((programs, 3, num_tokens))
             forward_kernel[(programs,)](
                 *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, masks),
-                *launch.tables(first, group.kinds), *group.lengths(student), launch.table(ws),
+                *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws),
                 *group.strides(student, teacher),
                 warmup_step if warmup_step is not None else loss, part, custom_mask_warmup,
                 CUSTOM=custom_mask, WARMUP=warmup_step is not None, STANDARD=standard,
@@ -396,7 +398,7 @@ def backward(
             first, programs = launch.first_programs([n * launch.tiles(x, config) for x in s])
             backward_kernel[(programs,)](
                 *group.addresses(student, teacher, masks, affine, written),
-                *launch.tables(first, group.kinds, group.levels), *group.lengths(student),
+                *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
                 *group.strides(student, teacher, written), grad, coefficients, *grad.stride(), n,
                 STANDARD=len(affine) > 0, ACC=launch.TL_DTYPE[coefficients.dtype],
                 T=num_tokens, TP=triton.next_power_of_2(num_tokens),

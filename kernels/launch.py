@@ -71,16 +71,14 @@ class Group:
         levels: their indices.
         fast: the contiguous axis of each of the maps.
         wide: whether an offset inside one image leaves 32 bits.
-        aligns: ``ALIGNS`` of the kernel: the alignment in elements that 16-byte accesses need, 1 for other levels, or both. No
-            finer distinction: every one would be compiled anew.
-        kinds: every level's index in ``aligns``.
+        aligns: every level's alignment in elements: that which 16-byte accesses need, or 1. No finer distinction: each would be
+            compiled anew.
     """
 
     levels: list[int]
     fast: tuple[int, ...]
     wide: bool
-    aligns: tuple[int, ...]
-    kinds: list[int]
+    aligns: list[int]
 
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""
@@ -98,9 +96,9 @@ class Group:
 
     def lengths(self, like: Sequence[Tensor]) -> list[Any]:
         """Tables of channels and pixels, in units of the alignment where C_UNIT and P_UNIT say so."""
-        unit, own = [self.aligns[kind] for kind in self.kinds], self.own(like)
-        c = [x.shape[1] // (a if CHANNELS in self.fast else 1) for x, a in zip(own, unit, strict=True)]
-        p = [x.shape[2] // (a if PIXELS in self.fast else 1) for x, a in zip(own, unit, strict=True)]
+        own = self.own(like)
+        c = [x.shape[1] // (a if CHANNELS in self.fast else 1) for x, a in zip(own, self.aligns, strict=True)]
+        p = [x.shape[2] // (a if PIXELS in self.fast else 1) for x, a in zip(own, self.aligns, strict=True)]
         return tables(c, p)
 
     def strides(self, *maps: Sequence[Tensor]) -> list[Any]:
@@ -108,16 +106,18 @@ class Group:
         result = []
         for axis, tensors in zip(self.fast, maps, strict=True):
             for dim in (0, _row(axis)):
-                strides = zip(self.own(tensors), self.kinds, strict=True)
-                result.append(table(x.stride(dim) // self.aligns[kind] for x, kind in strides))
+                result.append(table(x.stride(dim) // a for x, a in zip(self.own(tensors), self.aligns, strict=True)))
         return result
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The constexpr arguments that all kernels over feature maps take."""
+        """The constexpr arguments that all kernels over feature maps take; ALIGN, END and STEP range over the alignments."""
+        largest, smallest = max(self.aligns), min(self.aligns)
         return {
             "LEVELS": len(self.levels),
-            "ALIGNS": self.aligns,
+            "ALIGN": largest,
+            "END": smallest - 1,
+            "STEP": smallest - largest or -1,
             "C_UNIT": CHANNELS in self.fast,
             "P_UNIT": PIXELS in self.fast,
             "WIDE": self.wide,
@@ -148,9 +148,8 @@ def _axes(tensors: Sequence[Tensor]) -> list[int]:
 def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], axes: tuple[int, ...], wide: bool) -> Group:
     first = [tensors[levels[0]] for tensors in maps]
     full = 16 // min(x.dtype.itemsize for x in first)
-    narrow = [not _aligned(full, axes, [tensors[i] for tensors in maps]) for i in levels]
-    aligns = tuple(align for align, there in ((full, not all(narrow)), (1, any(narrow))) if there)
-    return Group(levels, axes, wide, aligns, [int(x) and len(aligns) - 1 for x in narrow])
+    aligned = [_aligned(full, axes, [tensors[i] for tensors in maps]) for i in levels]
+    return Group(levels, axes, wide, [full if x else 1 for x in aligned])
 
 
 def _aligned(full: int, axes: Sequence[int], level: Sequence[Tensor]) -> bool:

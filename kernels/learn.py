@@ -97,7 +97,7 @@ def _border_sum(
         tl.store(sum_ptr + strip * C + c, tl.sum(total, axis=1), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["first", "kinds", "Cs", "Ps", "Ws", "x_ns", "x_rows", "y_ns", "y_rows"])
+@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "x_ns", "x_rows", "y_ns", "y_rows"])
 def mask_kernel(
     # of every level
     x_ptrs,  # [N, C, P] by strides
@@ -107,10 +107,11 @@ def mask_kernel(
     total_ptrs,  # [N, tiles, C], written where WEIGHTED
     sum_ptrs,  # [N, 9, C], strips 1 to 8 are written where WEIGHTED
     y_ptrs,  # [N, C, P] by strides, written where not WEIGHTED
-    first, kinds, Cs, Ps, Ws, x_ns, x_rows, y_ns, y_rows,
+    first, aligns, Cs, Ps, Ws, x_ns, x_rows, y_ns, y_rows,
     # of all
     gram_ptr,  # [programs, T, T], written
-    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, BORDER: tl.constexpr,
@@ -119,32 +120,32 @@ def mask_kernel(
     gram_ptr += program.to(tl.int64) * T * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    kind = pick_int(kinds, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
     W = pick_int(Ws, level, LEVELS)
     x_ptr = pick(x_ptrs, level, LEVELS)
     y_ptr = pick(y_ptrs, level, LEVELS)
     sum_ptr = pick(sum_ptrs, level, LEVELS)
     x_row = pick_int(x_rows, level, LEVELS)
-    for i in tl.static_range(len(ALIGNS)):
-        if kind == i:
-            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             tiles = tl.cdiv(P, BLOCK_P)
             blocks = tiles + BORDER
             n = (program // blocks).to(tl.int64)
             block = program % blocks
-            image = x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGNS[i]
+            image = x_ptr + n * pick_int(x_ns, level, LEVELS) * align
             if block < tiles:
                 _mask_tile(
                     n, block, tiles, image, pick(token_ptrs, level, LEVELS), pick(bias_ptrs, level, LEVELS),
                     pick(mask_ptrs, level, LEVELS), pick(total_ptrs, level, LEVELS), gram_ptr,
-                    y_ptr + n * pick_int(y_ns, level, LEVELS) * ALIGNS[i], C, P, x_row, pick_int(y_rows, level, LEVELS),
-                    WEIGHTED, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, ALIGNS[i], WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+                    y_ptr + n * pick_int(y_ns, level, LEVELS) * align, C, P, x_row, pick_int(y_rows, level, LEVELS),
+                    WEIGHTED, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
                 )  # fmt: skip
             elif WEIGHTED:
                 _border_sum(
                     block - tiles + 1, image, sum_ptr + n * 9 * C, P // W, W, C, x_row,
-                    ACC, FAST, ALIGNS[i], WIDE, BLOCK_C, BLOCK_P,
+                    ACC, FAST, align, WIDE, BLOCK_C, BLOCK_P,
                 )  # fmt: skip
 
 
@@ -237,17 +238,18 @@ def finish_kernel(
     tl.store(weight_ptr + out * T + token, weight, mask=real)
 
 
-@triton.jit(do_not_specialize=["first", "kinds", "indices", "Cs", "Ps", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
+@triton.jit(do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
 def gate_kernel(
     # of every level
     x_ptrs,  # [N, C, P] by strides
     mask_ptrs,  # [N, T, P]
     y_ptrs,  # [N, C, P] by strides, written
-    first, kinds, indices, Cs, Ps, x_ns, x_rows, y_ns, y_rows,
+    first, aligns, indices, Cs, Ps, x_ns, x_rows, y_ns, y_rows,
     # of all
     weight_ptr,  # [levels, N, T]
     N,
-    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +257,7 @@ def gate_kernel(
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    kind = pick_int(kinds, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     x_ptr = pick(x_ptrs, level, LEVELS)
     y_ptr = pick(y_ptrs, level, LEVELS)
@@ -264,15 +266,15 @@ def gate_kernel(
     y_row = pick_int(y_rows, level, LEVELS)
     token = tl.arange(0, TP)
     real = token < T
-    for i in tl.static_range(len(ALIGNS)):
-        if kind == i:
-            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
             inside = p < P
             mask = (c < C)[:, None] & inside[None, :]
-            x_at = x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, x_row, FAST, ALIGNS[i], WIDE)
-            y_at = y_ptr + n * pick_int(y_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, y_row, Y_FAST, ALIGNS[i], WIDE)
+            x_at = x_ptr + n * pick_int(x_ns, level, LEVELS) * align + tile_offsets(c, p, x_row, FAST, align, WIDE)
+            y_at = y_ptr + n * pick_int(y_ns, level, LEVELS) * align + tile_offsets(c, p, y_row, Y_FAST, align, WIDE)
             x = tl.load(x_at, mask=mask, other=0.0)
             m = load_masks(mask_ptr, n, p, P, T, TP)
             weight = tl.load(weight_ptr + (index * N + n) * T + token, mask=real, other=0.0)
@@ -326,7 +328,7 @@ def _token_gradient_tile(
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "kinds", "indices", "Cs", "Ps", "x_ns", "x_rows", "g_ns", "g_rows"),
+        *("first", "aligns", "indices", "Cs", "Ps", "x_ns", "x_rows", "g_ns", "g_rows"),
         *("weight_ptr", "pair_ptr", "dice_ptr", "dice_stride", "N"),
     ]
 )
@@ -337,14 +339,15 @@ def token_gradient_kernel(
     mask_ptrs,  # [N, T, P]
     gx_ptrs,  # [N, P], written where X_GRAD
     token_ptrs,  # [N, tiles, T, C], written: each tile's share of the token gradient
-    first, kinds, indices, Cs, Ps, x_ns, x_rows, g_ns, g_rows,
+    first, aligns, indices, Cs, Ps, x_ns, x_rows, g_ns, g_rows,
     # of all
     weight_ptr,  # [levels, N, T]
     pair_ptr,  # [levels, N, T, T]
     dice_ptr,  # [levels] by stride: the gradient of the Dice losses
     share_ptr,  # [programs, 2, T], written: each tile's share of the gradients of mask weights and token biases
     dice_stride, N,
-    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
     FAST: tl.constexpr, G_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
@@ -353,24 +356,24 @@ def token_gradient_kernel(
     share_ptr += program.to(tl.int64) * 2 * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    kind = pick_int(kinds, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     x_ptr = pick(x_ptrs, level, LEVELS)
     g_ptr = pick(g_ptrs, level, LEVELS)
     dice = tl.load(dice_ptr + index * dice_stride)
-    for i in tl.static_range(len(ALIGNS)):
-        if kind == i:
-            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             tiles = tl.cdiv(P, BLOCK_P)
             n = (program // tiles).to(tl.int64)
             _token_gradient_tile(
-                n, program % tiles, tiles, g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGNS[i],
-                x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGNS[i], pick(mask_ptrs, level, LEVELS),
+                n, program % tiles, tiles, g_ptr + n * pick_int(g_ns, level, LEVELS) * align,
+                x_ptr + n * pick_int(x_ns, level, LEVELS) * align, pick(mask_ptrs, level, LEVELS),
                 weight_ptr + (index * N + n) * T, pair_ptr + (index * N + n) * T * T, dice, pick(gx_ptrs, level, LEVELS),
                 share_ptr, pick(token_ptrs, level, LEVELS), C, P,
                 pick_int(x_rows, level, LEVELS), pick_int(g_rows, level, LEVELS),
-                X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, ALIGNS[i], WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+                X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
             )  # fmt: skip
 
 
@@ -488,7 +491,7 @@ def add_shares_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "kinds", "indices", "Cs", "Ps", "Ws", "g_ns", "g_rows", "d_ns", "d_rows"),
+        *("first", "aligns", "indices", "Cs", "Ps", "Ws", "g_ns", "g_rows", "d_ns", "d_rows"),
         *("weight_ptr", "pair_ptr", "dice_ptr", "dice_stride", "N"),
     ]
 )
@@ -500,13 +503,14 @@ def feature_gradient_kernel(
     token_ptrs,  # [T, C]
     to_sum_ptrs,  # [N, 9, C]: the gradients of the strip sums
     d_ptrs,  # [N, C, P] by strides, written
-    first, kinds, indices, Cs, Ps, Ws, g_ns, g_rows, d_ns, d_rows,
+    first, aligns, indices, Cs, Ps, Ws, g_ns, g_rows, d_ns, d_rows,
     # of all
     weight_ptr,  # [levels, N, T]
     pair_ptr,  # [levels, N, T, T]
     dice_ptr,  # [levels] by stride: the gradient of the Dice losses
     dice_stride, N,
-    LEVELS: tl.constexpr, ALIGNS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, G_FAST: tl.constexpr, D_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -514,7 +518,7 @@ def feature_gradient_kernel(
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    kind = pick_int(kinds, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     W = pick_int(Ws, level, LEVELS)
     g_ptr = pick(g_ptrs, level, LEVELS)
@@ -528,15 +532,15 @@ def feature_gradient_kernel(
     dice = tl.load(dice_ptr + index * dice_stride)
     token = tl.arange(0, TP)
     real = token < T
-    for i in tl.static_range(len(ALIGNS)):
-        if kind == i:
-            C = pick_int(Cs, level, LEVELS) * (ALIGNS[i] if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (ALIGNS[i] if P_UNIT else 1)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
             inside = p < P
             mask = (c < C)[:, None] & inside[None, :]
-            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, g_row, G_FAST, ALIGNS[i], WIDE)
-            d_at = d_ptr + n * pick_int(d_ns, level, LEVELS) * ALIGNS[i] + tile_offsets(c, p, d_row, D_FAST, ALIGNS[i], WIDE)
+            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
+            d_at = d_ptr + n * pick_int(d_ns, level, LEVELS) * align + tile_offsets(c, p, d_row, D_FAST, align, WIDE)
             g = tl.load(g_at, mask=mask, other=0.0)
             gx = tl.load(gx_ptr + n * P + p, mask=inside, other=0.0)
             m = load_masks(mask_ptr, n, p, P, T, TP)
@@ -607,7 +611,7 @@ def forward(
             mask_kernel[(programs,)](
                 *group.addresses(features, tokens, token_bias, masks), launch.per_level(totals),
                 *group.addresses(sums or masks, written),
-                *launch.tables(first, group.kinds), *group.lengths(features), launch.table(ws),
+                *launch.tables(first, group.aligns), *group.lengths(features), launch.table(ws),
                 *group.strides(features, written), grams,
                 BIASED=len(token_bias) > 0, TP=tuning.token_rows(t), SPLIT=launch.split(x[0]),
                 FAST=group.fast[0], Y_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
@@ -637,7 +641,7 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in x])
         gate_kernel[(programs,)](
             *group.addresses(features, masks, written),
-            *launch.tables(first, group.kinds, group.levels), *group.lengths(features),
+            *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
             *group.strides(features, written), weights, n,
             T=t, TP=triton.next_power_of_2(t), FAST=group.fast[0], Y_FAST=group.fast[1],
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
@@ -688,7 +692,7 @@ def backward(
             shares = weights.new_empty((programs, 2, t))
             token_gradient_kernel[(programs,)](
                 *group.addresses(features, grads, masks, gx), launch.per_level(token_shares),
-                *launch.tables(first, group.kinds, group.levels), *group.lengths(features),
+                *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
                 *group.strides(features, grads), weights, pairs, grad_dice, shares, grad_dice.stride(0), n,
                 SPLIT=launch.split(x[0]), FAST=group.fast[0], G_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
@@ -729,7 +733,7 @@ def _feature_gradient(
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
         feature_gradient_kernel[(programs,)](
             *group.addresses(grads, gx, masks, tokens, to_sums, written),
-            *launch.tables(first, group.kinds, group.levels), *group.lengths(grads),
+            *launch.tables(first, group.aligns, group.levels), *group.lengths(grads),
             launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),
             weights, pairs, grad_dice, grad_dice.stride(0), n,
             WEIGHTED=len(to_sums) > 0, T=t, TP=triton.next_power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],

@@ -70,8 +70,9 @@ class Key(NamedTuple):
 
 
 def token_rows(num_tokens: int) -> int:
-    """Rows that tokens are padded to in a matrix product: a power of 2, at least 8."""
-    return max(8, triton.next_power_of_2(num_tokens))
+    """Rows that tokens are padded to in a matrix product: a power of 2, at least 8, or the 16 that Triton before 3.6 takes."""
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+    return max(16 if old else 8, triton.next_power_of_2(num_tokens))
 
 
 def warp_size() -> int:
