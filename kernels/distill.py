@@ -370,8 +370,8 @@ def forward(
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
     """What :func:`_partials` counts."""
-    border = 2 * (triton.cdiv(width, config.block_p) + triton.cdiv(height, config.block_p)) + 4
-    return triton.cdiv(height * width, config.block_p) + (border if weighted else 0)
+    border = 2 * (tuning.ceil_div(width, config.block_p) + tuning.ceil_div(height, config.block_p)) + 4
+    return tuning.ceil_div(height * width, config.block_p) + (border if weighted else 0)
 
 
 def backward(
@@ -401,7 +401,7 @@ def backward(
                 *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
                 *group.strides(student, teacher, written), grad, coefficients, *grad.stride(), n,
                 STANDARD=len(affine) > 0, ACC=launch.TL_DTYPE[coefficients.dtype],
-                T=num_tokens, TP=triton.next_power_of_2(num_tokens),
+                T=num_tokens, TP=tuning.power_of_2(num_tokens),
                 S_FAST=group.fast[0], T_FAST=group.fast[1], G_FAST=group.fast[2],
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
             )  # fmt: skip

@@ -188,7 +188,7 @@ def per_level(values: Sequence[Any]) -> Any:
 
 def tiles(x: Tensor, config: Config) -> int:
     """Tiles of an image of ``x [N, C, P]``."""
-    return triton.cdiv(x.shape[1], config.block_c) * triton.cdiv(x.shape[2], config.block_p)
+    return tuning.ceil_div(x.shape[1], config.block_c) * tuning.ceil_div(x.shape[2], config.block_p)
 
 
 def first_programs(counts: Sequence[int]) -> tuple[list[int], int]:

@@ -604,7 +604,7 @@ def forward(
             x = group.own(features)
             hs, ws = zip(*group.own(sizes), strict=True)
             config = group.config("mask_kernel", t, features)
-            tiles = [triton.cdiv(h * w, config.block_p) for h, w in zip(hs, ws, strict=True)]
+            tiles = [tuning.ceil_div(h * w, config.block_p) for h, w in zip(hs, ws, strict=True)]
             totals = [weights.new_empty((n, k, level.shape[1]) if weighted else 0) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * (k + border) for k in tiles])
             grams = weights.new_empty((programs, t, t))
@@ -622,8 +622,8 @@ def forward(
                 launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias),
                 *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
                 grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
-                LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=triton.next_power_of_2(t),
-                TILE=config.block_p, **tuning.add_blocks(triton.next_power_of_2(t), dice.dtype.itemsize), **common,
+                LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=tuning.power_of_2(t),
+                TILE=config.block_p, **tuning.add_blocks(tuning.power_of_2(t), dice.dtype.itemsize), **common,
             )  # fmt: skip
         if weighted:
             _gate(features, masks, weights, written)
@@ -643,7 +643,7 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
             *group.addresses(features, masks, written),
             *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
             *group.strides(features, written), weights, n,
-            T=t, TP=triton.next_power_of_2(t), FAST=group.fast[0], Y_FAST=group.fast[1],
+            T=t, TP=tuning.power_of_2(t), FAST=group.fast[0], Y_FAST=group.fast[1],
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
         )  # fmt: skip
 
@@ -686,7 +686,7 @@ def backward(
             x = group.own(features)
             hs, ws = zip(*group.own(sizes), strict=True)
             config = group.config("token_gradient_kernel", t, features, grads)
-            tiles = [triton.cdiv(level.shape[2], config.block_p) for level in x]
+            tiles = [tuning.ceil_div(level.shape[2], config.block_p) for level in x]
             token_shares = [weights.new_empty((n, k, t, level.shape[1])) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * k for k in tiles])
             shares = weights.new_empty((programs, 2, t))
@@ -700,7 +700,7 @@ def backward(
             )  # fmt: skip
             blocks = tuning.share_blocks(common["TP"], weights.dtype.itemsize)
             roles = t + weighted
-            adding, programs = launch.first_programs([roles * triton.cdiv(level.shape[1], blocks["BLOCK_C"]) for level in x])
+            adding, programs = launch.first_programs([roles * tuning.ceil_div(level.shape[1], blocks["BLOCK_C"]) for level in x])
             add_shares_kernel[(programs,)](
                 launch.per_level(token_shares),
                 *group.addresses(sums or masks, pool_rows, to_tokens, to_token_bias, to_rows, to_bias, to_sums),
@@ -736,7 +736,7 @@ def _feature_gradient(
             *launch.tables(first, group.aligns, group.levels), *group.lengths(grads),
             launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),
             weights, pairs, grad_dice, grad_dice.stride(0), n,
-            WEIGHTED=len(to_sums) > 0, T=t, TP=triton.next_power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],
+            WEIGHTED=len(to_sums) > 0, T=t, TP=tuning.power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
         )  # fmt: skip
     for out, d in zip(result, written, strict=True):

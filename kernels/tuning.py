@@ -32,6 +32,7 @@ from .tiles import CHANNELS
 ONLINE = "MASKD_TRITON_AUTOTUNE"
 FOLDER = "MASKD_TRITON_CONFIGS"
 READING = ("forward_kernel", "mask_kernel", "token_gradient_kernel")  # a program takes all channels of its pixels
+_LEAST_ROWS = 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6) else 8
 WRITING = ("backward_kernel", "gate_kernel", "feature_gradient_kernel")  # a program takes one tile
 
 
@@ -69,10 +70,19 @@ class Key(NamedTuple):
     log2_pixels: int
 
 
+def ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv``, which takes longer to call than all the rest of a launch's arithmetic."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
 def token_rows(num_tokens: int) -> int:
     """Rows that tokens are padded to in a matrix product: a power of 2, at least 8, or the 16 that Triton before 3.6 takes."""
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
-    return max(16 if old else 8, triton.next_power_of_2(num_tokens))
+    return max(_LEAST_ROWS, power_of_2(num_tokens))
 
 
 def warp_size() -> int:

@@ -194,8 +194,13 @@ class MaskedDistillLoss(nn.Module):
     def _versions(self) -> list[tuple[Any, ...]]:
         if not (self.weight_mask or self.standardize):
             return []
-        tensors = [x for module in self._modules_of_levels() for x in (*module.parameters(), *module.buffers())]
-        return [(x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version) for x in tensors]
+        versions = []
+        for module in self._modules_of_levels():
+            for owner in (module, *(module.prob if module.weight_mask else ())):  # .parameters() would take ten times as long
+                for x in (*owner._parameters.values(), *owner._buffers.values()):
+                    if x is not None:
+                        versions.append((x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version))
+        return versions
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
         super()._apply(fn, recurse)
