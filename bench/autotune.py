@@ -7,7 +7,9 @@ with 2.
 """
 
 import argparse
+import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,7 @@ def main() -> int:
     parser.add_argument("--channels", nargs="+", type=int, default=[256])
     parser.add_argument("--tokens", nargs="+", type=int, default=[6])
     parser.add_argument("--log2-pixels", nargs="+", type=int, default=[18, 21], help="of all levels and images of a launch")
+    parser.add_argument("--out", type=Path, help="a second copy of the file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.autotune: torch sees no GPU here, so there is nothing to tune; nothing was run")
@@ -42,7 +45,10 @@ def main() -> int:
     ]
     about = {k: str(v) for k, v in environment.describe(device).items()}
     autotune.tune(keys, device, about=about, say=lambda line: print(line, flush=True))
-    print(f"written to {tuning.user_file(tuning.gpu_name(device))}")
+    path = tuning.user_file(tuning.gpu_name(device))
+    print(f"written to {path}")
+    if args.out:
+        shutil.copyfile(path, args.out)
     return 0
 
 

@@ -700,7 +700,9 @@ def backward(
             )  # fmt: skip
             blocks = tuning.share_blocks(common["TP"], weights.dtype.itemsize)
             roles = t + weighted
-            adding, programs = launch.first_programs([roles * tuning.ceil_div(level.shape[1], blocks["BLOCK_C"]) for level in x])
+            adding, programs = launch.first_programs(
+                [roles * tuning.ceil_div(level.shape[1], blocks["BLOCK_C"]) for level in x]
+            )
             add_shares_kernel[(programs,)](
                 launch.per_level(token_shares),
                 *group.addresses(sums or masks, pool_rows, to_tokens, to_token_bias, to_rows, to_bias, to_sums),

@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "docs/performance.md").read_text()
 SPEED = {name: json.loads((ROOT / f"bench/results/{name}.json").read_text()) for name in ("cpu-fpn", "cpu-fpn-stage1")}
 DEMO = json.loads((ROOT / "bench/results/cpu-demo.json").read_text())
 MODE = "forward+backward"
@@ -54,10 +55,10 @@ def test_commands_and_files_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for name in set(re.findall(r"^make (\w+)", README, re.M)):
         assert re.search(rf"^{name}:", makefile, re.M), name
-    for module in set(re.findall(r"`python -m ([\w.]+)", README)):
+    for module in set(re.findall(r"`python -m ([\w.]+)", PAGES)):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
-    for path in set(re.findall(r"\]\(((?!http|#)[^)]+)\)", README)) | set(re.findall(r"`(tests/\w+\.py)`", README)):
+    for path in set(re.findall(r"\]\(((?!http|#)[^)]+)\)", README)) | set(re.findall(r"`((?:tests|kernels)/\w+\.py)`", PAGES)):
         assert (ROOT / path).exists(), path
 
 
