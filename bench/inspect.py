@@ -1,5 +1,9 @@
 """Compile every kernel for GPUs that are not here and report what each costs: ``python -m bench.inspect``.
 
+Printed for every kernel and configuration, shipped or default: registers and spills of a thread, shared memory, occupancy,
+widths of the global loads, and, counted in the compiled code as it stands (a loop's body once), instructions per byte of global
+access and such bytes per element of a feature tile.
+
 The launchers themselves are run, on CPU tensors, with a driver that only knows its target: what is compiled is exactly what a
 launch on that GPU would compile, and nothing is executed. Exit status 1 if a kernel spills registers or loads features
 fewer 16 bytes at a time than its tiles hold, where the alignment of its input allows that.
@@ -75,6 +79,7 @@ class Case:
     weighted: bool = True
     custom: bool = True
     standard: bool = False
+    shipped: tuple[str, tuning.Config] | None = None  # a kernel and its configuration, instead of the default
 
     @property
     def mixed(self) -> bool:
@@ -84,7 +89,8 @@ class Case:
         flags = "".join(f if on else "-" for f, on in (("w", self.weighted), ("c", self.custom), ("s", self.standard)))
         student = f"{self.student_dtype or self.dtype} {self.student_layout or self.layout} > " if self.mixed else ""
         sizes = " ".join(f"{h}x{w}" for h, w in self.sizes)
-        return f"{student}{self.dtype} {self.layout} C{self.channels} T{self.tokens} {sizes} {flags}"
+        shipped = f" {self.shipped}" if self.shipped else ""
+        return f"{student}{self.dtype} {self.layout} C{self.channels} T{self.tokens} {sizes} {flags}{shipped}"
 
 
 def _name(kernel: Any) -> str:
@@ -94,14 +100,30 @@ def _name(kernel: Any) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """Costs of one compiled kernel; ``load_bytes`` counts global loads by their width."""
+    """Costs of one compiled kernel: ``load_bytes`` and ``store_bytes`` count global accesses by their width, ``elements`` are
+    those of a feature tile that fall to a thread, ``occupancy`` is a share of the threads that a multiprocessor holds."""
 
     kernel: str
     registers: int
     spills: int
     shared: int
     load_bytes: dict[int, int]
+    store_bytes: dict[int, int]
+    instructions: int
+    occupancy: float
     elements: float
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of global memory that a thread asks for."""
+        return sum(width * n for widths in (self.load_bytes, self.store_bytes) for width, n in widths.items())
+
+    def __str__(self) -> str:
+        per_element = f"{self.bytes / self.elements:5.1f} B/element" if self.elements else " " * 15
+        return (
+            f"{self.kernel:23s} regs {self.registers:3d} spill {self.spills:3d} smem {self.shared:6d} "
+            f"occupancy {self.occupancy:4.2f} {self.instructions / self.bytes:5.1f} ins/B {per_element} loads {self.load_bytes}"
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,8 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     token_bias, affine = (parameters(k), parameters(2, c)) if case.standard else ([], [])
     rows, bias = (parameters(9, k, c), parameters(4, k) if case.standard else parameters(k)) if case.weighted else ([], [])
     sums = [torch.empty(n, 9, c, dtype=acc) for _ in rows]
-    with _compiling_for(TARGETS[target]) as compiled:
+    forced = tuning.forced(*case.shipped) if case.shipped else contextlib.nullcontext()
+    with _compiling_for(TARGETS[target]) as compiled, forced:
         step = torch.zeros((), dtype=torch.int64)
         distill.forward(
             s, t, tokens, rows, bias, tokens if case.standard else [], token_bias, affine, heights,
@@ -182,23 +205,56 @@ def _caches(kernel: Any) -> Any:
 
 
 def facts(name: str, compiled: Compiled) -> Facts:
-    """Registers, spills, shared memory and load widths of one compiled kernel."""
+    """What one compiled kernel costs."""
     kernel = compiled.kernel
-    if kernel.metadata.target.backend == "hip":
-        return _amd_facts(name, compiled)
-    ptx = kernel.asm["ptx"]
-    usage = _ptxas_report(ptx, kernel.metadata.target.arch)
+    target, shared = kernel.metadata.target, kernel.metadata.shared
+    if target.backend == "hip":
+        code = kernel.asm["amdgcn"]
+        registers, spills = (int(re.search(rf"\.{key}:\s*(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
+        loads, stores = _amd_widths(code, "load"), _amd_widths(code, "store")
+        instructions = len(re.findall(r"^\s+(?:[vs]|ds|global|buffer)_\w+", code, re.M))
+    else:
+        code = kernel.asm["ptx"]
+        usage = _ptxas_report(code, target.arch)
+        registers = int(re.search(r"Used (\d+) registers", usage)[1])  # type: ignore[index]
+        spills = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", usage).groups()))  # type: ignore[union-attr]
+        loads, stores = _ptx_widths(code, "ld"), _ptx_widths(code, "st")
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?, 0x([0-9a-f]+)", code):
+            loads[int(size, 16)] = loads.get(int(size, 16), 0) + 1
+        instructions = len(re.findall(r"^\s+(?:@!?%p\d+ )?[a-z][\w.:]*\s[^;]*;", code, re.M))
+    share = occupancy(target, registers, shared, kernel.metadata.num_warps)
+    return Facts(name, registers, spills, shared, loads, stores, instructions, share, compiled.elements)
+
+
+SHARED_KIB = {80: 164, 90: 228, 100: 228}  # of a multiprocessor, CUDA C++ programming guide, "Compute Capabilities"
+
+
+def occupancy(target: GPUTarget, registers: int, shared: int, num_warps: int) -> float:
+    """Share of a multiprocessor's warps that registers and shared memory leave room for."""
+    if target.backend == "hip":  # CDNA: 4 SIMDs of 8 waves and 512 registers a lane, 64 KiB
+        programs = min(4 * min(8, 512 // (-(-registers // 8) * 8)) // num_warps, 64 * 1024 // max(shared, 1))
+        return min(1.0, programs * num_warps / 32)
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_shared = SHARED_KIB[target.arch] * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, 32, 64 // num_warps) * num_warps / 64
+
+
+def _ptx_widths(code: str, access: str) -> dict[int, int]:
     widths: dict[int, int] = {}
-    for modifiers in re.findall(r"\bld\.global((?:\.[a-zA-Z0-9:_]+)*)", ptx):
+    for modifiers in re.findall(rf"\b{access}\.global((?:\.[a-zA-Z0-9:_]+)*)", code):
         vector = re.search(r"\.v(\d)\b", modifiers)
         bits = re.search(r"\.[bfus](\d+)\b", modifiers)
         size = (int(vector[1]) if vector else 1) * (int(bits[1]) if bits else 0) // 8
         widths[size] = widths.get(size, 0) + 1
-    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?, 0x([0-9a-f]+)", ptx):
-        widths[int(size, 16)] = widths.get(int(size, 16), 0) + 1
-    registers = int(re.search(r"Used (\d+) registers", usage)[1])  # type: ignore[index]
-    spills = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", usage).groups()))  # type: ignore[union-attr]
-    return Facts(name, registers, spills, kernel.metadata.shared, widths, compiled.elements)
+    return widths
+
+
+def _amd_widths(code: str, access: str) -> dict[int, int]:
+    widths: dict[int, int] = {}
+    for suffix in re.findall(rf"^\s+(?:global|buffer)_{access}_(\w+)", code, re.M):
+        size = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}.get(suffix, 2)
+        widths[size] = widths.get(size, 0) + 1
+    return widths
 
 
 def _ptxas_report(ptx: str, arch: int) -> str:
@@ -211,18 +267,6 @@ def _ptxas_report(ptx: str, arch: int) -> str:
         name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
         command = [str(ptxas), "-v", name, str(source), "-o", str(Path(folder, "kernel.o"))]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def _amd_facts(name: str, compiled: Compiled) -> Facts:
-    kernel = compiled.kernel
-    code = kernel.asm["amdgcn"]
-    count = {key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count")}  # type: ignore[index]
-    widths: dict[int, int] = {}
-    for suffix in re.findall(r"^\s+(?:global|buffer)_load_(\w+)", code, re.M):
-        size = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short_d16": 2}.get(suffix, 2)
-        widths[size] = widths.get(size, 0) + 1
-    shared, elements = kernel.metadata.shared, compiled.elements
-    return Facts(name, count["vgpr_count"], count["vgpr_spill_count"], shared, widths, elements)
 
 
 def cases() -> list[Case]:
@@ -244,7 +288,19 @@ def cases() -> list[Case]:
     pyramid = ((50, 84), (25, 42), (13, 21))
     sizes = [Case(d, layout, sizes=pyramid, standard=True) for d in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
     sizes += [Case(channels=19, tokens=8), Case(sizes=((13, 21),)), Case(sizes=((30, 35),)), Case("fp32", channels=4096)]
-    return branches + flags + counts + mixed + sizes
+    return branches + flags + counts + mixed + sizes + shipped_cases()
+
+
+def shipped_cases() -> list[Case]:
+    """Every configuration in ``kernels/configs``."""
+    folder, dtypes = tuning.shipped_file("").parent, {16: "bf16", 32: "fp32", 64: "fp64"}
+    return [
+        Case(
+            dtypes[key.bits], key.layout, channels=key.channels, tokens=key.tokens, standard=True, shipped=(key.kernel, config)
+        )
+        for path in sorted(folder.glob("*.json"))
+        for key, config in tuning.read(path).items()
+    ]
 
 
 def problems(case: Case, fact: Facts) -> list[str]:
@@ -290,8 +346,7 @@ def main() -> int:
             for fact in report:
                 wrong = problems(case, fact)
                 failed += len(wrong)
-                costs = f"regs {fact.registers:3d} spill {fact.spills:3d} smem {fact.shared:6d} loads {fact.load_bytes}"
-                print(f"{target:7s} {case!s:40s} {fact.kernel:23s} {costs}", *wrong, flush=True)
+                print(f"{target:7s} {case!s:40s} {fact}", *wrong, flush=True)
     return 1 if failed else 0
 
 

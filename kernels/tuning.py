@@ -106,7 +106,7 @@ def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_
 @functools.cache
 def _choice(key: Key, device: torch.device, online: bool) -> Config:
     gpu = gpu_name(device)
-    known = any(key in _read(path) for path in (user_file(gpu), shipped_file(gpu)))
+    known = any(key in read(path) for path in (user_file(gpu), shipped_file(gpu)))
     if online and not known and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         from . import autotune
 
@@ -153,7 +153,7 @@ def default(key: Key) -> Config:
 def choose(key: Key, gpu: str) -> Config:
     """The nearest configuration measured on ``gpu`` with the same kernel, width, layout and tokens, or the default."""
     for path in (user_file(gpu), shipped_file(gpu)):
-        measured = {k: c for k, c in _read(path).items() if _alike(k, key)}
+        measured = {k: c for k, c in read(path).items() if _alike(k, key)}
         if measured:
             return measured[min(measured, key=lambda k: (_distance(k, key), k.channels, k.log2_pixels))]
     return default(key)
@@ -183,7 +183,8 @@ def _file_name(gpu: str) -> str:
 
 
 @functools.cache
-def _read(path: Path) -> dict[Key, Config]:
+def read(path: Path) -> dict[Key, Config]:
+    """The configurations in a file; none if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -196,12 +197,12 @@ def _read(path: Path) -> dict[Key, Config]:
 def write(gpu: str, configs: dict[Key, Config], about: dict[str, str]) -> Path:
     """Add measured configurations, and how they were measured, to the user's file; an interrupted write changes nothing."""
     path = user_file(gpu)
-    entries = [{"key": k._asdict(), "config": asdict(c)} for k, c in (_read(path) | configs).items()]
+    entries = [{"key": k._asdict(), "config": asdict(c)} for k, c in (read(path) | configs).items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump({"about": about, "configs": entries}, file, indent=1)
     os.replace(file.name, path)
-    _read.cache_clear()
+    read.cache_clear()
     _choice.cache_clear()
     return path
 

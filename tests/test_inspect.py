@@ -20,6 +20,18 @@ def test_compiles_without_spills(target: str) -> None:
     assert result.stdout.count("forward_kernel") >= 25
 
 
+def test_occupancy() -> None:
+    """By hand: 128 registers of 128 threads fit four times into 65536; 3 programs' memory into 164 KiB; 8 waves a SIMD."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from bench.inspect import TARGETS, occupancy
+
+    assert occupancy(TARGETS["sm_90"], 125, 23040, 4) == 4 * 4 / 64
+    assert occupancy(TARGETS["sm_80"], 32, 50 * 1024, 8) == 3 * 8 / 64
+    assert occupancy(TARGETS["sm_100"], 16, 0, 1) == 32 / 64
+    assert occupancy(TARGETS["gfx942"], 64, 0, 4) == 1
+    assert occupancy(TARGETS["gfx942"], 186, 4096, 2) == 4 * 2 / 32
+
+
 NARROW = """
 import sys
 from unittest import mock
