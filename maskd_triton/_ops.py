@@ -1,19 +1,43 @@
 """The torch.library operators: for each stage one forward and one backward for all levels.
 
-``custom_op`` rather than ``triton_op``: the body is opaque to torch.compile, so the CPU path, the choice of launch
-configuration and the autograd formula are the same in eager mode, under compile and in an exported graph.
+Opaque operators rather than ``triton_op``: the CPU path, the choice of launch configuration and the autograd formula are the
+same in eager mode, under compile and in an exported graph. Defined with ``torch.library.Library`` rather than ``custom_op``,
+whose wrappers flatten every list several times, which takes longer than all else on the host (``python -m bench.host``).
 """
 
 import importlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _eager
+
+_LIBRARY = torch.library.Library("maskd_triton", "DEF")
+
+
+def _operator(function: Callable[..., Any]) -> Any:
+    """``torch.ops.maskd_triton.<name of function>``, on every device."""
+    name = function.__name__
+    schema = name + torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.maskd_triton, name).default
+
+
+def _fake(operator: Any) -> Callable[[Callable[..., Any]], None]:
+    """Registers what ``operator`` returns for tensors without data."""
+    return lambda function: torch.library.register_fake(operator.name(), function, lib=_LIBRARY)
+
+
+def _below_autograd(operator: Any, *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
 def _kernels(stage: str) -> ModuleType:
@@ -52,7 +76,7 @@ def _new_outputs(student: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Te
     )
 
 
-@torch.library.custom_op("maskd_triton::distill", mutates_args=())
+@_operator
 def distill(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -98,7 +122,7 @@ def distill(
     return loss, masks, coefficients
 
 
-@distill.register_fake
+@_fake(distill)
 def _(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -119,7 +143,7 @@ def _(
     return _new_outputs(student, tokens[0].shape[0])
 
 
-@torch.library.custom_op("maskd_triton::distill_backward", mutates_args=())
+@_operator
 def distill_backward(
     grad: Tensor,
     student: list[Tensor],
@@ -139,7 +163,7 @@ def distill_backward(
     ]
 
 
-@distill_backward.register_fake
+@_fake(distill_backward)
 def _(
     grad: Tensor,
     student: list[Tensor],
@@ -152,23 +176,31 @@ def _(
     return [torch.empty_like(s) for s in student]
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    student, teacher, affine, ctx.impl = inputs[0], inputs[1], inputs[7], inputs[-1]
-    ctx.sequences = [len(x) for x in inputs[:8]]
-    _, masks, coefficients = output
-    ctx.mark_non_differentiable(masks, coefficients)
-    ctx.save_for_backward(masks, coefficients, *student, *teacher, *affine)
+class _Distill(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, arguments: tuple[Any, ...], *student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, masks, coefficients = _below_autograd(distill, list(student), *arguments)
+        teacher, affine, ctx.impl = arguments[0], arguments[6], arguments[-1]
+        ctx.lengths = len(student), len(teacher), len(affine)
+        ctx.mark_non_differentiable(masks, coefficients)
+        ctx.save_for_backward(masks, coefficients, *student, *teacher, *affine)
+        return loss, masks, coefficients
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _masks: Tensor, _coefficients: Tensor) -> tuple[Tensor | None, ...]:
+        masks, coefficients, *levels = ctx.saved_tensors
+        student, teacher, affine = _in_sequences(levels, ctx.lengths)
+        return None, *distill_backward(grad, student, teacher, masks, coefficients, affine, ctx.impl)
 
 
-def _backward(ctx, grad, _masks, _coefficients):  # type: ignore[no-untyped-def]
-    masks, coefficients, *levels = ctx.saved_tensors
-    student, teacher, affine = _in_sequences(levels, [ctx.sequences[i] for i in (0, 1, 7)])
-    grads = distill_backward(grad, student, teacher, masks, coefficients, affine, ctx.impl)
-    frozen = [[None] * k for k in ctx.sequences[1:]]
-    return grads, *frozen, *[None] * 7
+def _distill_autograd(student: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(s.requires_grad for s in student):
+        return _Distill.apply(arguments, *student)
+    return _below_autograd(distill, student, *arguments)
 
 
-distill.register_autograd(_backward, setup_context=_setup_context)
+_LIBRARY.impl("distill", _distill_autograd, "Autograd")
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------
@@ -189,7 +221,7 @@ def _new_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in parameters]
 
 
-@torch.library.custom_op("maskd_triton::learn", mutates_args=())
+@_operator
 def learn(
     features: list[Tensor],
     tokens: list[Tensor],
@@ -224,7 +256,7 @@ def learn(
     return masked, dice.sum(1), kept
 
 
-@learn.register_fake
+@_fake(learn)
 def _(
     features: list[Tensor],
     tokens: list[Tensor],
@@ -238,7 +270,7 @@ def _(
     return [torch.empty_like(x) for x in features], kept[0].new_empty(len(features)), kept
 
 
-@torch.library.custom_op("maskd_triton::learn_backward", mutates_args=())
+@_operator
 def learn_backward(
     grad_masked: list[Tensor],
     grad_dice: Tensor,
@@ -280,7 +312,7 @@ def learn_backward(
     return parameters + to_features
 
 
-@learn_backward.register_fake
+@_fake(learn_backward)
 def _(
     grad_masked: list[Tensor],
     grad_dice: Tensor,
@@ -298,27 +330,42 @@ def _(
     return parameters + ([torch.empty_like(x) for x in features] if need_features else [])
 
 
-def _learn_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.heights, ctx.impl = inputs
-    _, _, kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.need_features = any(x.requires_grad for x in tensors[0])
-    ctx.sequences = [len(x) for x in (*tensors, kept)]
-    ctx.save_for_backward(*(x for sequence in (*tensors, kept) for x in sequence))
+class _Learn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lengths: list[int], heights: list[int], impl: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        sequences = _in_sequences(tensors, lengths)
+        masked, dice, kept = _below_autograd(learn, *sequences, heights, impl)
+        ctx.lengths, ctx.heights, ctx.impl = [*lengths, len(kept)], heights, impl
+        ctx.need_features = any(x.requires_grad for x in sequences[0])
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*tensors, *kept)
+        return *masked, dice, *kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, kept = _in_sequences(ctx.saved_tensors, ctx.lengths)
+        levels, *parameters = ctx.lengths[:-1]
+        grad_masked, grad_dice = list(grads[:levels]), grads[levels]
+        results = learn_backward(grad_masked, grad_dice, *tensors, kept, ctx.heights, ctx.need_features, ctx.impl)
+        to_parameters, to_features = _in_sequences(results, [sum(parameters), levels * ctx.need_features])
+        return None, None, None, *(to_features if ctx.need_features else [None] * levels), *to_parameters
 
 
-def _learn_backward(ctx, grad_masked, grad_dice, _kept):  # type: ignore[no-untyped-def]
-    *tensors, kept = _in_sequences(ctx.saved_tensors, ctx.sequences)
-    grads = learn_backward(grad_masked, grad_dice, *tensors, kept, ctx.heights, ctx.need_features, ctx.impl)
-    features, *parameters = ctx.sequences[:-1]
-    *to_parameters, to_features = _in_sequences(grads, [*parameters, features * ctx.need_features])
-    return to_features if ctx.need_features else [None] * features, *to_parameters, None, None
+def _learn_autograd(*arguments: Any) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    *sequences, heights, impl = arguments
+    tensors = list(itertools.chain(*sequences))
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return _below_autograd(learn, *arguments)
+    levels = len(sequences[0])
+    outputs = _Learn.apply([len(x) for x in sequences], heights, impl, *tensors)
+    return list(outputs[:levels]), outputs[levels], list(outputs[levels + 1 :])
+
+
+_LIBRARY.impl("learn", _learn_autograd, "Autograd")
 
 
 def _in_sequences(tensors: Iterable[Tensor], lengths: Iterable[int]) -> list[list[Tensor]]:
     """The flat ``tensors`` as lists of these lengths."""
     left = iter(tensors)
     return [list(itertools.islice(left, length)) for length in lengths]
-
-
-learn.register_autograd(_learn_backward, setup_context=_learn_setup_context)
