@@ -47,7 +47,7 @@ def _collapsed_features(x: Inputs) -> list[Tensor]:
         m = _eager.masks(flat, tokens)
         weights = _eager.weights(flat, *F.compose_weighting(*weighting), h, w)
         masked.append((flat * torch.einsum("nt,ntp->np", weights, m)[:, None]).to(t.dtype).unflatten(2, (h, w)))
-        total = total + _eager.dice_of_gram(_eager.gram(m))[0]
+        total = total + F.dice_loss(m[:, :, None])
     return [*masked, total]
 
 

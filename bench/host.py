@@ -1,8 +1,8 @@
 """What a criterion call and its backward cost the host: ``python -m bench.host``.
 
 Microseconds of Python and dispatcher for five small levels: the criterion with ``impl="triton"``, and, as a scale, two bare
-``torch.library.custom_op`` calls (a forward and a backward) that take the same tensors and compute nothing. Without a GPU the kernels
-are not launched, so Triton's own launch cost is not in the figure; with one, the time until all work is enqueued is.
+``torch.library.custom_op`` calls (a forward and a backward) that take the same tensors and compute nothing. Without a GPU the
+kernels are not launched, so Triton's own launch cost is not in the figure; with one, it is.
 """
 
 import argparse
@@ -87,6 +87,10 @@ def microseconds(functions: Sequence[Callable[[], object]], rounds: int = 15, re
     return [min(found) for found in times]
 
 
+def _nothing(*_: object, **__: object) -> None:
+    """In place of a launch."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -94,7 +98,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     kernels = [kernel for name, kernel in vars(distill).items() if name.endswith("_kernel")]
-    stubs = [mock.patch.object(kernel, "run", lambda *_, **__: None) for kernel in kernels if device.type == "cpu"]
+    stubs = [mock.patch.object(kernel, "run", _nothing) for kernel in kernels if device.type == "cpu"]
     for stub in stubs:
         stub.start()
     found = calls(device)

@@ -73,3 +73,13 @@ def test_memory_is_counted_exactly() -> None:
 def test_gpu_visit_without_a_gpu(tmp_path: Path) -> None:
     assert "torch sees no GPU here" in run("-m", "bench.gpu_visit", "--out", str(tmp_path / "visit"), code=2)
     assert not (tmp_path / "visit").exists()
+
+
+def test_host(tmp_path: Path) -> None:
+    shown = run("-m", "bench.host", "--out", str(tmp_path / "host.json"))
+    results = json.loads((tmp_path / "host.json").read_text())
+    assert results["launches"] is torch.cuda.is_available()
+    assert set(results["microseconds"]) == {"criterion", "two custom_op calls"}
+    for name, value in results["microseconds"].items():
+        assert f"{name:22s} {value:6.0f} us" in shown
+        assert 10 < value < 1e5
