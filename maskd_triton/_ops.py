@@ -5,6 +5,7 @@ same in eager mode, under compile and in an exported graph. Defined with ``torch
 whose wrappers flatten every list several times, which takes longer than all else on the host (``python -m bench.host``).
 """
 
+import functools
 import importlib
 import itertools
 import math
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _eager
 
@@ -38,6 +38,41 @@ def _fake(operator: Any) -> Callable[[Callable[..., Any]], None]:
 def _below_autograd(operator: Any, *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The first ``count`` tensors as they are, made to depend on all the others; to differentiate that is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.operator = name
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"maskd_triton::{ctx.operator} has no derivative: the loss can be differentiated once only")
+
+
+_Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def _once_differentiable(name: str) -> Callable[[_Backward], _Backward]:
+    """Torch's decorator of this name makes the gradient a silent constant wherever the incoming one needs no gradient."""
+
+    def decorator(backward: _Backward) -> _Backward:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            present, inputs = ([x for x in xs if x is not None] for xs in (results, grads))
+            checked = iter(_DifferentiableOnce.apply(name, len(present), *present, *inputs, *ctx.saved_tensors))
+            return tuple(None if x is None else next(checked) for x in results)
+
+        return wrapper
+
+    return decorator
 
 
 def _kernels(stage: str) -> ModuleType:
@@ -183,12 +218,15 @@ class _Distill(torch.autograd.Function):
         teacher, affine, ctx.impl = arguments[0], arguments[6], arguments[-1]
         ctx.lengths = len(student), len(teacher), len(affine)
         ctx.mark_non_differentiable(masks, coefficients)
+        ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
         ctx.save_for_backward(masks, coefficients, *student, *teacher, *affine)
         return loss, masks, coefficients
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _masks: Tensor, _coefficients: Tensor) -> tuple[Tensor | None, ...]:
+    @_once_differentiable("distill_backward")
+    def backward(ctx: Any, grad: Tensor | None, _masks: None, _coefficients: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (1 + ctx.lengths[0])
         masks, coefficients, *levels = ctx.saved_tensors
         student, teacher, affine = _in_sequences(levels, ctx.lengths)
         return None, *distill_backward(grad, student, teacher, masks, coefficients, affine, ctx.impl)
@@ -338,15 +376,17 @@ class _Learn(torch.autograd.Function):
         ctx.lengths, ctx.heights, ctx.impl = [*lengths, len(kept)], heights, impl
         ctx.need_features = any(x.requires_grad for x in sequences[0])
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept)
         return *masked, dice, *kept
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @_once_differentiable("learn_backward")
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, kept = _in_sequences(ctx.saved_tensors, ctx.lengths)
         levels, *parameters = ctx.lengths[:-1]
-        grad_masked, grad_dice = list(grads[:levels]), grads[levels]
+        grad_masked = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, tensors[0], strict=False)]
+        grad_dice = kept[0].new_zeros(levels) if grads[levels] is None else grads[levels]
         results = learn_backward(grad_masked, grad_dice, *tensors, kept, ctx.heights, ctx.need_features, ctx.impl)
         to_parameters, to_features = _in_sequences(results, [sum(parameters), levels * ctx.need_features])
         return None, None, None, *(to_features if ctx.need_features else [None] * levels), *to_parameters

@@ -333,3 +333,27 @@ def test_functional_takes_lists(target: Target) -> None:
         want, want_dice = reference.masked_features_and_dice(x.double(), e.double())
         assert torch.allclose(y.double(), want, rtol=1e-5, atol=1e-6)
         assert d.item() == pytest.approx(want_dice.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_one_backward_only(weighted: bool, target: Target) -> None:
+    impl, device = target
+    module = module_of(3, 2, weighted, impl).to(device)
+    y, dice = module(normal(2, 3, 2, 3).to(device))
+    (grad,) = torch.autograd.grad(y.sum() + dice, module.mask_token, create_graph=True)
+    with pytest.raises(RuntimeError, match="maskd_triton::learn_backward has no derivative"):
+        (module.mask_token.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("used", ["masked features", "Dice loss"])
+def test_an_output_without_use_has_no_gradient(used: str, weighted: bool, target: Target) -> None:
+    impl, device = target
+    module = module_of(5, 3, weighted, impl).to(device)
+    x, g = normal(2, 5, 3, 4, seed=1).to(device), normal(2, 5, 3, 4, seed=2).to(device)
+    literal = copy.deepcopy(module).to("cpu", torch.float64)
+    weighting = literal.weighting() if weighted else None
+    results = [module(x), reference.masked_features_and_dice(x.cpu().double(), literal.mask_token, weighting)]
+    for y, dice in results:
+        ((y * g.to(y)).sum() if used == "masked features" else dice).backward()
+    torch.testing.assert_close(module.mask_token.grad.cpu().double(), literal.mask_token.grad, rtol=1e-5, atol=1e-6)
