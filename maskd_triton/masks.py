@@ -289,7 +289,8 @@ class MaskLearner(nn.Module):
         Inside the block all parameters of the teacher are frozen, and its normalisation, attention and drop layers (dropout,
         drop path, stochastic depth) are in eval mode, also if the teacher is switched to train mode, which torchvision's
         detectors need to return losses. Where a module with children is itself random in train mode, call
-        ``teacher.eval()``. On exit, also by an exception, ``requires_grad``, training flags and hooks are as they were.
+        ``teacher.eval()``. On exit, also by an exception, ``requires_grad``, training flags, hooks and buffers (statistics of
+        other layers, vectors of spectral norm) are as they were.
 
         Args:
             teacher: the frozen model, on the learner's device; not yet compiled: ``torch.compile`` it inside the block.
@@ -299,7 +300,8 @@ class MaskLearner(nn.Module):
 
         Raises:
             AttributeError: the teacher has no such module; the message lists near matches.
-            RuntimeError: the learner is attached already, or standardises and has no statistics yet.
+            RuntimeError: the learner is attached already, or another one to the same module; the learner standardises and has
+                no statistics yet.
             ValueError: the teacher is compiled; and, when it runs, levels, channels or fields that do not fit.
         """
         if self.standardize and any(module.pixels_seen == 0 for module in self._modules_of_levels()):
@@ -323,7 +325,8 @@ class MaskLearner(nn.Module):
 
         Raises:
             AttributeError, ValueError: as for :meth:`attach`.
-            RuntimeError: ``standardize=False``; attached already; no batch was run; features all constant, or not finite.
+            RuntimeError: ``standardize=False``; attached already, this learner or another; no batch was run; features all
+                constant, or not finite.
 
         Example:
             >>> import torch
@@ -364,11 +367,15 @@ class MaskLearner(nn.Module):
             raise RuntimeError(f"{caller}: this learner is attached already; leave that block first")
         refuse_compiled(teacher, caller)
         target = find_module(teacher, name, caller)
+        if any(isinstance(hook, _ReplaceOutput) for hook in target._forward_hooks.values()):
+            raise RuntimeError(f"{caller}: another learner is attached to the teacher's {name!r}; leave that block first")
         training = [(m, m.training) for m in teacher.modules()]
         frozen = [(p, p.requires_grad) for p in teacher.parameters()]
+        buffers = [(m, m._buffers.copy()) for m in teacher.modules()]
+        values = [(b, b.clone(), b._version) for b in teacher.buffers() if not b.is_inference()]
         fixed = [m for m in teacher.modules() if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
         hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
-        hooks.append(target.register_forward_hook(_replace_output(change, name, output)))
+        hooks.append(target.register_forward_hook(_ReplaceOutput(change, name, output)))
         self._attached, self._dice, self._seen = True, None, None
         try:
             for parameter, _ in frozen:
@@ -383,6 +390,12 @@ class MaskLearner(nn.Module):
                 parameter.requires_grad_(flag)
             for module, flag in training:
                 module.training = flag
+            for module, held in buffers:
+                module._buffers.update(held)
+            with torch.no_grad():
+                for buffer, value, version in values:
+                    if buffer._version != version:  # a backward pass after the block may need the others untouched
+                        buffer.copy_(value)
             self._attached, self._dice = False, None
 
 
@@ -394,15 +407,14 @@ def _to_eval(module: nn.Module, _inputs: Any) -> None:
     module.training = False
 
 
-def _replace_output(
-    change: Callable[[Levels, str], Levels], module: str, field: str | None
-) -> Callable[[nn.Module, Any, Any], Any]:
-    name = f"output of the teacher's {module!r}"
+class _ReplaceOutput:
+    """Forward hook: the levels in a module's output, changed."""
 
-    def hook(_module: nn.Module, _inputs: Any, result: Any) -> Any:
-        return replace_levels(result, field, name, lambda levels: change(levels, name))
+    def __init__(self, change: Callable[[Levels, str], Levels], module: str, field: str | None) -> None:
+        self.change, self.name, self.field = change, f"output of the teacher's {module!r}", field
 
-    return hook
+    def __call__(self, _module: nn.Module, _inputs: Any, result: Any) -> Any:
+        return replace_levels(result, self.field, self.name, lambda levels: self.change(levels, self.name))
 
 
 def _like(features: Levels, tensors: list[Tensor], keys: list[Any] | None) -> Levels:

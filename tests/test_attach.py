@@ -1,5 +1,6 @@
 """Attaching a learner to what models return, to compiled models and to models under DDP."""
 
+import contextlib
 import dataclasses
 import socket
 from collections import OrderedDict
@@ -126,6 +127,56 @@ def gradients(learner: MaskLearner, loss: Tensor) -> list[Tensor]:
     learner.zero_grad()
     loss.backward()
     return [p.grad.clone() for p in learner.parameters()]
+
+
+class Restless(nn.Module):
+    """Buffers that a forward pass in train mode changes: spectral norm's, a count in place, an average put anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3, padding=1))
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count.add_(1)
+            self.average = 0.9 * self.average + 0.1 * x.mean((0, 2, 3))
+        return self.neck(x).square().mean()
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_buffers_are_restored(raises: bool) -> None:
+    teacher, learner = Restless(), MaskLearner(4, num_tokens=3)
+    held, values = list(teacher.buffers()), [b.clone() for b in teacher.buffers()]
+    with contextlib.suppress(KeyError), learner.attach(teacher, "neck"):
+        loss = teacher(IMAGES) + learner.dice_loss()
+        assert teacher.count == 1
+        if raises:
+            raise KeyError
+    loss.backward()
+    assert learner.mask_modules[0].mask_token.grad is not None
+    assert all(now is then for now, then in zip(teacher.buffers(), held, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip(held, values, strict=True))
+
+
+def test_backward_after_the_block_through_batch_norm() -> None:
+    """Restoring must not touch what the backward pass holds."""
+    teacher, learner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), MaskLearner(4, num_tokens=3)
+    with learner.attach(teacher, "0"):
+        loss = teacher(IMAGES).square().mean()
+    loss.backward()
+    assert learner.mask_modules[0].mask_token.grad.abs().max() > 0
+
+
+def test_one_learner_to_a_module() -> None:
+    teacher, first, second = Teacher(), learner_of(), learner_of()
+    with first.attach(teacher, "body.neck"):
+        with pytest.raises(RuntimeError, match=r"attach: another learner is attached to the teacher's 'body\.neck'"):
+            second.attach(teacher, "body.neck").__enter__()
+        teacher(IMAGES).backward()
+    with second.attach(teacher, "body.neck"):
+        teacher(IMAGES)
 
 
 def test_compiled_inside_the_block() -> None:
