@@ -335,37 +335,59 @@ def forward(
         [x.contiguous() for x in each] for each in (tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine)
     )
     raw_tokens = raw_tokens if standard else tokens
-    sizes = [(height, s.shape[2] // height) for s, height in zip(student, heights, strict=True)]
-    common = {
-        "WEIGHTED": weighted,
-        "ACC": launch.TL_DTYPE[loss.dtype],
-        "T": num_tokens,
-        "TP": tuning.token_rows(num_tokens),
-    }
+    key = "forward", num_tokens, *heights, weighted, standard, custom_mask, warmup_step is None
     with launch.device_of(loss):
         for group in launch.groups(student, teacher, parameters=[tokens, raw_tokens, pool_rows, pool_bias]):
-            s, t = group.own(student), group.own(teacher)
-            config = group.config("forward_kernel", num_tokens, student, teacher)
-            hs, ws = zip(*group.own(sizes), strict=True)
-            first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in group.own(sizes)])
+            (programs, tables, constants), (images, finish_tables, finish_constants) = group.once(
+                key,
+                lambda group=group: _forward_numbers(  # type: ignore[misc]
+                    group, student, teacher, heights, num_tokens, weighted, standard, custom_mask, warmup_step is not None,
+                ),
+            )  # fmt: skip
             part = loss.new_empty((programs, 3, num_tokens))
             forward_kernel[(programs,)](
-                *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, masks),
-                *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws),
-                *group.strides(student, teacher),
-                warmup_step if warmup_step is not None else loss, part, custom_mask_warmup,
-                CUSTOM=custom_mask, WARMUP=warmup_step is not None, STANDARD=standard,
-                S_SPLIT=launch.split(s[0]), T_SPLIT=launch.split(t[0]), S_FAST=group.fast[0], T_FAST=group.fast[1],
-                UPCAST=launch.INTERPRETED, BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages,
-                num_warps=config.num_warps, **group.constants, **common,
+                *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, masks), *tables,
+                warmup_step if warmup_step is not None else loss, part, custom_mask_warmup, **constants,
             )  # fmt: skip
-            finish_kernel[(len(group.levels) * n,)](
-                *group.addresses(pool_bias or tokens), *launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels),
-                part, loss, coefficients,
-                n, *launch.two_parts(loss_weight), *launch.two_parts(eps),
-                LEVELS=len(group.levels), STANDARD=weighted and pool_bias[0].dim() == 2,
-                BLOCK_P=config.block_p, BLOCK=tuning.finish_block(common["TP"]), num_warps=4, **common,
+            finish_kernel[(images,)](
+                *group.addresses(pool_bias or tokens), *finish_tables, part, loss, coefficients,
+                n, *launch.two_parts(loss_weight), *launch.two_parts(eps), **finish_constants,
             )  # fmt: skip
+
+
+def _forward_numbers(
+    group: launch.Group,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    heights: Sequence[int],
+    num_tokens: int,
+    weighted: bool,
+    standard: bool,
+    custom_mask: bool,
+    warmup: bool,
+) -> tuple[launch.Numbers, launch.Numbers]:
+    """Of the forward kernel and of the finishing kernel."""
+    s, n = group.own(student), student[0].shape[0]
+    hs = group.own(heights)
+    ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
+    config = group.config("forward_kernel", num_tokens, student, teacher)
+    first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
+    rows = tuning.token_rows(num_tokens)
+    common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}
+    tables = [
+        *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws), *group.strides(student, teacher),
+    ]  # fmt: skip
+    constants = {
+        "CUSTOM": custom_mask, "WARMUP": warmup, "STANDARD": standard,
+        "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
+        "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
+        "BLOCK_C": config.block_c, "STAGES": config.num_stages, "num_warps": config.num_warps, **group.constants, **common,
+    }  # fmt: skip
+    finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
+    finish_constants = {
+        "LEVELS": len(s), "STANDARD": weighted and standard, "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
+    }  # fmt: skip
+    return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
 
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
@@ -393,19 +415,39 @@ def backward(
     affine = [x.contiguous() for x in affine]
     with launch.device_of(coefficients):
         for group in launch.groups(student, teacher, written):
-            s = group.own(student)
-            config = group.config("backward_kernel", num_tokens, student, teacher)
-            first, programs = launch.first_programs([n * launch.tiles(x, config) for x in s])
+            programs, tables, constants = group.once(
+                ("backward", num_tokens, len(affine)),
+                lambda group=group: _backward_numbers(group, student, teacher, written, num_tokens, len(affine) > 0),  # type: ignore[misc]
+            )
             backward_kernel[(programs,)](
-                *group.addresses(student, teacher, masks, affine, written),
-                *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
-                *group.strides(student, teacher, written), grad, coefficients, *grad.stride(), n,
-                STANDARD=len(affine) > 0, ACC=launch.TL_DTYPE[coefficients.dtype],
-                T=num_tokens, TP=tuning.power_of_2(num_tokens),
-                S_FAST=group.fast[0], T_FAST=group.fast[1], G_FAST=group.fast[2],
-                BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
+                *group.addresses(student, teacher, masks, affine, written), *tables, grad, coefficients, *grad.stride(), n,
+                **constants,
             )  # fmt: skip
     for out, g in zip(grads, written, strict=True):
         if g is not out:
             out.copy_(g)
     return grads
+
+
+def _backward_numbers(
+    group: launch.Group,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    written: Sequence[Tensor],
+    num_tokens: int,
+    standard: bool,
+) -> launch.Numbers:
+    """Of the backward kernel."""
+    s = group.own(student)
+    config = group.config("backward_kernel", num_tokens, student, teacher)
+    first, programs = launch.first_programs([x.shape[0] * launch.tiles(x, config) for x in s])
+    tables = [
+        *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
+        *group.strides(student, teacher, written),
+    ]  # fmt: skip
+    constants = {
+        "STANDARD": standard, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
+        "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
+        "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, "num_warps": config.num_warps, **group.constants,
+    }  # fmt: skip
+    return programs, tables, constants

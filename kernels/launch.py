@@ -5,9 +5,9 @@ graph keeps them.
 """
 
 import ctypes
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -18,7 +18,6 @@ from . import tuning
 from .tiles import CHANNELS, PIXELS, sigmoid
 from .tuning import Config
 
-TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
 PYRAMIDS = hasattr(tl, "tuple")  # Triton 3.2 takes no tuples: there, every level is a launch of its own
 
@@ -43,6 +42,11 @@ def two_parts(value: float) -> tuple[float, float]:
     return high, value - high
 
 
+def acc_type(x: Tensor) -> tl.dtype:
+    """What sums over ``x`` are taken in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
 def split(x: Tensor) -> int:
     """Parts in which a float32 factor enters a product with ``x``: 2 for half features."""
     return 2 if x.dtype.itemsize == 2 else 1
@@ -63,6 +67,10 @@ def _contiguous_along(x: Tensor, axis: int) -> bool:
     return x.stride(dim) == 1 or x.shape[dim] == 1
 
 
+Made = TypeVar("Made")
+Numbers = tuple[int, list[Any], dict[str, Any]]  # what a launch takes beside tensors: programs, tables, constants
+
+
 @dataclass(frozen=True)
 class Group:
     """Levels that one launch covers, and how it addresses their feature maps.
@@ -79,6 +87,14 @@ class Group:
     fast: tuple[int, ...]
     wide: bool
     aligns: list[int]
+    _known: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    def once(self, key: Any, function: Callable[[], Made]) -> Made:
+        """``function()``, computed anew only for another ``key`` or where launches are configured otherwise than before."""
+        key = key, tuning.state()
+        if key not in self._known:
+            self._known[key] = function()
+        return self._known[key]  # type: ignore[no-any-return]
 
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""
@@ -129,6 +145,24 @@ def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ())
 
     ``maps``: the feature maps ``[N, C, P]`` that a kernel addresses, a sequence of levels each; ``parameters``: what it reads.
     """
+    key = (
+        len(maps),
+        *[(x.shape, x.stride(), x.dtype, x.device) for tensors in maps for x in tensors],
+        *[tuple([x.dtype for x in each]) for each in parameters],
+    )
+    found = _groups.get(key)
+    if found is None:
+        if len(_groups) >= MOST_GROUPS:  # endless new sizes must not fill the memory
+            _groups.clear()
+        found = _groups[key] = _new_groups(maps, parameters)
+    return found
+
+
+MOST_GROUPS = 4096
+_groups: dict[Any, list[Group]] = {}
+
+
+def _new_groups(maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]) -> list[Group]:
     found: dict[Any, list[int]] = {}
     axes = [_axes(tensors) for tensors in maps]
     for i, level in enumerate(zip(*maps, strict=True)):

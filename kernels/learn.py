@@ -598,7 +598,7 @@ def forward(
     )
     sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
     border = BORDER if weighted else 0
-    common = {"WEIGHTED": weighted, "ACC": launch.TL_DTYPE[masks[0].dtype], "T": t, "BORDER": border}
+    common = {"WEIGHTED": weighted, "ACC": launch.acc_type(masks[0]), "T": t, "BORDER": border}
     with launch.device_of(dice):
         for group in launch.groups(features, written, parameters=[tokens, token_bias, pool_rows, pool_bias]):
             x = group.own(features)
@@ -680,7 +680,7 @@ def backward(
     sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
     gx = [weights.new_empty((n, x.shape[2])) for x in features if need_features]
     to_sums = [torch.empty_like(s) for s in sums if need_features]
-    common = {"X_GRAD": need_features, "ACC": launch.TL_DTYPE[weights.dtype], "T": t, "TP": tuning.token_rows(t)}
+    common = {"X_GRAD": need_features, "ACC": launch.acc_type(weights), "T": t, "TP": tuning.token_rows(t)}
     with launch.device_of(weights):
         for group in launch.groups(features, grads, parameters=[to_tokens, to_token_bias, to_rows, to_bias]):
             x = group.own(features)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -101,6 +101,22 @@ def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_
     layout = "nhwc" if axis == CHANNELS else "nchw"
     key = Key(kernel, bits, layout, channels, token_rows(num_tokens), (pixels - 1).bit_length())
     return _choice(key, device, not _forced and os.environ.get(ONLINE) == "1")
+
+
+def state() -> tuple[Any, ...]:
+    """All that :func:`config` depends on beside its arguments."""
+    return _generation, os.environ.get(ONLINE), os.environ.get(FOLDER), *_forced.items()
+
+
+def forget() -> None:
+    """Read all files again."""
+    global _generation
+    read.cache_clear()
+    _choice.cache_clear()
+    _generation += 1
+
+
+_generation = 0
 
 
 @functools.cache
@@ -202,8 +218,7 @@ def write(gpu: str, configs: dict[Key, Config], about: dict[str, str]) -> Path:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump({"about": about, "configs": entries}, file, indent=1)
     os.replace(file.name, path)
-    read.cache_clear()
-    _choice.cache_clear()
+    forget()
     return path
 
 

@@ -84,6 +84,11 @@ def parameter(x: Tensor, name: str, shape: Sequence[int], device: torch.device) 
         raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
     if list(x.shape) != list(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+    on_device(x, name, device)
+
+
+def on_device(x: Tensor, name: str, device: torch.device) -> None:
+    """ValueError unless ``x`` is on the device of the features."""
     if x.device != device:
         raise ValueError(f"{name}: expected the device of the features, {device}, got {x.device}")
 

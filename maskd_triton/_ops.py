@@ -75,6 +75,7 @@ def _once_differentiable(name: str) -> Callable[[_Backward], _Backward]:
     return decorator
 
 
+@functools.cache
 def _kernels(stage: str) -> ModuleType:
     """The Triton launchers of a stage, imported on first use: the package itself must work without triton."""
     try:
@@ -88,7 +89,7 @@ def _kernels(stage: str) -> ModuleType:
         ) from error
 
 
-def _split_masks(masks: Tensor, student: Sequence[Tensor], num_tokens: int) -> list[Tensor]:
+def _split_masks(masks: Tensor, student: Sequence[Tensor], num_tokens: int) -> Sequence[Tensor]:
     """Views ``[N, T, P]`` of the flat buffer that holds the masks of all levels."""
     parts = torch.split(masks, _mask_sizes(student, num_tokens))
     shapes = [(s.shape[0], num_tokens, s.shape[2]) for s in student]
@@ -136,14 +137,16 @@ def distill(
     ``raw_tokens``, ``raw_bias``, ``affine``: a ``Standardization`` per level; all empty without.
     ``warmup_step``: int64 scalar; masks follow the student once it has reached ``custom_mask_warmup`` (None: always).
     """
-    loss, masks, coefficients = _new_outputs(student, tokens[0].shape[0])
-    outputs = _split_masks(masks, student, tokens[0].shape[0])
+    num_tokens = tokens[0].shape[0]
+    loss, masks, coefficients = _new_outputs(student, num_tokens)
     if impl == "triton":
         _kernels("distill").forward(
             student, teacher, tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine, heights,
-            custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps, loss, outputs, coefficients,
+            custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps,
+            loss, masks.split(_mask_sizes(student, num_tokens)), coefficients,
         )  # fmt: skip
         return loss, masks, coefficients
+    outputs = _split_masks(masks, student, num_tokens)
     customised: Tensor | bool = custom_mask
     if custom_mask and warmup_step is not None:
         customised = warmup_step >= custom_mask_warmup
@@ -189,9 +192,11 @@ def distill_backward(
     impl: str,
 ) -> list[Tensor]:
     """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones."""
-    levels = _split_masks(masks, student, coefficients.shape[2])
+    num_tokens = coefficients.shape[2]
     if impl == "triton":
+        levels = masks.split(_mask_sizes(student, num_tokens))
         return _kernels("distill").backward(grad, student, teacher, levels, coefficients, affine)
+    levels = _split_masks(masks, student, num_tokens)
     return [
         _eager.distill_backward(grad[i], s, t, levels[i], coefficients[i], affine[i] if affine else None)
         for i, (s, t) in enumerate(zip(student, teacher, strict=True))
@@ -239,6 +244,41 @@ def _distill_autograd(student: list[Tensor], *arguments: Any) -> tuple[Tensor, T
 
 
 _LIBRARY.impl("distill", _distill_autograd, "Autograd")
+
+
+def distill_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    weighting: Sequence[tuple[Tensor, Tensor]] | None,
+    standardize: Sequence[_eager.Standardization] | None,
+    custom_mask: bool,
+    warmup_step: Tensor | None,
+    custom_mask_warmup: int,
+    loss_weight: float,
+    eps: float,
+    reduction: str,
+    impl: str,
+) -> Tensor:
+    """:func:`functional.masked_distill_loss` of features and parameters that are known to fit."""
+    per_image, _, _ = distill(
+        [s.flatten(2) for s in students],
+        [t.flatten(2) for t in teachers],
+        list(tokens),
+        [rows for rows, _ in weighting or ()],
+        [bias for _, bias in weighting or ()],
+        [level.tokens for level in standardize or ()],
+        [level.token_bias for level in standardize or ()],
+        [level.affine for level in standardize or ()],
+        [s.shape[2] for s in students],
+        custom_mask,
+        warmup_step,
+        custom_mask_warmup,
+        loss_weight,
+        eps,
+        impl,
+    )
+    return per_image.sum() if reduction == "sum" else per_image.sum(1)
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------------

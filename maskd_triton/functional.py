@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 IMPLS = ("auto", "triton", "eager")
-_REDUCTIONS = ("sum", "none")
+REDUCTIONS = ("sum", "none")
 
 
 def masked_distill_loss(
@@ -90,7 +90,7 @@ def masked_distill_loss(
         >>> F.masked_distill_loss(s, t, [torch.zeros(6, 8)]).item()  # masks of 0.5 everywhere: half the MSE
         0.5
     """
-    check.choice(reduction, "reduction", _REDUCTIONS)
+    check.choice(reduction, "reduction", REDUCTIONS)
     check.choice(impl, "impl", IMPLS)
     check.amount(loss_weight, "loss_weight")
     check.amount(eps, "eps")
@@ -117,24 +117,10 @@ def masked_distill_loss(
             check.parameter(part, f"standardize[{i}].{name}", shape, first.device)
             check.frozen(part, f"standardize[{i}].{name}")
     check.step(warmup_step, "warmup_step", first.device)
-    per_image, _, _ = _ops.distill(
-        [s.flatten(2) for s in students],
-        [t.flatten(2) for t in teachers],
-        list(tokens),
-        [rows for rows, _ in weighting or ()],
-        [bias for _, bias in weighting or ()],
-        [level.tokens for level in standardize or ()],
-        [level.token_bias for level in standardize or ()],
-        [level.affine for level in standardize or ()],
-        [s.shape[2] for s in students],
-        custom_mask,
-        warmup_step,
-        custom_mask_warmup,
-        loss_weight,
-        eps,
-        resolve_impl(impl, students[0].device),
-    )
-    return per_image.sum() if reduction == "sum" else per_image.sum(1)
+    return _ops.distill_loss(
+        students, teachers, tokens, weighting, standardize, custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps,
+        reduction, resolve_impl(impl, first.device),
+    )  # fmt: skip
 
 
 def _check_parameters(tokens: Sequence[Tensor], weighting: Sequence[check.Weighting] | None, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Stage 2: the distillation loss."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
 from ._levels import Levels, match, per_level
+from ._ops import distill_loss
 from .checkpoints import Source, load_masks
 from .masks import MaskModule
 
@@ -118,6 +119,7 @@ class MaskedDistillLoss(nn.Module):
                 "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
                 stacklevel=2,
             )
+        self._owned = self._sources()
         self._composed_from: list[tuple[Any, ...]] = []
         self._compose()
         self.register_load_state_dict_post_hook(_recompose)
@@ -131,38 +133,35 @@ class MaskedDistillLoss(nn.Module):
 
     def forward(self, student: Levels, teacher: Levels, *, reduction: str = "sum") -> Tensor:
         """The loss; see the class. ``reduction="none"`` gives one value per level."""
+        check.choice(reduction, "reduction", F.REDUCTIONS)
+        check.amount(self.loss_weight, "loss_weight")
         students, teachers, labels = match(student, teacher)
-        self._check_levels(students, teachers, labels)
+        if len(teachers) != len(self.channels):
+            raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
+        names = [(f"student{label}", f"teacher{label}") for label in labels]
+        for s, t, (student_name, teacher_name), narrow, wide in zip(
+            students, teachers, names, self.student_channels, self.channels, strict=True
+        ):
+            check.features(t, teacher_name, wide)
+            check.features(s, student_name, narrow)
         if self.align is not None:
             students = [_align(conv, s) for conv, s in zip(self.align, students, strict=True)]
-        keys = list(teacher) if isinstance(teacher, Mapping) else None
+        for s, t, pair in zip(students, teachers, names, strict=True):
+            check.pair(s, t, pair, students[0], names[0][0])
+        device = students[0].device
         if not torch.compiler.is_compiling() and self._composed_from != self._versions():
             self._compose()
-        loss = F.masked_distill_loss(
-            students if keys is None else dict(zip(keys, students, strict=True)),
-            teachers if keys is None else teacher,
-            [module.mask_token.detach() for module in self._modules_of_levels()],  # also after model.requires_grad_()
-            self._weighting(),
-            standardize=self._standardization(),
-            custom_mask=self.custom_mask,
-            warmup_step=self.warmup_step,
-            custom_mask_warmup=self.custom_mask_warmup,
-            loss_weight=self.loss_weight,
-            eps=self.eps,
-            reduction=reduction,
-            impl=self.impl,
-        )
+        tokens = [module.mask_token.detach() for module in self._modules_of_levels()]  # also after model.requires_grad_()
+        for i, token in enumerate(tokens):
+            check.on_device(token, f"tokens[{i}]", device)
+        check.on_device(self.warmup_step, "warmup_step", device)
+        loss = distill_loss(
+            students, teachers, tokens, self._weighting(), self._standardization(), self.custom_mask, self.warmup_step,
+            self.custom_mask_warmup, self.loss_weight, self.eps, reduction, F.resolve_impl(self.impl, device),
+        )  # fmt: skip
         if self.training:
             self.warmup_step.add_(1)
         return loss
-
-    def _check_levels(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> None:
-        if len(teachers) != len(self.channels):
-            raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
-        levels = zip(students, teachers, self.student_channels, self.channels, labels, strict=True)
-        for s, t, narrow, wide, label in levels:
-            check.features(t, f"teacher{label}", wide)
-            check.features(s, f"student{label}", narrow)
 
     def _modules_of_levels(self) -> Iterator[MaskModule]:
         return (module for module in self.mask_modules if isinstance(module, MaskModule))
@@ -171,16 +170,15 @@ class MaskedDistillLoss(nn.Module):
     # buffers) whenever they may have changed: here, on load, on a move or cast, and, outside torch.compile, when a version
     # counter says so.
     def _weighting(self) -> list[tuple[Tensor, Tensor]] | None:
-        if not self.weight_mask:
-            return None
-        levels = range(len(self.channels))
-        return [(self.get_buffer(f"pool_rows_{i}"), self.get_buffer(f"pool_bias_{i}")) for i in levels]
+        return list(zip(*self._composed("pool_rows", "pool_bias"), strict=True)) if self.weight_mask else None
 
     def _standardization(self) -> list[F.Standardization] | None:
         if not self.standardize:
             return None
-        levels = range(len(self.channels))
-        return [F.Standardization(*(self.get_buffer(f"{name}_{i}") for name in _STANDARDIZATION)) for i in levels]
+        return [F.Standardization(*level) for level in zip(*self._composed(*_STANDARDIZATION), strict=True)]
+
+    def _composed(self, *names: str) -> list[list[Any]]:
+        return [[self._buffers[f"{name}_{i}"] for i in range(len(self.channels))] for name in names]
 
     def _compose(self) -> None:
         with torch.no_grad():
@@ -191,16 +189,16 @@ class MaskedDistillLoss(nn.Module):
                     self.register_buffer(f"{name}_{i}", value, persistent=False)
         self._composed_from = self._versions()
 
-    def _versions(self) -> list[tuple[Any, ...]]:
+    def _sources(self) -> list[dict[str, Any]]:
+        """Where modules keep the tensors that are composed."""
         if not (self.weight_mask or self.standardize):
             return []
-        versions = []
-        for module in self._modules_of_levels():
-            for owner in (module, *(module.prob if module.weight_mask else ())):  # .parameters() would take ten times as long
-                for x in (*owner._parameters.values(), *owner._buffers.values()):
-                    if x is not None:
-                        versions.append((x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version))
-        return versions
+        owners = [m for module in self._modules_of_levels() for m in (module, *(module.prob if module.weight_mask else ()))]
+        return [owned for owner in owners for owned in (owner._parameters, owner._buffers) if owned]
+
+    def _versions(self) -> list[tuple[Any, ...]]:
+        tensors = [x for owned in self._owned for x in owned.values() if x is not None]  # .parameters() takes ten times as long
+        return [(x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in tensors]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
         super()._apply(fn, recurse)

@@ -23,16 +23,14 @@ SLOW, FAST = tuning.Config(32, 64, 128, 2), tuning.Config(64, 32, 128, 3)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for the user's configurations."""
     monkeypatch.setenv(tuning.FOLDER, str(tmp_path / "configs"))
-    tuning.read.cache_clear()
-    tuning._choice.cache_clear()
+    tuning.forget()
     return tmp_path / "configs"
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     yield
-    tuning.read.cache_clear()
-    tuning._choice.cache_clear()
+    tuning.forget()
 
 
 def test_defaults_where_nothing_was_measured(folder: Path) -> None:
@@ -63,7 +61,7 @@ def test_the_users_file_comes_before_the_shipped_one(folder: Path, monkeypatch: 
     tuning.write("gpu", {KEY: SLOW}, {})
     tuning.user_file("gpu").rename(shipped)
     monkeypatch.setattr(tuning, "shipped_file", lambda gpu: shipped)
-    tuning.read.cache_clear()
+    tuning.forget()
     assert tuning.choose(KEY, "gpu") == SLOW
     tuning.write("gpu", {KEY: FAST}, {})
     assert tuning.choose(KEY, "gpu") == FAST
