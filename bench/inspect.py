@@ -160,11 +160,12 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     forced = tuning.forced(*case.shipped) if case.shipped else contextlib.nullcontext()
     with _compiling_for(TARGETS[target]) as compiled, forced:
         step = torch.zeros((), dtype=torch.int64)
+        student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
         distill.forward(
-            s, t, tokens, rows, bias, tokens if case.standard else [], token_bias, affine, heights,
+            student, teacher, tokens, rows, bias, tokens if case.standard else [], token_bias, affine,
             case.custom, step, 1000, 1.0, 1e-12, loss, masks, weights,
         )  # fmt: skip
-        distill.backward(loss, s, t, masks, weights, affine)
+        distill.backward(loss, student, teacher, masks, weights, affine)
         learn.forward(t, tokens, token_bias, rows, bias, heights, masks, sums, weights, pairs, loss)
         learn.backward(
             s, loss[:, 0], t, tokens, rows, masks, sums, weights, pairs, heights, tokens, token_bias, rows, bias, True
@@ -192,6 +193,8 @@ def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Compiled]]:
         driver.set_active(_TargetOnly(target))
         stack.enter_context(mock.patch.object(launch, "check_device"))
         stack.enter_context(mock.patch.object(tuning, "warp_size", return_value=target.warp_size))
+        stack.callback(tuning.forget)
+        tuning.forget()  # warps by another target's size
         for kernel in KERNELS:
             _caches(kernel).clear()
             stack.enter_context(mock.patch.object(kernel, "run", compile_only(kernel)))

@@ -70,11 +70,12 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
     n = min(4, 2**key.log2_pixels)
     height = 2 ** (key.log2_pixels // 2) // 2 or 1
     width = max(1, 2**key.log2_pixels // n // height)
-    c, t, p = key.channels, key.tokens, height * width
+    c, t = key.channels, key.tokens
+
+    layout = torch.channels_last if key.layout == "nhwc" else torch.contiguous_format
 
     def features() -> list[Tensor]:
-        x = torch.randn((n, p, c) if key.layout == "nhwc" else (n, c, p), device=device, dtype=dtype)
-        return [x.transpose(1, 2) if key.layout == "nhwc" else x]
+        return [torch.randn((n, c, height, width), device=device, dtype=dtype).contiguous(memory_format=layout)]
 
     def parameters(*shape: int) -> list[Tensor]:
         return [torch.randn(shape, device=device) * c**-0.5]
@@ -85,12 +86,14 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
         step = torch.zeros((), dtype=torch.int64, device=device)
 
         def forward() -> tuple[Tensor, Tensor, Tensor]:
-            return _ops.distill(student, teacher, tokens, rows, bias, [], [], [], [height], True, step, 0, 1.0, 1e-12, "triton")
+            return _ops.distill(student, teacher, tokens, rows, bias, [], [], [], True, step, 0, 1.0, 1e-12, "triton")
 
         if key.kernel == "forward_kernel":
             return forward
         loss, masks, coefficients = forward()
         return lambda: _ops.distill_backward(loss, student, teacher, masks, coefficients, [], "triton")
+
+    student, teacher = [student[0].flatten(2)], [teacher[0].flatten(2)]
 
     def learn() -> tuple[list[Tensor], Tensor, list[Tensor]]:
         return _ops.learn(teacher, tokens, [], rows, bias, [height], "triton")

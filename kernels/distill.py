@@ -314,7 +314,6 @@ def forward(
     raw_tokens: Sequence[Tensor],
     raw_bias: Sequence[Tensor],
     affine: Sequence[Tensor],
-    heights: Sequence[int],
     custom_mask: bool,
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
@@ -330,6 +329,7 @@ def forward(
     if n == 0:
         return
     weighted, standard = len(pool_rows) > 0, len(affine) > 0
+    heights = [s.shape[2] for s in student]
     student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
     tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine = (
         [x.contiguous() for x in each] for each in (tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine)
@@ -423,10 +423,7 @@ def backward(
                 *group.addresses(student, teacher, masks, affine, written), *tables, grad, coefficients, *grad.stride(), n,
                 **constants,
             )  # fmt: skip
-    for out, g in zip(grads, written, strict=True):
-        if g is not out:
-            out.copy_(g)
-    return grads
+    return launch.written_to(grads, written)
 
 
 def _backward_numbers(

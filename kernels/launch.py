@@ -53,13 +53,24 @@ def split(x: Tensor) -> int:
 
 
 def addressable(x: Tensor) -> Tensor:
-    """``x [N, C, P]`` with pixels or channels next to each other; a copy where neither are."""
+    """Features as ``[N, C, P]`` with pixels or channels next to each other; a copy where neither are."""
+    if x.dim() == 4:
+        x = x.flatten(2)
     return x if _contiguous_along(x, PIXELS) or _contiguous_along(x, CHANNELS) else x.contiguous()
 
 
 def writable(x: Tensor) -> Tensor:
-    """``x`` if a kernel can write it, else an empty contiguous tensor, to be copied into ``x``."""
-    return x if addressable(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format)
+    """``x`` as ``[N, C, P]`` if a kernel can write it, else an empty contiguous tensor; :func:`written_to` copies that."""
+    flat = addressable(x)
+    return flat if flat.data_ptr() == x.data_ptr() else torch.empty_like(flat, memory_format=torch.contiguous_format)
+
+
+def written_to(maps: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor]:
+    """``maps``, with what a kernel wrote in their stead."""
+    for x, y in zip(maps, written, strict=True):
+        if x.data_ptr() != y.data_ptr():
+            x.copy_(y.view(x.shape))
+    return list(maps)
 
 
 def _contiguous_along(x: Tensor, axis: int) -> bool:

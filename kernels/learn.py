@@ -627,10 +627,7 @@ def forward(
             )  # fmt: skip
         if weighted:
             _gate(features, masks, weights, written)
-    for y, out in zip(masked, written, strict=True):
-        if y is not out:
-            y.copy_(out)
-    return masked
+    return launch.written_to(masked, written)
 
 
 def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, written: Sequence[Tensor]) -> None:
@@ -741,6 +738,4 @@ def _feature_gradient(
             WEIGHTED=len(to_sums) > 0, T=t, TP=tuning.power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
         )  # fmt: skip
-    for out, d in zip(result, written, strict=True):
-        if d is not out:
-            out.copy_(d)
+    launch.written_to(result, written)

@@ -185,17 +185,16 @@ def distill_forward(
     bias: Tensor | None,
     standard: Standardization | None,
     customised: Tensor | bool,
-    height: int,
-    width: int,
     loss_weight: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One level of stage 2: per-image losses ``[N]``, masks ``[N, T, P]`` and gradient coefficients ``[N, T]``.
+    """One level ``[N, C, H, W]`` of stage 2: losses ``[N]``, masks ``[N, T, P]`` and gradient coefficients ``[N, T]``.
 
     ``grad_student = grad_loss[n] * (s - t) * sum_t coefficients[n, t] * masks[n, t, p]**2``, ``t`` standardised if asked.
     """
-    n, c, _ = student.shape
+    n, c, height, width = student.shape
     t = tokens.shape[0]
+    student, teacher = student.flatten(2), teacher.flatten(2)
     m = masks(teacher, tokens) if standard is None else masks(teacher, standard.tokens, standard.token_bias)
     if customised is not False:
         followed = m * masks(student, tokens)
@@ -215,17 +214,17 @@ def distill_backward(
     grad: Tensor, student: Tensor, teacher: Tensor, m: Tensor, coefficients: Tensor, affine: Tensor | None
 ) -> Tensor:
     """Gradient of one level's per-image losses for ``student``, in its dtype and (dense) strides."""
-    scale = torch.einsum("ntp,ntp,nt->np", m, m, coefficients * grad[:, None])
+    scale = torch.einsum("ntp,ntp,nt->np", m, m, coefficients * grad[:, None]).unflatten(1, student.shape[2:])
     out = torch.empty_like(student)
     precise = out if out.dtype == m.dtype else torch.empty_like(student, dtype=m.dtype)
-    _difference(student, teacher, affine, precise).mul_(scale[:, None, :])
+    _difference(student, teacher, affine, precise).mul_(scale[:, None])
     return out if precise is out else out.copy_(precise)
 
 
 def _difference(student: Tensor, teacher: Tensor, affine: Tensor | None, out: Tensor) -> Tensor:
     """``s - t``, or ``s - (t - mean) / std``, written into ``out``, in whose dtype it is computed."""
     if affine is not None:
-        mean, reciprocal = affine.to(out.dtype)[:, :, None]
+        mean, reciprocal = affine.to(out.dtype).view(2, -1, *[1] * (out.dim() - 2))
         return out.copy_(teacher).sub_(mean).mul_(-reciprocal).add_(student)
     if student.dtype == teacher.dtype == out.dtype:
         return torch.sub(student, teacher, out=out)

@@ -91,14 +91,14 @@ def _kernels(stage: str) -> ModuleType:
 
 def _split_masks(masks: Tensor, student: Sequence[Tensor], num_tokens: int) -> Sequence[Tensor]:
     """Views ``[N, T, P]`` of the flat buffer that holds the masks of all levels."""
-    parts = torch.split(masks, _mask_sizes(student, num_tokens))
-    shapes = [(s.shape[0], num_tokens, s.shape[2]) for s in student]
+    parts = masks.split(_mask_sizes(student, num_tokens))
+    shapes = [(s.shape[0], num_tokens, s.shape[2] * s.shape[3]) for s in student]
     return [m[: math.prod(shape)].view(shape) for m, shape in zip(parts, shapes, strict=True)]
 
 
 def _mask_sizes(student: Sequence[Tensor], num_tokens: int) -> list[int]:
     """Elements of each level in the flat buffer, padded so that every level starts 16-byte aligned."""
-    return [(s.shape[0] * num_tokens * s.shape[2] + 3) // 4 * 4 for s in student]
+    return [(s.shape[0] * num_tokens * s.shape[2] * s.shape[3] + 3) // 4 * 4 for s in student]
 
 
 def _new_outputs(student: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +122,6 @@ def distill(
     raw_tokens: list[Tensor],
     raw_bias: list[Tensor],
     affine: list[Tensor],
-    heights: list[int],
     custom_mask: bool,
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
@@ -132,7 +131,7 @@ def distill(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-image losses ``[levels, N]`` (already divided by N), flat masks, gradient coefficients ``[levels, N, T]``.
 
-    ``student``, ``teacher``: ``[N, C_i, P_i]`` per level, any strides. ``tokens``: ``[T, C_i]``. ``pool_rows``
+    ``student``, ``teacher``: ``[N, C_i, H_i, W_i]`` per level, any strides. ``tokens``: ``[T, C_i]``. ``pool_rows``
     ``[9, T, C_i]`` and ``pool_bias`` ``[T]`` or ``[4, T]``: the weighting; both empty for ``weight_mask=False``.
     ``raw_tokens``, ``raw_bias``, ``affine``: a ``Standardization`` per level; all empty without.
     ``warmup_step``: int64 scalar; masks follow the student once it has reached ``custom_mask_warmup`` (None: always).
@@ -141,7 +140,7 @@ def distill(
     loss, masks, coefficients = _new_outputs(student, num_tokens)
     if impl == "triton":
         _kernels("distill").forward(
-            student, teacher, tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine, heights,
+            student, teacher, tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine,
             custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps,
             loss, masks.split(_mask_sizes(student, num_tokens)), coefficients,
         )  # fmt: skip
@@ -154,7 +153,7 @@ def distill(
         rows, bias = (pool_rows[i], pool_bias[i]) if pool_rows else (None, None)
         standard = _eager.Standardization(raw_tokens[i], raw_bias[i], affine[i]) if affine else None
         loss[i], m, coefficients[i] = _eager.distill_forward(
-            s, t, tokens[i], rows, bias, standard, customised, heights[i], s.shape[2] // heights[i], loss_weight, eps
+            s, t, tokens[i], rows, bias, standard, customised, loss_weight, eps
         )
         outputs[i].copy_(m)
     return loss, masks, coefficients
@@ -170,7 +169,6 @@ def _(
     raw_tokens: list[Tensor],
     raw_bias: list[Tensor],
     affine: list[Tensor],
-    heights: list[int],
     custom_mask: bool,
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
@@ -262,15 +260,14 @@ def distill_loss(
 ) -> Tensor:
     """:func:`functional.masked_distill_loss` of features and parameters that are known to fit."""
     per_image, _, _ = distill(
-        [s.flatten(2) for s in students],
-        [t.flatten(2) for t in teachers],
+        list(students),
+        list(teachers),
         list(tokens),
         [rows for rows, _ in weighting or ()],
         [bias for _, bias in weighting or ()],
         [level.tokens for level in standardize or ()],
         [level.token_bias for level in standardize or ()],
         [level.affine for level in standardize or ()],
-        [s.shape[2] for s in students],
         custom_mask,
         warmup_step,
         custom_mask_warmup,

@@ -131,13 +131,12 @@ def test_error_is_that_of_the_dtype(shape: Shape, dtype: torch.dtype, layout: st
 
 def op_arguments(problem: Problem, target: Target, custom: bool = False) -> tuple[list[Tensor], tuple]:
     impl, device = target
-    student = [s.detach().to(device).flatten(2).requires_grad_() for s in problem.student]
+    student = [s.detach().to(device).requires_grad_() for s in problem.student]
     composed = problem.composed(device) or []
-    heights = [s.shape[2] for s in problem.student]
     return student, (
-        [t.to(device).flatten(2) for t in problem.teacher], problem.placed_tokens(device),
+        [t.to(device) for t in problem.teacher], problem.placed_tokens(device),
         [rows for rows, _ in composed], [bias for _, bias in composed], [], [], [],
-        heights, custom, None, 0, 1.0, 1e-12, impl,
+        custom, None, 0, 1.0, 1e-12, impl,
     )  # fmt: skip
 
 
@@ -162,7 +161,7 @@ def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
             weighting = [problem.weighting[i]] if problem.weighting else None
             weighting = [tuple(p.double() for p in weighting[0])] if weighting else None
             reference.distill_loss([one], [t[n : n + 1]], [problem.tokens[i].double()], weighting).backward()
-            close(student[i].grad[n : n + 1].unflatten(2, s.shape[2:]), one.grad / 3 * up[i, n].cpu(), 1e-12)
+            close(student[i].grad[n : n + 1], one.grad / 3 * up[i, n].cpu(), 1e-12)
 
 
 def test_upstream_gradients_through_reductions(target: Target) -> None:

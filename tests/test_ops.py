@@ -13,15 +13,16 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
     """Arguments of the forward op: two levels of different sizes and channels."""
     torch.manual_seed(0)
 
-    def features(c: int, p: int, grad: bool) -> Tensor:
-        x = {"ncl": (2, c, p), "nlc": (2, p, c), "cln": (c, p, 2)}[layout]
-        x = torch.randn(x).permute({"ncl": (0, 1, 2), "nlc": (0, 2, 1), "cln": (2, 0, 1)}[layout])
+    def features(c: int, h: int, w: int, grad: bool) -> Tensor:
+        x = {"nchw": (2, c, h, w), "nhwc": (2, h, w, c), "chwn": (c, h, w, 2), "ncwh": (2, c, w, h)}[layout]
+        back = {"nchw": (0, 1, 2, 3), "nhwc": (0, 3, 1, 2), "chwn": (3, 0, 1, 2), "ncwh": (0, 1, 3, 2)}[layout]
+        x = torch.randn(x).permute(back)
         return x.to(device, dtype).requires_grad_(grad)
 
     def frozen(*shape: int) -> Tensor:
         return torch.randn(*shape).to(device, dtype)
 
-    student, teacher = ([features(5, 12, grad), features(7, 6, grad)] for grad in (True, False))
+    student, teacher = ([features(5, 3, 4, grad), features(7, 2, 3, grad)] for grad in (True, False))
     tokens = [frozen(3, 5), frozen(3, 7)]
     rows, bias, standard = [], [], ([], [], [])
     if "weighted" in kind:
@@ -30,10 +31,10 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
         standard = [frozen(3, 5), frozen(3, 7)], [frozen(3), frozen(3)], [frozen(2, 5), frozen(2, 7)]
         bias = [frozen(4, 3) for _ in bias]
     step = torch.tensor(5, device=device)
-    return student, teacher, tokens, rows, bias, *standard, [3, 2], True, step, 3, 1.5, 1e-12, impl
+    return student, teacher, tokens, rows, bias, *standard, True, step, 3, 1.5, 1e-12, impl
 
 
-@pytest.mark.parametrize("layout", ["ncl", "nlc", "cln"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "chwn", "ncwh"])
 @KINDS
 def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     args = arguments(layout, kind, *target)
@@ -46,7 +47,7 @@ def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
 
 @KINDS
 def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
-    student, *frozen, _, step, warmup, weight, eps, impl = arguments("ncl", kind, *target, torch.float64)
+    student, *frozen, _, step, warmup, weight, eps, impl = arguments("nchw", kind, *target, torch.float64)
 
     def loss(*levels: Tensor) -> Tensor:
         # masks that follow the student are constants for the gradient, so only uncustomised ones can be checked

@@ -134,9 +134,11 @@ with inspect._compiling_for(inspect.TARGETS["sm_90"]):
         if layout == "nhwc":
             maps = [torch.empty(n, a * b, 16, dtype=dtype).transpose(1, 2) for a, b in sizes]
         heights, step = [a for a, _ in sizes], torch.zeros((), dtype=torch.int64)
+        student = [m.unflatten(2, size) for m, size in zip(maps, sizes)]
+        teacher = [m.clone() for m in student]
         loss, masks, weights = _ops.distill(
-            maps, [m.clone() for m in maps], tokens, rows, bias, [], [], [], heights, True, step, 1000, 1.0, 1e-12, "triton")
-        _ops.distill_backward(loss, maps, maps, masks, weights, [], "triton")
+            student, teacher, tokens, rows, bias, [], [], [], True, step, 1000, 1.0, 1e-12, "triton")
+        _ops.distill_backward(loss, student, teacher, masks, weights, [], "triton")
         y, dice, kept = _ops.learn(maps, tokens, [], rows, bias, heights, "triton")
         _ops.learn_backward(y, dice, maps, tokens, [], rows, bias, kept, heights, False, "triton")
     counts = {inspect._name(k): sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
