@@ -329,21 +329,17 @@ def forward(
     if n == 0:
         return
     weighted, standard = len(pool_rows) > 0, len(affine) > 0
-    heights = [s.shape[2] for s in student]
-    student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
     tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine = (
         [x.contiguous() for x in each] for each in (tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine)
     )
     raw_tokens = raw_tokens if standard else tokens
-    key = "forward", num_tokens, *heights, weighted, standard, custom_mask, warmup_step is None
+    options = num_tokens, weighted, standard, custom_mask, warmup_step is not None
+    parameters = tokens, raw_tokens, pool_rows, pool_bias
+    in_place, launches = launch.planned("forward", options, (student, teacher), parameters, _plan_forward)
+    if not in_place:
+        student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
     with launch.device_of(loss):
-        for group in launch.groups(student, teacher, parameters=[tokens, raw_tokens, pool_rows, pool_bias]):
-            (programs, tables, constants), (images, finish_tables, finish_constants) = group.once(
-                key,
-                lambda group=group: _forward_numbers(  # type: ignore[misc]
-                    group, student, teacher, heights, num_tokens, weighted, standard, custom_mask, warmup_step is not None,
-                ),
-            )  # fmt: skip
+        for group, (programs, tables, constants), (images, finish_tables, finish_constants) in launches:
             part = loss.new_empty((programs, 3, num_tokens))
             forward_kernel[(programs,)](
                 *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, masks), *tables,
@@ -353,6 +349,17 @@ def forward(
                 *group.addresses(pool_bias or tokens), *finish_tables, part, loss, coefficients,
                 n, *launch.two_parts(loss_weight), *launch.two_parts(eps), **finish_constants,
             )  # fmt: skip
+
+
+def _plan_forward(
+    options: tuple[int, bool, bool, bool, bool], maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
+) -> tuple[bool, list[tuple[launch.Group, launch.Numbers, launch.Numbers]]]:
+    """Whether the maps can be read in place; groups, numbers of the forward kernel and of the finishing kernel."""
+    heights = [s.shape[2] for s in maps[0]]
+    student, teacher = ([launch.addressable(x) for x in each] for each in maps)
+    groups = launch.groups(student, teacher, parameters=parameters)
+    launches = [(group, *_forward_numbers(group, student, teacher, heights, *options)) for group in groups]
+    return all(map(launch.in_place, maps)), launches
 
 
 def _forward_numbers(
@@ -366,7 +373,6 @@ def _forward_numbers(
     custom_mask: bool,
     warmup: bool,
 ) -> tuple[launch.Numbers, launch.Numbers]:
-    """Of the forward kernel and of the finishing kernel."""
     s, n = group.own(student), student[0].shape[0]
     hs = group.own(heights)
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
@@ -410,20 +416,31 @@ def backward(
     grads = [torch.empty_like(s) for s in student]
     if n == 0:
         return grads
-    student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
-    written = [launch.writable(g) for g in grads]
     affine = [x.contiguous() for x in affine]
+    options = num_tokens, len(affine) > 0
+    in_place, launches = launch.planned("backward", options, (student, teacher, grads), (), _plan_backward)
+    written: Sequence[Tensor] = grads
+    if not in_place:
+        student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
+        written = [launch.writable(g) for g in grads]
     with launch.device_of(coefficients):
-        for group in launch.groups(student, teacher, written):
-            programs, tables, constants = group.once(
-                ("backward", num_tokens, len(affine)),
-                lambda group=group: _backward_numbers(group, student, teacher, written, num_tokens, len(affine) > 0),  # type: ignore[misc]
-            )
+        for group, (programs, tables, constants) in launches:
             backward_kernel[(programs,)](
                 *group.addresses(student, teacher, masks, affine, written), *tables, grad, coefficients, *grad.stride(), n,
                 **constants,
             )  # fmt: skip
-    return launch.written_to(grads, written)
+    return grads if in_place else launch.written_to(grads, written)
+
+
+def _plan_backward(
+    options: tuple[int, bool], maps: Sequence[Sequence[Tensor]], _parameters: Sequence[Sequence[Tensor]]
+) -> tuple[bool, list[tuple[launch.Group, launch.Numbers]]]:
+    """Whether the maps can be read and written in place; groups and numbers of the backward kernel."""
+    student, teacher = ([launch.addressable(x) for x in each] for each in maps[:2])
+    written = [launch.writable(x) for x in maps[2]]
+    groups = launch.groups(student, teacher, written)
+    launches = [(group, _backward_numbers(group, student, teacher, written, *options)) for group in groups]
+    return all(map(launch.in_place, maps)), launches
 
 
 def _backward_numbers(
@@ -434,7 +451,6 @@ def _backward_numbers(
     num_tokens: int,
     standard: bool,
 ) -> launch.Numbers:
-    """Of the backward kernel."""
     s = group.own(student)
     config = group.config("backward_kernel", num_tokens, student, teacher)
     first, programs = launch.first_programs([x.shape[0] * launch.tiles(x, config) for x in s])

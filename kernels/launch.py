@@ -6,7 +6,7 @@ graph keeps them.
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -78,7 +78,7 @@ def _contiguous_along(x: Tensor, axis: int) -> bool:
     return x.stride(dim) == 1 or x.shape[dim] == 1
 
 
-Made = TypeVar("Made")
+Plan = TypeVar("Plan")
 Numbers = tuple[int, list[Any], dict[str, Any]]  # what a launch takes beside tensors: programs, tables, constants
 
 
@@ -98,14 +98,6 @@ class Group:
     fast: tuple[int, ...]
     wide: bool
     aligns: list[int]
-    _known: dict[Any, Any] = field(default_factory=dict, compare=False)
-
-    def once(self, key: Any, function: Callable[[], Made]) -> Made:
-        """``function()``, computed anew only for another ``key`` or where launches are configured otherwise than before."""
-        key = key, tuning.state()
-        if key not in self._known:
-            self._known[key] = function()
-        return self._known[key]  # type: ignore[no-any-return]
 
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""
@@ -113,7 +105,10 @@ class Group:
 
     def addresses(self, *arguments: Sequence[Tensor]) -> list[Any]:
         """The tensors of these levels as a kernel takes them; the first argument stands in for one that there is none of."""
-        return [per_level(self.own(tensors or arguments[0])) for tensors in arguments]
+        first = arguments[0]
+        if len(first) == len(self.levels):
+            return [per_level(tensors or first) for tensors in arguments]
+        return [per_level(self.own(tensors or first)) for tensors in arguments]
 
     def config(self, kernel: str, num_tokens: int, *maps: Sequence[Tensor], axis: int | None = None) -> Config:
         """The configuration of ``kernel`` over ``maps`` of these levels; its tiles follow ``axis``, that of the first map."""
@@ -156,24 +151,6 @@ def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ())
 
     ``maps``: the feature maps ``[N, C, P]`` that a kernel addresses, a sequence of levels each; ``parameters``: what it reads.
     """
-    key = (
-        len(maps),
-        *[(x.shape, x.stride(), x.dtype, x.device) for tensors in maps for x in tensors],
-        *[tuple([x.dtype for x in each]) for each in parameters],
-    )
-    found = _groups.get(key)
-    if found is None:
-        if len(_groups) >= MOST_GROUPS:  # endless new sizes must not fill the memory
-            _groups.clear()
-        found = _groups[key] = _new_groups(maps, parameters)
-    return found
-
-
-MOST_GROUPS = 4096
-_groups: dict[Any, list[Group]] = {}
-
-
-def _new_groups(maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]) -> list[Group]:
     found: dict[Any, list[int]] = {}
     axes = [_axes(tensors) for tensors in maps]
     for i, level in enumerate(zip(*maps, strict=True)):
@@ -181,6 +158,39 @@ def _new_groups(maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[
         fast = tuple(each[i] for each in axes)
         found.setdefault((dtypes, None if PYRAMIDS else i, fast, _wide(*level)), []).append(i)
     return [_group(levels, maps, fast, wide) for (_, _, fast, wide), levels in found.items()]
+
+
+def planned(
+    kernel: str,
+    options: Any,
+    maps: Sequence[Sequence[Tensor]],
+    parameters: Sequence[Sequence[Tensor]],
+    plan: Callable[..., Plan],
+) -> Plan:
+    """``plan(options, maps, parameters)``, made anew only for other shapes, strides, dtypes or configurations.
+
+    To find addresses, tables and configuration of five levels takes longer than a small pyramid's kernels run.
+    """
+    key = (
+        *(kernel, options, tuning.state(), maps[0][0].device),
+        *[(x.shape, x.stride(), x.dtype) for tensors in maps for x in tensors],
+        *[x.dtype for tensors in parameters for x in tensors],
+    )
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= MOST_PLANS:  # endless new sizes must not fill the memory
+            _plans.clear()
+        found = _plans[key] = plan(options, maps, parameters)
+    return found  # type: ignore[no-any-return]
+
+
+MOST_PLANS = 4096
+_plans: dict[Any, Any] = {}
+
+
+def in_place(tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel can address all of them where they are."""
+    return all(addressable(x).data_ptr() == x.data_ptr() for x in tensors)
 
 
 def _axes(tensors: Sequence[Tensor]) -> list[int]:

@@ -100,23 +100,29 @@ def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_
         channels = max(channels, x.shape[1])
     layout = "nhwc" if axis == CHANNELS else "nchw"
     key = Key(kernel, bits, layout, channels, token_rows(num_tokens), (pixels - 1).bit_length())
-    return _choice(key, device, not _forced and os.environ.get(ONLINE) == "1")
+    return _choice(key, device, not _forced and _online())
 
 
 def state() -> tuple[Any, ...]:
     """All that :func:`config` depends on beside its arguments."""
-    return _generation, os.environ.get(ONLINE), os.environ.get(FOLDER), *_forced.items()
+    return _generation, *_forced.items()
 
 
 def forget() -> None:
-    """Read all files again."""
+    """Read the environment and all files again."""
     global _generation
     read.cache_clear()
     _choice.cache_clear()
+    _online.cache_clear()
     _generation += 1
 
 
 _generation = 0
+
+
+@functools.cache
+def _online() -> bool:
+    return os.environ.get(ONLINE) == "1"
 
 
 @functools.cache

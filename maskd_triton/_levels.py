@@ -36,9 +36,9 @@ def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> t
         tensors, found = list(features), None
     else:
         raise TypeError(f"{name}: expected a tensor, or a sequence or mapping of tensors, got {type(features).__name__}")
-    for x, label in zip(tensors, labels(len(tensors), found), strict=True):
+    for i, x in enumerate(tensors):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}{label}: expected a tensor, got {type(x).__name__}")
+            raise TypeError(f"{name}{labels(len(tensors), found)[i]}: expected a tensor, got {type(x).__name__}")
     return tensors, found
 
 

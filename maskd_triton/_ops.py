@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import _eager
 
@@ -27,7 +28,12 @@ def _operator(function: Callable[..., Any]) -> Any:
     schema = name + torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    return getattr(torch.ops.maskd_triton, name).default
+    operator = getattr(torch.ops.maskd_triton, name).default
+    _FUNCTIONS[operator] = function
+    return operator
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def _fake(operator: Any) -> Callable[[Callable[..., Any]], None]:
@@ -35,9 +41,23 @@ def _fake(operator: Any) -> Callable[[Callable[..., Any]], None]:
     return lambda function: torch.library.register_fake(operator.name(), function, lib=_LIBRARY)
 
 
-def _below_autograd(operator: Any, *arguments: Any) -> Any:
+def _traced(maps: Sequence[Tensor]) -> bool:
+    """Whether the operator must be seen: by a compiler, by a mode, or by tensors that are more than memory and strides.
+
+    Otherwise its function is called as it is: the dispatcher converts every list of tensors four times a pass, which takes
+    longer than all else on the host.
+    """
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or any(type(x) not in _PLAIN for x in maps)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _below_autograd(operator: Any, maps: Sequence[Tensor], *arguments: Any) -> Any:
+    if not _traced(maps):
+        return _FUNCTIONS[operator](maps, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        return operator(maps, *arguments)
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -62,10 +82,10 @@ def _once_differentiable(name: str) -> Callable[[_Backward], _Backward]:
     def decorator(backward: _Backward) -> _Backward:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return results
             present, inputs = ([x for x in xs if x is not None] for xs in (results, grads))
             checked = iter(_DifferentiableOnce.apply(name, len(present), *present, *inputs, *ctx.saved_tensors))
             return tuple(None if x is None else next(checked) for x in results)
@@ -89,9 +109,9 @@ def _kernels(stage: str) -> ModuleType:
         ) from error
 
 
-def _split_masks(masks: Tensor, student: Sequence[Tensor], num_tokens: int) -> Sequence[Tensor]:
+def _split_masks(masks: Tensor, student: Sequence[Tensor], num_tokens: int) -> list[Tensor]:
     """Views ``[N, T, P]`` of the flat buffer that holds the masks of all levels."""
-    parts = masks.split(_mask_sizes(student, num_tokens))
+    parts = masks.split_with_sizes(_mask_sizes(student, num_tokens))
     shapes = [(s.shape[0], num_tokens, s.shape[2] * s.shape[3]) for s in student]
     return [m[: math.prod(shape)].view(shape) for m, shape in zip(parts, shapes, strict=True)]
 
@@ -142,7 +162,7 @@ def distill(
         _kernels("distill").forward(
             student, teacher, tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine,
             custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps,
-            loss, masks.split(_mask_sizes(student, num_tokens)), coefficients,
+            loss, masks.split_with_sizes(_mask_sizes(student, num_tokens)), coefficients,
         )  # fmt: skip
         return loss, masks, coefficients
     outputs = _split_masks(masks, student, num_tokens)
@@ -192,8 +212,8 @@ def distill_backward(
     """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones."""
     num_tokens = coefficients.shape[2]
     if impl == "triton":
-        levels = masks.split(_mask_sizes(student, num_tokens))
-        return _kernels("distill").backward(grad, student, teacher, levels, coefficients, affine)
+        flat = masks.split_with_sizes(_mask_sizes(student, num_tokens))
+        return _kernels("distill").backward(grad, student, teacher, flat, coefficients, affine)
     levels = _split_masks(masks, student, num_tokens)
     return [
         _eager.distill_backward(grad[i], s, t, levels[i], coefficients[i], affine[i] if affine else None)
@@ -232,7 +252,8 @@ class _Distill(torch.autograd.Function):
             return (None,) * (1 + ctx.lengths[0])
         masks, coefficients, *levels = ctx.saved_tensors
         student, teacher, affine = _in_sequences(levels, ctx.lengths)
-        return None, *distill_backward(grad, student, teacher, masks, coefficients, affine, ctx.impl)
+        backward = distill_backward if _traced(student) else _FUNCTIONS[distill_backward]
+        return None, *backward(grad, student, teacher, masks, coefficients, affine, ctx.impl)
 
 
 def _distill_autograd(student: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +280,8 @@ def distill_loss(
     impl: str,
 ) -> Tensor:
     """:func:`functional.masked_distill_loss` of features and parameters that are known to fit."""
-    per_image, _, _ = distill(
+    forward = distill if _traced([*students, *teachers]) else _distill_autograd
+    per_image, _, _ = forward(
         list(students),
         list(teachers),
         list(tokens),

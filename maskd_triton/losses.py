@@ -119,8 +119,9 @@ class MaskedDistillLoss(nn.Module):
                 "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
                 stacklevel=2,
             )
+        self._fitting: set[Any] = set()
         self._owned = self._sources()
-        self._composed_from: list[tuple[Any, ...]] = []
+        self._composed_from: list[int] = []
         self._compose()
         self.register_load_state_dict_post_hook(_recompose)
 
@@ -138,22 +139,17 @@ class MaskedDistillLoss(nn.Module):
         students, teachers, labels = match(student, teacher)
         if len(teachers) != len(self.channels):
             raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
-        names = [(f"student{label}", f"teacher{label}") for label in labels]
-        for s, t, (student_name, teacher_name), narrow, wide in zip(
-            students, teachers, names, self.student_channels, self.channels, strict=True
-        ):
-            check.features(t, teacher_name, wide)
-            check.features(s, student_name, narrow)
         if self.align is not None:
+            for s, narrow, label in zip(students, self.student_channels, labels, strict=True):
+                check.features(s, f"student{label}", narrow)
             students = [_align(conv, s) for conv, s in zip(self.align, students, strict=True)]
-        for s, t, pair in zip(students, teachers, names, strict=True):
-            check.pair(s, t, pair, students[0], names[0][0])
+        self._check_levels(students, teachers, labels)
         device = students[0].device
         if not torch.compiler.is_compiling() and self._composed_from != self._versions():
             self._compose()
         tokens = [module.mask_token.detach() for module in self._modules_of_levels()]  # also after model.requires_grad_()
-        for i, token in enumerate(tokens):
-            check.on_device(token, f"tokens[{i}]", device)
+        for token in tokens:
+            check.on_device(token, "tokens", device)
         check.on_device(self.warmup_step, "warmup_step", device)
         loss = distill_loss(
             students, teachers, tokens, self._weighting(), self._standardization(), self.custom_mask, self.warmup_step,
@@ -162,6 +158,23 @@ class MaskedDistillLoss(nn.Module):
         if self.training:
             self.warmup_step.add_(1)
         return loss
+
+    def _check_levels(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> None:
+        """Errors for levels that do not fit; those that look like earlier ones are not looked at again."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            looks: list[Any] = [(x.shape, x.dtype, x.device, x.requires_grad, x.is_inference()) for x in students + teachers]
+            seen = (torch.is_grad_enabled(), *looks)
+            if seen in self._fitting:
+                return
+        for s, t, channels, label in zip(students, teachers, self.channels, labels, strict=True):
+            check.features(t, f"teacher{label}", channels)
+            check.features(s, f"student{label}", channels)
+            check.pair(s, t, (f"student{label}", f"teacher{label}"), students[0], f"student{labels[0]}")
+        if not compiling:
+            if len(self._fitting) >= 4096:  # endless new sizes must not fill the memory
+                self._fitting.clear()
+            self._fitting.add(seen)
 
     def _modules_of_levels(self) -> Iterator[MaskModule]:
         return (module for module in self.mask_modules if isinstance(module, MaskModule))
@@ -196,9 +209,12 @@ class MaskedDistillLoss(nn.Module):
         owners = [m for module in self._modules_of_levels() for m in (module, *(module.prob if module.weight_mask else ()))]
         return [owned for owner in owners for owned in (owner._parameters, owner._buffers) if owned]
 
-    def _versions(self) -> list[tuple[Any, ...]]:
+    def _versions(self) -> list[int]:
         tensors = [x for owned in self._owned for x in owned.values() if x is not None]  # .parameters() takes ten times as long
-        return [(x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in tensors]
+        try:
+            return [x.data_ptr() for x in tensors] + [x._version for x in tensors]
+        except RuntimeError:  # tensors made under inference_mode do not count versions
+            return [x.data_ptr() for x in tensors] + [0 if x.is_inference() else x._version for x in tensors]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
         super()._apply(fn, recurse)

@@ -527,11 +527,12 @@ def test_wide_offsets(layout: str, target: Target, monkeypatch: pytest.MonkeyPat
     """Images of 2**31 elements and more take 64-bit offsets; the same path, forced on small ones."""
     if target[0] != "triton":
         pytest.skip("eager torch has no offsets of its own")
-    from maskd_triton.kernels import launch
+    from maskd_triton.kernels import launch, tuning
 
     problem = Problem([(2, 9, 5, 7)], 6)
     losses, grads = problem.expected(custom_mask=True)
     monkeypatch.setattr(launch, "_wide", lambda *_: True)
+    monkeypatch.setattr(tuning, "_generation", -1)  # no plans from other tests, none for other tests
     got, got_grads = problem.measured(target, layout, custom_mask=True)
     close(got, losses, 1e-12)
     close(got_grads[0], grads[0], 1e-12)

@@ -129,6 +129,7 @@ def test_online_tuning_is_opt_in_and_bucketed(monkeypatch: pytest.MonkeyPatch) -
     step(3, 3)
     assert not tuned
     monkeypatch.setenv(tuning.ONLINE, "1")
+    tuning.forget()
     for height, width in ((3, 3), (4, 4), (3, 5), (2, 7)):  # 9 to 16 pixels: one bucket
         step(height, width)
     assert [key.kernel for key in tuned] == ["forward_kernel", "backward_kernel"]
