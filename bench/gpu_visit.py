@@ -41,6 +41,7 @@ PARTS = (
     Part("fpn-n2-stage1", 240, module("bench", "fpn", "--stage", "1", *SETTINGS)),
     Part("fpn-n2-compiled", 300, module("bench", "fpn", "--dtype", "bf16", "--seconds", "0.3", "--compile")),
     Part("autotune", 500, lambda out: [sys.executable, "-m", "bench.autotune", "--bits", "16", "--out", str(out)]),
+    Part("host", 60, module("bench.host")),
     Part("others", 240, module("bench", "fpn_odd", "segmentation", "vit", "tiny", "--dtype", "bf16", "--seconds", "0.3")),
 )
 

@@ -1,8 +1,8 @@
 """What a criterion call and its backward cost the host: ``python -m bench.host``.
 
-Microseconds of Python and dispatcher for five small levels: the criterion with ``impl="triton"``, also for sizes that it has not
-seen before, and, as a scale, two bare ``torch.library.custom_op`` calls (a forward and a backward) that take the same tensors
-and compute nothing. Without a GPU the kernels are not launched, so Triton's own launch cost is not in the figure; with one, it is.
+Microseconds of Python and dispatcher for five small levels: the criterion with ``impl="triton"``, also for sizes that it has
+not seen before, and, as a scale, two bare ``torch.library.custom_op`` calls (a forward and a backward) that take the same
+tensors and compute nothing. Without a GPU kernels are not launched, so Triton's own cost is left out; with one, it is in.
 """
 
 import argparse

@@ -418,7 +418,7 @@ def backward(
         return grads
     affine = [x.contiguous() for x in affine]
     options = num_tokens, len(affine) > 0
-    in_place, launches = launch.planned("backward", options, (student, teacher, grads), (), _plan_backward)
+    in_place, launches = launch.planned("backward", options, (student, teacher), (grads,), _plan_backward)
     written: Sequence[Tensor] = grads
     if not in_place:
         student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
@@ -433,14 +433,17 @@ def backward(
 
 
 def _plan_backward(
-    options: tuple[int, bool], maps: Sequence[Sequence[Tensor]], _parameters: Sequence[Sequence[Tensor]]
+    options: tuple[int, bool], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, list[tuple[launch.Group, launch.Numbers]]]:
-    """Whether the maps can be read and written in place; groups and numbers of the backward kernel."""
-    student, teacher = ([launch.addressable(x) for x in each] for each in maps[:2])
-    written = [launch.writable(x) for x in maps[2]]
+    """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
+
+    The gradients among ``others`` have strides that follow from the student's.
+    """
+    student, teacher = ([launch.addressable(x) for x in each] for each in maps)
+    written = [launch.writable(x) for x in others[0]]
     groups = launch.groups(student, teacher, written)
     launches = [(group, _backward_numbers(group, student, teacher, written, *options)) for group in groups]
-    return all(map(launch.in_place, maps)), launches
+    return all(map(launch.in_place, (*maps, others[0]))), launches
 
 
 def _backward_numbers(

@@ -167,7 +167,8 @@ def planned(
     parameters: Sequence[Sequence[Tensor]],
     plan: Callable[..., Plan],
 ) -> Plan:
-    """``plan(options, maps, parameters)``, made anew only for other shapes, strides, dtypes or configurations.
+    """``plan(options, maps, parameters)``, made anew only for maps of other shapes, strides or dtypes, parameters of other
+    dtypes, and other configurations.
 
     To find addresses, tables and configuration of five levels takes longer than a small pyramid's kernels run.
     """

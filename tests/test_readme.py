@@ -42,6 +42,11 @@ def test_claim_of_the_first_screen() -> None:
     assert smaller >= 10
 
 
+def test_host() -> None:
+    for name, value in json.loads((ROOT / "bench/results/cpu-host.json").read_text())["microseconds"].items():
+        assert f"| {name} | {value:.0f} |" in PAGES
+
+
 def test_demo() -> None:
     for name, scores in DEMO["test_miou"].items():
         plus = "+" if "paired" in name else ""
