@@ -196,6 +196,19 @@ def test_wrong_calls(student: object, teacher: object, error: type[Exception], s
     assert int(criterion.warmup_step) == 0  # a refused call is no step
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "sentence"), [c[1:] for c in WRONG_CALLS], ids=[c[0] for c in WRONG_CALLS]
+)
+def test_wrong_calls_after_right_ones(student: object, teacher: object, error: type[Exception], sentence: str) -> None:
+    """What looked right before is not checked again; nothing else may pass for it."""
+    criterion = criterion_of()
+    for _ in range(2):
+        criterion(S, T)
+    with pytest.raises(error) as caught:
+        criterion(student, teacher)
+    assert sentence in str(caught.value)
+
+
 def test_wrong_reduction() -> None:
     with pytest.raises(ValueError, match="reduction: expected one of 'sum', 'none', got 'mean'"):
         criterion_of()(S, T, reduction="mean")

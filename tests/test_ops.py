@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, _ops
 
@@ -105,3 +107,41 @@ def test_compiled_criterion_sees_loaded_weights(target: tuple[str, str]) -> None
     loaded = compiled(student, teacher)
     expected = second(student, teacher)
     assert torch.allclose(loaded, expected, rtol=1e-6)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the library's operators that a mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "maskd_triton":
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_the_operators(target: tuple[str, str]) -> None:
+    """Without a mode their functions are called directly; the results are the same bits."""
+    impl, device = target
+    criterion = MaskedDistillLoss([5, 7], 3, pretrained=MaskLearner([5, 7], 3), impl=impl).to(device)
+    student, teacher, *_ = arguments("nchw", "plain", impl, device)
+    direct = criterion(student, teacher)
+    direct_grads = torch.autograd.grad(direct, student)
+    with Recorder() as mode:
+        loss = criterion(student, teacher)
+        grads = torch.autograd.grad(loss, student)
+    assert mode.seen == ["maskd_triton::distill", "maskd_triton::distill_backward"]
+    assert torch.equal(loss, direct)
+    assert all(torch.equal(a, b) for a, b in zip(grads, direct_grads, strict=True))
+
+
+def test_fake_tensors(target: tuple[str, str]) -> None:
+    criterion = MaskedDistillLoss([5, 7], 3, pretrained=MaskLearner([5, 7], 3), impl=target[0]).to(target[1]).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student, teacher, *_ = arguments("nhwc", "plain", *target)
+        loss = criterion(student, teacher)
+        grads = torch.autograd.grad(loss, student)
+    assert all(isinstance(x, FakeTensor) for x in (loss, *grads))
+    assert [g.stride() for g in grads] == [s.stride() for s in student]

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from maskd_triton import MaskedDistillLoss
+from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton.kernels import autotune, launch, tuning
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +135,23 @@ def test_online_tuning_is_opt_in_and_bucketed(monkeypatch: pytest.MonkeyPatch) -
     assert [key.kernel for key in tuned] == ["forward_kernel", "backward_kernel"]
     step(5, 5)
     assert [key.log2_pixels for key in tuned] == [4, 4, 5, 5]
+
+
+def test_a_plan_lasts_until_configurations_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs, (x,) = [], [torch.randn(1, 4, 3, 5)]
+    criterion = MaskedDistillLoss(4, 2, pretrained=MaskLearner(4, 2), impl="triton")
+    config = tuning.config
+    monkeypatch.setattr(tuning, "config", lambda *arguments: configs.append(config(*arguments)) or configs[-1])
+    for _ in range(3):
+        criterion(x, x)
+    assert len(configs) == 1
+    wanted = tuning.Config(32, 32, 128, 1)
+    with tuning.forced("forward_kernel", wanted):
+        criterion(x, x)
+    assert configs[1:] == [wanted]
+    tuning.forget()
+    criterion(x, x)
+    assert configs[2:] == configs[:1]
 
 
 def test_the_command_without_a_gpu() -> None:
