@@ -7,6 +7,7 @@ Copy the JSON files to bench/results/ and commit them as they are. Without a GPU
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,12 @@ def module(name: str, *arguments: str) -> Callable[[Path], Sequence[str]]:
     return lambda out: [sys.executable, "-m", name, *arguments, "--out", str(out)]
 
 
+def sanitizer(_: Path) -> Sequence[str]:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_golden.py", "tests/test_pyramid.py", "-k", "not 500"]
+    return [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", *tests]
+
+
 SETTINGS = ["--dtype", "bf16", "fp16", "fp32", "--layout", "nchw", "channels_last", "--seconds", "0.3"]
 PARTS = (
     Part("tests", 480, lambda _: [sys.executable, "-m", "pytest", "-q", "-k", "not inspect and not demo"], writes_json=False),
@@ -42,6 +49,10 @@ PARTS = (
     Part("fpn-n2-compiled", 300, module("bench", "fpn", "--dtype", "bf16", "--seconds", "0.3", "--compile")),
     Part("autotune", 500, lambda out: [sys.executable, "-m", "bench.autotune", "--bits", "16", "--out", str(out)]),
     Part("host", 60, module("bench.host")),
+    Part("share", 120, module("bench.share", "--dtype", "bf16")),
+    Part("growth", 240, module("bench", "--growth", "--dtype", "bf16", "--seconds", "0.1")),
+    Part("inspect", 240, lambda _: [sys.executable, "-m", "bench.inspect"], writes_json=False),
+    Part("sanitizer", 300, sanitizer, writes_json=False),
     Part("others", 240, module("bench", "fpn_odd", "segmentation", "vit", "tiny", "--dtype", "bf16", "--seconds", "0.3")),
 )
 
@@ -81,11 +92,14 @@ def execute(part: Part, target: Path, seconds: float) -> bool:
             code: int | str = run.returncode
         except subprocess.TimeoutExpired:
             code = "timed out"
+        except FileNotFoundError as error:
+            code = f"not here: {error.filename}"
+            out.write(f"{code}\n")
     lines = log.read_text(errors="replace").splitlines()
     print(*lines[-40:], f"{part.name}: {code}, {time.monotonic() - begun:.0f} s", sep="\n", flush=True)
     if part.writes_json:
         log.unlink()
-    elif code != "timed out":
+    elif isinstance(code, int):
         facts = environment.describe(torch.device("cuda")) | {"exit": code, "end": lines[-20:]}
         target.write_text(json.dumps(facts, indent=1) + "\n")
     return code != 0

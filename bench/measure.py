@@ -42,6 +42,14 @@ def time(call: Call, device: torch.device, seconds: float) -> Time:
     return Time(median, lower, upper, len(runs))
 
 
+def copy_gb_per_s(device: torch.device, seconds: float = 0.5) -> float:
+    """Bytes read and written a second by a copy too large for any cache: what no kernel that streams memory can exceed."""
+    elements = 2**28 if device.type == "cuda" else 2**26
+    source = torch.zeros(elements, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time(lambda: target.copy_(source), device, seconds).median_ms / 1e6
+
+
 def peak_bytes(call: Call, device: torch.device) -> int:
     """The most that was allocated at a time during the call, beyond what was there before; the result counts."""
     call()

@@ -52,6 +52,22 @@ WORKLOADS = {
 }
 
 
+def _grown(**changes: int) -> Workload:
+    """One level of 64x64 pixels, 256 channels, 6 tokens, 2 images, with changes."""
+    size = {"side": 64, "channels": 256, "tokens": 6, "images": 2} | changes
+    level = (size["channels"], size["side"], size["side"])
+    name = " ".join(f"{name} {value}" for name, value in changes.items())
+    return Workload(f"one level, {name}", (level,), batch=size["images"], tokens=size["tokens"])
+
+
+GROWTH = {
+    "pixels": {side**2: _grown(side=side) for side in (8, 16, 32, 64, 128, 256)},
+    "channels": {c: _grown(channels=c) for c in (16, 64, 256, 1024)},
+    "tokens": {t: _grown(tokens=t) for t in (1, 2, 4, 8, 16, 32)},
+    "images": {n: _grown(images=n) for n in (1, 2, 4, 8, 16)},
+}
+
+
 @dataclass
 class Inputs:
     """Tensors of a workload. ``leaves`` require grad: the student in stage 2, tokens and mask weighting in stage 1, where the

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure
+from bench import __main__ as bench
+from bench import compare, measure, plots
+from bench import workloads as workloads_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +27,8 @@ def test_command(tmp_path: Path) -> None:
     assert results["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert results["command"].startswith("python -m bench tiny")
     assert {"date", "commit", "device", "threads", "left_out"} <= results.keys()
+    assert 0.1 < results["copy_gb_per_s"] < 1e5
+    assert f"copy: {results['copy_gb_per_s']:.1f} GB/s" in shown
     rows = {(r["contender"], r["mode"]): r for r in results["rows"]}
     assert {c for c, _ in rows} == {"ours", "literal", "collapsed", "feature MSE"}
     for (contender, mode), row in rows.items():
@@ -85,3 +89,101 @@ def test_host(tmp_path: Path) -> None:
         assert 10 < value < 1e5
     if not results["launches"]:  # measured equal; a shared machine is not quiet enough for more
         assert results["microseconds"]["criterion"] < 1.5 * results["microseconds"]["two custom_op calls"]
+
+
+def results_of(**changes: object) -> dict:
+    """Results with a row for each contender, in both of which ours takes 10 ms and 100 bytes unless changed."""
+    row = {"workload": "w", "curve": None, "size": None, "mode": "forward+backward", "ideal_bytes": 10**8}
+    row |= {"median_ms": 10.0, "lower_ms": 9.0, "upper_ms": 11.0, "peak_extra_bytes": 100}
+    rows = [row | {"contender": "ours"} | changes, row | {"contender": "literal", "median_ms": 50.0}]
+    return {"device": "cpu", "threads": 2, "commit": "abc", "date": "2026-11-24T00:00", "copy_gb_per_s": 20.0, "rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "time x 1.00, memory x 1.00"),
+        ({"median_ms": 12.0, "lower_ms": 11.5, "upper_ms": 13.0}, "time x 1.20, memory x 1.00 SLOWER"),
+        ({"median_ms": 12.0, "lower_ms": 10.5, "upper_ms": 13.0}, "time x 1.20, memory x 1.00"),  # quartiles overlap
+        ({"median_ms": 10.9, "lower_ms": 10.8, "upper_ms": 11.0}, "time x 1.09, memory x 1.00"),
+        ({"median_ms": 5.0, "peak_extra_bytes": 106}, "time x 0.50, memory x 1.06 LARGER"),
+        ({"peak_extra_bytes": 105}, "time x 1.00, memory x 1.05"),
+    ],
+)
+def test_against_earlier_results(changes: dict, words: str, tmp_path: Path) -> None:
+    files = tmp_path / "before.json", tmp_path / "after.json"
+    for file, results in zip(files, (results_of(), results_of(**changes)), strict=True):
+        file.write_text(json.dumps(results))
+    worse = words.isupper() or words.endswith(("SLOWER", "LARGER"))
+    shown = run("-m", "bench", "--results", str(files[1]), "--against", str(files[0]), code=int(worse))
+    assert f"  w, forward+backward, ours: {words}\n" in shown
+    assert f"{int(worse)} of 2 got worse" in shown
+
+
+def test_against_another_machine() -> None:
+    with pytest.raises(ValueError, match="--against: expected results with device 'gpu', got 'cpu'"):
+        compare.report(results_of(), results_of() | {"device": "gpu"}, print)
+
+
+def test_against_other_rows() -> None:
+    told: list[str] = []
+    assert compare.report(results_of(), results_of(contender="theirs"), told.append) == 0
+    assert "  w, forward+backward, theirs: new" in told
+    assert "  w, forward+backward, ours: not measured any more" in told
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    results = results_of()
+    assert [path.name for path in plots.draw(results, tmp_path)] == ["bandwidth.png"]
+    for size in (8, 64):
+        results["rows"] += [row | {"curve": "pixels", "size": size} for row in results_of()["rows"]]
+    drawn = plots.draw(results, tmp_path)
+    assert [path.name for path in drawn] == ["bandwidth.png", "growth.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn)
+    (axes,) = plots._bandwidth(results["rows"][:2], results).axes
+    assert [bar.get_width() for bar in axes.patches] == [10.0, 2.0]  # 1e8 bytes in 10 and in 50 ms
+    assert axes.lines[0].get_xdata()[0] == 20.0
+    growth = plots._growth(results["rows"][2:]).axes
+    assert [list(line.get_xdata()) for line in growth[0].lines] == [[8, 64]] * 2
+
+
+def test_growth_changes_one_thing_at_a_time() -> None:
+    kept = {"pixels": 64 * 64, "channels": 256, "tokens": 6, "images": 2}
+    for curve, workloads in workloads_module.GROWTH.items():
+        assert len({str(w) for w in workloads.values()}) == len(workloads)
+        for size, w in workloads.items():
+            ((c, h, width),) = w.levels
+            found = {"pixels": h * width, "channels": c, "tokens": w.tokens, "images": w.batch}
+            assert found == kept | {curve: size}
+
+
+def test_compiled_contenders() -> None:
+    runs, left_out = bench.chosen(2, torch.device("cpu"), compiled=True)
+    names = [f"{name}, {how}" for name in ("literal", "collapsed") for how in ("compiled", "max-autotune")]
+    assert list(runs) == ["ours", "literal", "collapsed", "feature MSE", *names]
+    assert list(left_out) == ["ours, impl=eager"]
+
+
+def test_share_of_a_step(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    shown = run(
+        "-m",
+        "bench.share",
+        "--device",
+        "cpu",
+        "--side",
+        "64",
+        "--batch",
+        "1",
+        "--rounds",
+        "3",
+        "--out",
+        str(tmp_path / "s.json"),
+    )
+    steps = json.loads((tmp_path / "s.json").read_text())["steps"]
+    assert list(steps) == ["no distillation loss", "ours", "literal"]
+    assert steps["no distillation loss"]["share_percent"] == 0
+    for name, row in steps.items():
+        assert f"{name:22}{row['median_ms']:10.1f} ms a step, of which the loss {row['share_percent']:5.1f} %" in shown
+        assert row["median_ms"] > 1
