@@ -1,0 +1,78 @@
+"""Features in other shapes as ``[N, C, H, W]``: views, never copies."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """A ViT's tokens ``[N, L, C]`` as features ``[N, C, H, W]``, ``size`` the grid ``(H, W)``, row by row; a view.
+
+    Drop prefix tokens first: ``from_tokens(x[:, 1:], size)`` for one class token.
+
+    Raises ValueError for another number of dimensions or tokens.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import shapes
+        >>> tokens = torch.randn(2, 1 + 14 * 14, 384)
+        >>> shapes.from_tokens(tokens[:, 1:], (14, 14)).shape
+        torch.Size([2, 384, 14, 14])
+    """
+    height, width = _size(size, "size")
+    if x.dim() != 3 or x.shape[1] != height * width:
+        raise ValueError(
+            f"x: expected tokens [N, {height * width}, C] for a grid of {height}x{width}, got shape {list(x.shape)} "
+            "(class and register tokens must be dropped before)"
+        )
+    return x.transpose(1, 2).unflatten(2, (height, width))
+
+
+def from_nhwc(x: Tensor) -> Tensor:
+    """Features ``[N, H, W, C]`` (Swin's, for one) as ``[N, C, H, W]``; a view. ValueError unless there are four dimensions.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import shapes
+        >>> shapes.from_nhwc(torch.randn(2, 7, 9, 96)).shape
+        torch.Size([2, 96, 7, 9])
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x: expected features [N, H, W, C], got shape {list(x.shape)}")
+    return x.permute(0, 3, 1, 2)
+
+
+def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Tokens of all scales one after the other, ``[N, sum H_i W_i, C]`` (deformable DETR's encoder), as a list of levels
+    ``[N, C, H_i, W_i]``; views.
+
+    ``sizes``: ``(H_i, W_i)`` of each level as ints; a tensor of spatial shapes has ``.tolist()``, which waits for its device.
+
+    Raises TypeError for sizes that are no pairs of ints, ValueError for another number of dimensions or tokens.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import shapes
+        >>> [level.shape for level in shapes.from_packed(torch.randn(2, 8 * 8 + 4 * 4, 256), [(8, 8), (4, 4)])]
+        [torch.Size([2, 256, 8, 8]), torch.Size([2, 256, 4, 4])]
+    """
+    if isinstance(sizes, Tensor) or not isinstance(sizes, Sequence) or not sizes:
+        raise TypeError(f"sizes: expected pairs (H, W) of ints, one per level, got {type(sizes).__name__}")
+    pairs = [_size(size, f"sizes[{i}]") for i, size in enumerate(sizes)]
+    lengths = [height * width for height, width in pairs]
+    if x.dim() != 3 or x.shape[1] != sum(lengths):
+        raise ValueError(f"x: expected tokens [N, {sum(lengths)}, C] for levels {pairs}, got shape {list(x.shape)}")
+    return [from_tokens(level, size) for level, size in zip(x.split(lengths, 1), pairs, strict=True)]
+
+
+def _size(size: Sequence[int], name: str) -> tuple[int, int]:
+    if (
+        isinstance(size, Tensor)
+        or not isinstance(size, Sequence)
+        or not all(isinstance(n, int) for n in size)
+        or len(size) != 2
+    ):
+        raise TypeError(f"{name}: expected a pair (H, W) of ints, got {size!r}")
+    if min(size) < 1:
+        raise ValueError(f"{name}: expected a pair (H, W) of positive ints, got {size!r}")
+    return size[0], size[1]
