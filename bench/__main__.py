@@ -50,8 +50,7 @@ class Row:
 
 def step(contender: Contender, inputs: Inputs, backward: bool, share: float = 1.0) -> list[Tensor]:
     """Outputs of one call; its backward pass takes the loss, or the sum of the Dice losses, ``share`` times."""
-    for leaf in inputs.leaves:
-        leaf.grad = None
+    inputs.forget()
     outputs = contender(inputs)
     if backward:
         upstream = inputs.student if inputs.stage == 1 else []
@@ -122,12 +121,10 @@ def bench(
                 return step(contender, inputs, backward)
 
             time = measure.time(call, device, seconds)
-            for leaf in inputs.leaves:
-                leaf.grad = None  # or the next call would free it: a gradient counts as memory of the call
             rows.append(
                 Row(
                     str(workload), curve, size, "forward+backward" if backward else "forward", name,
-                    **asdict(time), peak_extra_bytes=measure.peak_bytes(call, device),
+                    **asdict(time), peak_extra_bytes=measure.peak_bytes(call, device, inputs.forget),
                     ideal_bytes=workload.feature_bytes * PASSES[workload.stage][backward],
                     result_error=distance[0], gradient_error=distance[1],
                 )

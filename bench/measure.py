@@ -50,9 +50,13 @@ def copy_gb_per_s(device: torch.device, seconds: float = 0.5) -> float:
     return 2 * source.nbytes / time(lambda: target.copy_(source), device, seconds).median_ms / 1e6
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most that was allocated at a time during the call, beyond what was there before; the result counts."""
+def peak_bytes(call: Call, device: torch.device, forget: Call = lambda: None) -> int:
+    """The most that was allocated at a time during the call, beyond what was there before; the result counts.
+
+    ``forget`` drops what a call leaves behind (gradients of leaves): to free that within the next call would count against it.
+    """
     call()
+    forget()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -85,6 +85,11 @@ class Inputs:
     def leaves(self) -> list[Tensor]:
         return self.student if self.stage == 2 else [*self.tokens, *(p for level in self.weighting for p in level)]
 
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
     def image(self, i: int) -> "Inputs":
         """Copies for one image, in float64."""
         images = ([x.detach()[i : i + 1].double() for x in levels] for levels in (self.student, self.teacher))

@@ -1,5 +1,6 @@
 """The benchmark's commands run, and what they write can be believed."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -71,6 +72,16 @@ def test_memory_is_counted_exactly() -> None:
         return b * 2  # two arrays of a megabyte live at a time
 
     assert 2_000_000 <= measure.peak_bytes(call, torch.device("cpu")) < 2_001_000
+
+
+def test_memory_of_a_step_does_not_depend_on_the_one_before() -> None:
+    """The gradient of an earlier call, freed within the next one, once halved the figure, or not, by chance."""
+    inputs = workloads_module.make_inputs(workloads_module.WORKLOADS["tiny"], torch.device("cpu"))
+    gradient = 2 * 256 * 7 * 7 * 4
+    call = functools.partial(bench.step, bench.chosen(2, torch.device("cpu"), False)[0]["feature MSE"], inputs, True)
+    peaks = [measure.peak_bytes(call, torch.device("cpu"), inputs.forget) for _ in range(4)]
+    assert len(set(peaks)) == 1
+    assert 2 * gradient <= peaks[0] < 3 * gradient  # gradient and difference
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
