@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.workloads import GROWTH
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = README + (ROOT / "docs/performance.md").read_text()
@@ -28,8 +30,9 @@ def test_speed(name: str) -> None:
             f"| {row['peak_extra_bytes'] / 2**20:.0f} | {error} |"
         )
         assert line in README
-    for value in (results["device"], results["packages"]["torch"], results["date"][:10], f"[{name}.json]"):
-        assert value in README
+    version, date = results["packages"]["torch"], results["date"][:10]
+    assert f"{results['device']}, {results['threads']} threads,\ntorch {version}, {date}." in README
+    assert f"[{name}.json]" in README
 
 
 def test_claim_of_the_first_screen() -> None:
@@ -40,6 +43,32 @@ def test_claim_of_the_first_screen() -> None:
     assert f"{smaller:.0f} times less memory" in README
     assert faster >= 8  # the goals on two CPU cores
     assert smaller >= 10
+
+
+def test_workloads() -> None:
+    results = json.loads((ROOT / "bench/results/cpu-workloads.json").read_text())
+    times = {(r["workload"], r["contender"]): r["median_ms"] for r in results["rows"] if r["mode"] == MODE}
+    for workload in {name for name, _ in times}:
+        row = (f"{times[workload, c]:.1f}" for c in ("ours", "literal", "collapsed", "feature MSE"))
+        assert f"| {workload} | {' | '.join(row)} |" in README
+    assert results["device"] == SPEED["cpu-fpn"]["device"]
+
+
+def test_share() -> None:
+    share = json.loads((ROOT / "bench/results/cpu-share.json").read_text())
+    for name, row in share["steps"].items():
+        assert f"| {name} | {row['median_ms']:.0f} | {row['share_percent']:.1f} |" in README
+    settings = share["settings"]
+    assert f"{settings['batch']} images of {settings['side']}x{settings['side']}" in README
+    assert share["device"] == SPEED["cpu-fpn"]["device"]
+
+
+def test_growth_is_what_the_picture_shows() -> None:
+    growth = json.loads((ROOT / "bench/results/cpu-growth.json").read_text())
+    assert growth["command"] in README.replace("`", "") or growth["command"].startswith("python -m bench --growth")
+    rows = {(r["curve"], r["size"], r["contender"]) for r in growth["rows"]}
+    sizes = {(curve, size) for curve, workloads in GROWTH.items() for size in workloads}
+    assert rows == {(*size, contender) for size in sizes for contender in ("ours", "literal", "collapsed", "feature MSE")}
 
 
 def test_host() -> None:
