@@ -155,20 +155,20 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     pairs, masks = torch.empty(levels, n, k, k, dtype=acc), [torch.empty(n, k, h * w, dtype=acc) for h, w in case.sizes]
     tokens = parameters(k, c)
     token_bias, affine = (parameters(k), parameters(2, c)) if case.standard else ([], [])
-    rows, bias = (parameters(9, k, c), parameters(4, k) if case.standard else parameters(k)) if case.weighted else ([], [])
+    rows, bias = (parameters(9, k, c), parameters(5, k) if case.standard else parameters(k)) if case.weighted else ([], [])
     sums = [torch.empty(n, 9, c, dtype=acc) for _ in rows]
     forced = tuning.forced(*case.shipped) if case.shipped else contextlib.nullcontext()
     with _compiling_for(TARGETS[target]) as compiled, forced:
         step = torch.zeros((), dtype=torch.int64)
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
         distill.forward(
-            student, teacher, tokens, rows, bias, tokens if case.standard else [], token_bias, affine,
-            case.custom, step, 1000, 1.0, 1e-12, loss, masks, weights,
+            student, teacher, tokens, rows, bias, tokens if case.standard else [], token_bias, affine, [], [], None,
+            case.custom, step, 1000, 2, 1.0, 1e-12, loss, masks, weights,
         )  # fmt: skip
-        distill.backward(loss, student, teacher, masks, weights, affine)
-        learn.forward(t, tokens, token_bias, rows, bias, heights, masks, sums, weights, pairs, loss)
+        distill.backward(loss, student, teacher, masks, weights, affine, 2)
+        learn.forward(t, tokens, token_bias, rows, bias, [], [], heights, masks, sums, weights, pairs, loss)
         learn.backward(
-            s, loss[:, 0], t, tokens, rows, masks, sums, weights, pairs, heights, tokens, token_bias, rows, bias, True
+            s, loss[:, 0], t, tokens, rows, masks, sums, weights, pairs, heights, tokens, token_bias, rows, bias, [], True
         )
         if not case.weighted:
             learn._gate(t, masks, weights, t)

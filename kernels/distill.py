@@ -1,14 +1,15 @@
 """Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels and images.
 
 Forward reads student and teacher once: a program takes all channels of BLOCK_P pixels of an image and writes their masks and
-three partial sums per token, A = sum m^2 d, B = sum m and Z = sum_p (pool_rows[0] @ t). Programs over an image's border add
-what the 3x3 windows of the mask weighting module miss there (method.md, identity 2); they follow those of the image, which is
-then in L2. A second launch with one program per level and image adds the partial sums in a fixed order (no atomics) and writes
-the loss and the gradient's coefficients. Backward reads student, teacher and masks and writes the gradient: 5 passes over a
-feature tensor in all.
+three partial sums per token, A = sum m^2 d (or sum m d), B = sum m and Z = sum_p (pool_rows[0] @ t). Programs over an image's
+border add what the 3x3 windows of the mask weighting module miss there (method.md, identity 2); they follow those of the image,
+which is then in L2. Masks and weights may also be given; pixels that do not count get masks of 0. A second launch with one
+program per level and image adds the partial sums in a fixed order (no atomics) and writes the loss and the gradient's
+coefficients. Backward reads student, teacher and masks and writes the gradient: 5 passes over a feature tensor in all.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,8 +34,9 @@ from .tiles import (
 
 @triton.jit
 def _forward_tile(
-    n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, step_ptr, mask_ptr, part_ptr,
-    warmup, C, P, s_row, t_row,
+    n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, given_ptr, valid_ptr, step_ptr,
+    mask_ptr, part_ptr, warmup, C, P, s_row, t_row,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr,
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
@@ -52,7 +54,8 @@ def _forward_tile(
         mask = (c < C)[:, None] & inside[None, :]
         t = tl.load(t_ptr + tile_offsets(c, p, t_row, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
         s = tl.load(s_ptr + tile_offsets(c, p, s_row, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
-        logits = add_projection(logits, load_rows(raw_token_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
+        if not GIVEN:
+            logits = add_projection(logits, load_rows(raw_token_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if WEIGHTED:
             pooled = add_projection(pooled, load_rows(pool_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if CUSTOM:
@@ -61,20 +64,28 @@ def _forward_tile(
         squares += difference * difference
     token = tl.arange(0, TP)
     real = token < T
-    scores = join_split(logits, TP, T_SPLIT, BLOCK_P)
-    if STANDARD:
-        scores += tl.load(raw_bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
-    m = sigmoid(scores)
+    at = n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
+    there = real[:, None] & inside[None, :]
+    if GIVEN:
+        m = tl.load(given_ptr + at, mask=there, other=0.0).to(ACC)
+    else:
+        scores = join_split(logits, TP, T_SPLIT, BLOCK_P)
+        if STANDARD:
+            scores += tl.load(raw_bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
+        m = sigmoid(scores)
     if CUSTOM:
         followed = m * sigmoid(join_split(own, TP, S_SPLIT, BLOCK_P))
         if WARMUP:
             m = tl.where(tl.load(step_ptr) >= warmup, followed, m)
         else:
             m = followed
-    m = tl.where(inside[None, :], m, 0.0)
+    counted = inside
+    if VALID:
+        counted = tl.load(valid_ptr + n * P + p, mask=inside, other=0) != 0
+    m = tl.where(counted[None, :], m, 0.0)
     d = tl.sum(squares, axis=0)
-    tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
-    tl.store(part_ptr + token, tl.sum(m * m * d[None, :], axis=1), mask=real)
+    tl.store(mask_ptr + at, m, mask=there)
+    tl.store(part_ptr + token, tl.sum((m * m if POWER == 2 else m) * d[None, :], axis=1), mask=real)
     tl.store(part_ptr + T + token, tl.sum(m, axis=1), mask=real)
     if WEIGHTED:
         z = tl.sum(join_split(pooled, TP, T_SPLIT, BLOCK_P), axis=1)
@@ -143,6 +154,8 @@ def forward_kernel(
     raw_bias_ptrs,  # [T]
     affine_ptrs,  # [2, C]: mean and 1 / std of t
     pool_ptrs,  # [9, T, C]
+    given_ptrs,  # [N, T, P]: masks where GIVEN
+    valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     mask_ptrs,  # [N, T, P], written
     first, aligns, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
     # of all
@@ -151,6 +164,7 @@ def forward_kernel(
     warmup,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr,
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
@@ -180,10 +194,11 @@ def forward_kernel(
             if block < tiles:
                 _forward_tile(
                     n, block, image, target, pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS),
-                    pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr, step_ptr,
+                    pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr,
+                    pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS), step_ptr,
                     pick(mask_ptrs, level, LEVELS), part_ptr, warmup, C, P, s_row, t_row,
-                    CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC, T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST,
-                    BLOCK_C, BLOCK_P, STAGES,
+                    GIVEN, VALID, POWER, CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC,
+                    T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
                 )  # fmt: skip
             elif WEIGHTED:
                 _border_run(
@@ -192,17 +207,19 @@ def forward_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first", "Cs", "Hs", "Ws", "indices", "N", "loss_ptr", "coefficient_ptr"])
+@triton.jit(do_not_specialize=["first", "Cs", "Hs", "Ws", "indices", "N", "weight_ptr", "loss_ptr", "coefficient_ptr"])
 def finish_kernel(
     # of every level
-    bias_ptrs,  # [T], [4, T] where STANDARD
+    bias_ptrs,  # [T], [5, T] where STANDARD
     first, Cs, Hs, Ws, indices,
     # of all
     part_ptr,  # [programs, 3, T]
+    weight_ptr,  # [levels, N, T]: weights where WEIGHTS
     loss_ptr,  # [levels, N], written
     coefficient_ptr,  # [levels, N, T], written
     N, weight_high, weight_low, eps_high, eps_low,
-    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr,
+    WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     level = tl.program_id(0) // N
@@ -233,15 +250,20 @@ def finish_kernel(
             score += tl.load(bias_ptr + T + token, mask=real, other=0.0).to(ACC) / H
             score += tl.load(bias_ptr + 2 * T + token, mask=real, other=0.0).to(ACC) / W
             score += tl.load(bias_ptr + 3 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
+            score += tl.load(bias_ptr + 4 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
         score = tl.where(real, score, float("-inf"))
         weight = tl.exp(score - tl.max(score, axis=0))
         weight = weight / tl.sum(weight, axis=0)
+    elif WEIGHTS:
+        weight = tl.load(weight_ptr + out * T + token, mask=real, other=0.0).to(ACC)
     else:
         weight = tl.full((TP,), 1.0, ACC) / T
     # a float argument arrives as float32: float64 takes it in two parts
     factor = (weight * weight_high + weight * weight_low) / N / C
-    share = factor / (tl.sum(b, axis=0) + eps_high + eps_low)
-    share = tl.where(real, share, 0.0)
+    area = tl.sum(b, axis=0) + eps_high + eps_low
+    share = tl.where(real, factor / area, 0.0)
+    if EMPTY:  # an image without valid pixels, or a box that is on no pixel, counts nothing also without eps
+        share = tl.where(area == 0, 0.0, share)
     tl.store(loss_ptr + out, tl.sum(share * tl.sum(a, axis=0), axis=0))
     tl.store(coefficient_ptr + out * T + token, 2.0 * share, mask=real)
 
@@ -266,11 +288,11 @@ def backward_kernel(
     up_level, up_n, N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
+    POWER: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """grad_student = upstream * (s - t) * sum_t coefficient * m^2."""
+    """grad_student = upstream * (s - t) * sum_t coefficient * m^POWER."""
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
@@ -300,7 +322,7 @@ def backward_kernel(
             m = load_masks(mask_ptr, n, p, P, T, TP)
             coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
             coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
-            scale = tl.sum(m * m * coefficient[:, None], axis=0)
+            scale = tl.sum((m * m if POWER == 2 else m) * coefficient[:, None], axis=0)
             g = (s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)) * scale[None, :]
             tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
@@ -314,9 +336,13 @@ def forward(
     raw_tokens: Sequence[Tensor],
     raw_bias: Sequence[Tensor],
     affine: Sequence[Tensor],
+    valid: Sequence[Tensor],
+    given: Sequence[Tensor],
+    weights: Tensor | None,
     custom_mask: bool,
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
+    mask_power: int,
     loss_weight: float,
     eps: float,
     loss: Tensor,
@@ -333,8 +359,11 @@ def forward(
         [x.contiguous() for x in each] for each in (tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine)
     )
     raw_tokens = raw_tokens if standard else tokens
-    options = num_tokens, weighted, standard, custom_mask, warmup_step is not None
-    parameters = tokens, raw_tokens, pool_rows, pool_bias
+    options = _Options(
+        num_tokens, weighted, standard, custom_mask, warmup_step is not None,
+        len(given) > 0, len(valid) > 0, weights is not None, mask_power,
+    )  # fmt: skip
+    parameters = tokens, raw_tokens, pool_rows, pool_bias, given
     in_place, launches = launch.planned("forward", options, (student, teacher), parameters, _plan_forward)
     if not in_place:
         student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
@@ -342,23 +371,38 @@ def forward(
         for group, (programs, tables, constants), (images, finish_tables, finish_constants) in launches:
             part = loss.new_empty((programs, 3, num_tokens))
             forward_kernel[(programs,)](
-                *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, masks), *tables,
+                *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, given, valid, masks),
+                *tables,
                 warmup_step if warmup_step is not None else loss, part, custom_mask_warmup, **constants,
             )  # fmt: skip
             finish_kernel[(images,)](
-                *group.addresses(pool_bias or tokens), *finish_tables, part, loss, coefficients,
-                n, *launch.two_parts(loss_weight), *launch.two_parts(eps), **finish_constants,
+                *group.addresses(pool_bias or masks), *finish_tables, part, weights if weights is not None else loss,
+                loss, coefficients, n, *launch.two_parts(loss_weight), *launch.two_parts(eps), **finish_constants,
             )  # fmt: skip
 
 
+class _Options(NamedTuple):
+    """What a forward pass computes: ``given`` masks, ``valid`` pixels, given ``weights``."""
+
+    num_tokens: int
+    weighted: bool
+    standard: bool
+    custom_mask: bool
+    warmup: bool
+    given: bool
+    valid: bool
+    weights: bool
+    mask_power: int
+
+
 def _plan_forward(
-    options: tuple[int, bool, bool, bool, bool], maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
+    options: _Options, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, list[tuple[launch.Group, launch.Numbers, launch.Numbers]]]:
     """Whether the maps can be read in place; groups, numbers of the forward kernel and of the finishing kernel."""
     heights = [s.shape[2] for s in maps[0]]
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
-    launches = [(group, *_forward_numbers(group, student, teacher, heights, *options)) for group in groups]
+    launches = [(group, *_forward_numbers(group, student, teacher, heights, options)) for group in groups]
     return all(map(launch.in_place, maps)), launches
 
 
@@ -367,13 +411,10 @@ def _forward_numbers(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     heights: Sequence[int],
-    num_tokens: int,
-    weighted: bool,
-    standard: bool,
-    custom_mask: bool,
-    warmup: bool,
+    options: _Options,
 ) -> tuple[launch.Numbers, launch.Numbers]:
     s, n = group.own(student), student[0].shape[0]
+    num_tokens, weighted = options.num_tokens, options.weighted
     hs = group.own(heights)
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
@@ -384,14 +425,16 @@ def _forward_numbers(
         *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws), *group.strides(student, teacher),
     ]  # fmt: skip
     constants = {
-        "CUSTOM": custom_mask, "WARMUP": warmup, "STANDARD": standard,
+        "CUSTOM": options.custom_mask, "WARMUP": options.warmup, "STANDARD": options.standard,
+        "GIVEN": options.given, "VALID": options.valid, "POWER": options.mask_power,
         "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
         "BLOCK_C": config.block_c, "STAGES": config.num_stages, "num_warps": config.num_warps, **group.constants, **common,
     }  # fmt: skip
     finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
     finish_constants = {
-        "LEVELS": len(s), "STANDARD": weighted and standard, "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
+        "LEVELS": len(s), "STANDARD": weighted and options.standard, "WEIGHTS": options.weights,
+        "EMPTY": options.given or options.valid, "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
     }  # fmt: skip
     return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
 
@@ -409,6 +452,7 @@ def backward(
     masks: Sequence[Tensor],
     coefficients: Tensor,
     affine: Sequence[Tensor],
+    mask_power: int,
 ) -> list[Tensor]:
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
     launch.check_device(coefficients)
@@ -417,7 +461,7 @@ def backward(
     if n == 0:
         return grads
     affine = [x.contiguous() for x in affine]
-    options = num_tokens, len(affine) > 0
+    options = num_tokens, len(affine) > 0, mask_power
     in_place, launches = launch.planned("backward", options, (student, teacher), (grads,), _plan_backward)
     written: Sequence[Tensor] = grads
     if not in_place:
@@ -433,7 +477,7 @@ def backward(
 
 
 def _plan_backward(
-    options: tuple[int, bool], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
+    options: tuple[int, bool, int], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, list[tuple[launch.Group, launch.Numbers]]]:
     """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
 
@@ -453,6 +497,7 @@ def _backward_numbers(
     written: Sequence[Tensor],
     num_tokens: int,
     standard: bool,
+    mask_power: int,
 ) -> launch.Numbers:
     s = group.own(student)
     config = group.config("backward_kernel", num_tokens, student, teacher)
@@ -462,7 +507,8 @@ def _backward_numbers(
         *group.strides(student, teacher, written),
     ]  # fmt: skip
     constants = {
-        "STANDARD": standard, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
+        "POWER": mask_power, "STANDARD": standard,
+        "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
         "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, "num_warps": config.num_warps, **group.constants,
     }  # fmt: skip

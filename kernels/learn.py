@@ -2,11 +2,12 @@
 
 Every launch covers all levels and images. Forward: one read of x gives the masks, the sums of every channel and the Gram sums
 of every pair of masks; a second launch with one program per level and image adds them up to mask weights and Dice losses.
-Without mask weights the first kernel also writes y = x * sum_t m (x comes from L2 the second time: 2 passes over a feature
-tensor). Mask weights need sums of the whole image before a pixel can be weighed, so with them a third kernel reads x again and
-writes y: 3 passes. Backward: one kernel takes a tile of all channels, forms g.x per pixel, then the gradient of the masks, then
-the tile's share of the token gradient (x comes from L2 the second time): 2 passes; a finishing kernel adds the shares. Another
-kernel writes the gradient of x where it is wanted: 2 passes more. All reductions have a fixed order, no atomics.
+Without mask weights, or with given ones, the first kernel also writes y = x * sum_t w m (x comes from L2 the second time: 2
+passes over a feature tensor). Mask weights need sums of the whole image before a pixel can be weighed, so with them a third
+kernel reads x again and writes y: 3 passes. Backward: one kernel takes a tile of all channels, forms g.x per pixel, then the
+gradient of the masks, then the tile's share of the token gradient (x comes from L2 the second time): 2 passes; a finishing
+kernel adds the shares. Another kernel writes the gradient of x where it is wanted: 2 passes more. All reductions have a fixed
+order, no atomics.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ BORDER = 8  # programs of an image that add up its border, one for each strip bu
 
 @triton.jit
 def _mask_tile(
-    n, tile, tiles, x_ptr, token_ptr, bias_ptr, mask_ptr, total_ptr, gram_ptr, y_ptr, C, P, x_row, y_row,
-    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
+    n, tile, tiles, x_ptr, token_ptr, bias_ptr, valid_ptr, weight_ptr, mask_ptr, total_ptr, gram_ptr, y_ptr, C, P, x_row, y_row,
+    WEIGHTED: tl.constexpr, WEIGHTS: tl.constexpr, VALID: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
@@ -60,12 +61,19 @@ def _mask_tile(
     scores = join_split(logits, TP, SPLIT, BLOCK_P)
     if BIASED:
         scores += tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
-    m = tl.where(inside[None, :], sigmoid(scores), 0.0)
+    counted = inside
+    if VALID:
+        counted = tl.load(valid_ptr + n * P + p, mask=inside, other=0) != 0
+    m = tl.where(counted[None, :], sigmoid(scores), 0.0)
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
     for i in range(T):
         tl.store(gram_ptr + i * T + token, tl.sum(m * pick_row(m, i, TP)[None, :], axis=1), mask=real)
     if not WEIGHTED:
-        gate = tl.sum(tl.where(real[:, None], m, 0.0), axis=0)
+        if WEIGHTS:
+            weighed = m * tl.load(weight_ptr + token, mask=real, other=0.0)[:, None]
+        else:
+            weighed = tl.where(real[:, None], m, 0.0)
+        gate = tl.sum(weighed, axis=0)
         for c0 in range(0, C, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             mask = (c < C)[:, None] & inside[None, :]
@@ -97,22 +105,27 @@ def _border_sum(
         tl.store(sum_ptr + strip * C + c, tl.sum(total, axis=1), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "x_ns", "x_rows", "y_ns", "y_rows"])
+@triton.jit(
+    do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "Ws", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"]
+)
 def mask_kernel(
     # of every level
     x_ptrs,  # [N, C, P] by strides
     token_ptrs,  # [T, C]
     bias_ptrs,  # [T]
+    valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     mask_ptrs,  # [N, T, P], written
     total_ptrs,  # [N, tiles, C], written where WEIGHTED
     sum_ptrs,  # [N, 9, C], strips 1 to 8 are written where WEIGHTED
     y_ptrs,  # [N, C, P] by strides, written where not WEIGHTED
-    first, aligns, Cs, Ps, Ws, x_ns, x_rows, y_ns, y_rows,
+    first, aligns, indices, Cs, Ps, Ws, x_ns, x_rows, y_ns, y_rows,
     # of all
+    weight_ptr,  # [levels, N, T] where WEIGHTS
     gram_ptr,  # [programs, T, T], written
+    N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    WEIGHTED: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
+    WEIGHTED: tl.constexpr, WEIGHTS: tl.constexpr, VALID: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +134,7 @@ def mask_kernel(
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
     own = pick_int(aligns, level, LEVELS)
+    index = pick_int(indices, level, LEVELS).to(tl.int64)
     W = pick_int(Ws, level, LEVELS)
     x_ptr = pick(x_ptrs, level, LEVELS)
     y_ptr = pick(y_ptrs, level, LEVELS)
@@ -138,9 +152,11 @@ def mask_kernel(
             if block < tiles:
                 _mask_tile(
                     n, block, tiles, image, pick(token_ptrs, level, LEVELS), pick(bias_ptrs, level, LEVELS),
+                    pick(valid_ptrs, level, LEVELS), weight_ptr + (index * N + n) * T,
                     pick(mask_ptrs, level, LEVELS), pick(total_ptrs, level, LEVELS), gram_ptr,
                     y_ptr + n * pick_int(y_ns, level, LEVELS) * align, C, P, x_row, pick_int(y_rows, level, LEVELS),
-                    WEIGHTED, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+                    WEIGHTED, WEIGHTS, VALID, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, align, WIDE, UPCAST,
+                    BLOCK_C, BLOCK_P, STAGES,
                 )  # fmt: skip
             elif WEIGHTED:
                 _border_sum(
@@ -155,15 +171,15 @@ def finish_kernel(
     total_ptrs,  # [N, tiles, C]
     sum_ptrs,  # [N, 9, C], strip 0 is written
     pool_ptrs,  # [9, T, C]
-    bias_ptrs,  # [T] or, where STANDARD, [4, T]
+    bias_ptrs,  # [T] or, where STANDARD, [5, T]
     first, Cs, Hs, Ws, indices,
     # of all
     gram_ptr,  # [programs, T, T]
-    weight_ptr,  # [levels, N, T], written
+    weight_ptr,  # [levels, N, T], written unless WEIGHTS
     pair_ptr,  # [levels, N, T, T], written: the gradient of the Dice loss for the masks is pairs @ m
     dice_ptr,  # [levels, N], written
     N, eps_high, eps_low,
-    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, WEIGHTS: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, TILE: tl.constexpr, BORDER: tl.constexpr,
     ROWS: tl.constexpr, PAIR_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -230,12 +246,14 @@ def finish_kernel(
             score += tl.load(bias_ptr + T + token, mask=real, other=0.0).to(ACC) / H
             score += tl.load(bias_ptr + 2 * T + token, mask=real, other=0.0).to(ACC) / W
             score += tl.load(bias_ptr + 3 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
+            score += tl.load(bias_ptr + 4 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
         score = tl.where(real, score, float("-inf"))
         weight = tl.exp(score - tl.max(score, axis=0))
         weight = weight / tl.sum(weight, axis=0)
     else:
         weight = tl.full((TP,), 1.0, ACC)
-    tl.store(weight_ptr + out * T + token, weight, mask=real)
+    if not WEIGHTS:
+        tl.store(weight_ptr + out * T + token, weight, mask=real)
 
 
 @triton.jit(do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
@@ -440,6 +458,7 @@ def _add_weight_shares(
         tl.store(to_bias_ptr + T + token, (constant / H).to(to_bias_ptr.dtype.element_ty), mask=once)
         tl.store(to_bias_ptr + 2 * T + token, (constant / W).to(to_bias_ptr.dtype.element_ty), mask=once)
         tl.store(to_bias_ptr + 3 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=once)
+        tl.store(to_bias_ptr + 4 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=once)
 
 
 @triton.jit(do_not_specialize=["first", "adding", "indices", "Cs", "Hs", "Ws", "weight_ptr", "N"])
@@ -451,7 +470,7 @@ def add_shares_kernel(
     to_token_ptrs,  # [T, C], written
     to_token_bias_ptrs,  # [T], written where BIASED
     to_pool_ptrs,  # [9, T, C], written where WEIGHTED
-    to_bias_ptrs,  # [T] or, where STANDARD, [4, T], written where WEIGHTED
+    to_bias_ptrs,  # [T] or, where STANDARD, [5, T], written where WEIGHTED
     to_sum_ptrs,  # [N, 9, C], written where WEIGHTED and X_GRAD
     first,  # programs of the token gradient
     adding,  # first programs of this launch
@@ -574,6 +593,8 @@ def forward(
     token_bias: Sequence[Tensor],
     pool_rows: Sequence[Tensor],
     pool_bias: Sequence[Tensor],
+    given_weights: Sequence[Tensor],
+    valid: Sequence[Tensor],
     heights: Sequence[int],
     masks: Sequence[Tensor],
     sums: Sequence[Tensor],
@@ -592,13 +613,17 @@ def forward(
     if n == 0:
         return masked
     weighted = len(pool_rows) > 0
+    for kept, weight in zip(weights, given_weights, strict=False):
+        kept.copy_(weight)
     features, written = [launch.addressable(x) for x in features], [launch.writable(y) for y in masked]
     tokens, token_bias, pool_rows, pool_bias = (
         [x.contiguous() for x in each] for each in (tokens, token_bias, pool_rows, pool_bias)
     )
     sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
     border = BORDER if weighted else 0
-    common = {"WEIGHTED": weighted, "ACC": launch.acc_type(masks[0]), "T": t, "BORDER": border}
+    common = {
+        "WEIGHTED": weighted, "WEIGHTS": len(given_weights) > 0, "ACC": launch.acc_type(masks[0]), "T": t, "BORDER": border,
+    }  # fmt: skip
     with launch.device_of(dice):
         for group in launch.groups(features, written, parameters=[tokens, token_bias, pool_rows, pool_bias]):
             x = group.own(features)
@@ -609,11 +634,11 @@ def forward(
             first, programs = launch.first_programs([n * (k + border) for k in tiles])
             grams = weights.new_empty((programs, t, t))
             mask_kernel[(programs,)](
-                *group.addresses(features, tokens, token_bias, masks), launch.per_level(totals),
+                *group.addresses(features, tokens, token_bias, valid, masks), launch.per_level(totals),
                 *group.addresses(sums or masks, written),
-                *launch.tables(first, group.aligns), *group.lengths(features), launch.table(ws),
-                *group.strides(features, written), grams,
-                BIASED=len(token_bias) > 0, TP=tuning.token_rows(t), SPLIT=launch.split(x[0]),
+                *launch.tables(first, group.aligns, group.levels), *group.lengths(features), launch.table(ws),
+                *group.strides(features, written), weights, grams, n,
+                VALID=len(valid) > 0, BIASED=len(token_bias) > 0, TP=tuning.token_rows(t), SPLIT=launch.split(x[0]),
                 FAST=group.fast[0], Y_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
                 **group.constants, **common,
@@ -660,6 +685,7 @@ def backward(
     to_token_bias: Sequence[Tensor],
     to_rows: Sequence[Tensor],
     to_bias: Sequence[Tensor],
+    to_weights: Sequence[Tensor],
     need_features: bool,
 ) -> list[Tensor]:
     """Gradients of ``features``, if needed; those of the parameters, ``to_...``, are filled."""
@@ -667,7 +693,7 @@ def backward(
     n, t = weights.shape[1:]
     result = [torch.empty_like(x) for x in features] if need_features else []
     if n == 0:
-        for each in (to_tokens, to_token_bias, to_rows, to_bias):
+        for each in (to_tokens, to_token_bias, to_rows, to_bias, to_weights):
             for gradient in each:
                 gradient.zero_()
         return result
@@ -695,6 +721,9 @@ def backward(
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
                 **group.constants, **common,
             )  # fmt: skip
+            for i, start, k in zip(group.levels, first, tiles, strict=True) if to_weights else ():
+                of_masks = shares[start : start + n * k, 0].unflatten(0, (n, k))
+                torch.sum(of_masks, 1, out=to_weights[i])
             blocks = tuning.share_blocks(common["TP"], weights.dtype.itemsize)
             roles = t + weighted
             adding, programs = launch.first_programs(

@@ -104,16 +104,16 @@ def tokens(e: Tensor, name: str, device: torch.device, num_tokens: int | None = 
 
 
 def weighting(level: Weighting, name: str, tokens_shape: Sequence[int], device: torch.device) -> None:
-    """TypeError or ValueError unless ``level`` is ``rows [9, T, C]`` and ``bias [T]`` or ``[4, T]``."""
+    """TypeError or ValueError unless ``level`` is ``rows [9, T, C]`` and ``bias [T]`` or ``[5, T]``."""
     t, c = tokens_shape
     if not isinstance(level, tuple | list) or len(level) != 2:
         raise TypeError(f"{name}: expected (rows [9, {t}, {c}], bias [{t}]) from compose_weighting, got {type(level).__name__}")
     rows, bias = level
     for x, part in ((rows, "rows"), (bias, "bias")):
         parameter(x, f"{name} {part}", list(x.shape) if isinstance(x, Tensor) else [], device)
-    if list(rows.shape) != [9, t, c] or list(bias.shape) not in ([t], [4, t]):
+    if list(rows.shape) != [9, t, c] or list(bias.shape) not in ([t], [5, t]):
         raise ValueError(
-            f"{name}: expected rows {[9, t, c]} and bias {[t]} or {[4, t]}, got {list(rows.shape)} and {list(bias.shape)}"
+            f"{name}: expected rows {[9, t, c]} and bias {[t]} or {[5, t]}, got {list(rows.shape)} and {list(bias.shape)}"
         )
 
 
@@ -131,7 +131,7 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], first: Tensor, first_name
     if s.shape != t.shape:
         raise ValueError(
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
-            "(different channels: give student_channels; different sizes: resize one of them)"
+            "(different channels: give student_channels; different sizes: give resize='student' or 'teacher')"
         )
     if s.shape[0] != first.shape[0]:
         raise ValueError(f"{student}: expected the batch size of level 0, {first.shape[0]}, got {s.shape[0]}")
@@ -157,3 +157,27 @@ def step(x: Tensor | None, name: str, device: torch.device) -> None:
         raise TypeError(f"{name}: expected an int64 scalar tensor, got {x.dtype if isinstance(x, Tensor) else repr(x)}")
     if x.dim() != 0 or x.device != device:
         raise ValueError(f"{name}: expected an int64 scalar on {device}, got shape {list(x.shape)} on {x.device}")
+
+
+def maps(m: Tensor, name: str, like: Tensor) -> None:
+    """TypeError or ValueError unless ``m`` are masks ``[N, T, H, W]`` for the features ``like``, without gradient."""
+    features(m, name)
+    n, _, h, w = like.shape
+    if (m.shape[0], *m.shape[2:]) != (n, h, w):
+        raise ValueError(f"{name}: expected masks [{n}, T, {h}, {w}], got shape {list(m.shape)}")
+    on_device(m, name, like.device)
+    frozen(m, name)
+
+
+def valid(x: Tensor, name: str, batch: int, device: torch.device) -> None:
+    """TypeError or ValueError unless ``x`` says of a batch which pixels are valid: ``[N, H0, W0]``, bool or integer."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name}: expected a bool tensor [N, H0, W0], or images with .tensors and .image_sizes as torchvision's ImageList, "
+            f"got {type(x).__name__}"
+        )
+    if x.is_floating_point() or x.is_complex():
+        raise TypeError(f"{name}: expected a bool or integer tensor, non-zero where pixels are valid, got {x.dtype}")
+    if x.dim() != 3 or x.shape[0] != batch or 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected shape [{batch}, H0, W0], that of the padded images, got {list(x.shape)}")
+    on_device(x, name, device)

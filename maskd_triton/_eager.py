@@ -122,8 +122,9 @@ def compose_standardization(
     padding of the 3x3 convolution pads standardised features: what the mean adds to a strip sum depends on the strip's length.
 
     Args: ``tokens [T, C]``, ``mean [C]``, ``std [C]``, ``weighting`` from :func:`compose_weighting` or None.
-    Returns a :class:`Standardization`, and the weighting for raw features: ``rows [9, T, C]`` and ``bias [4, T]``, a constant
-    and the factors of ``1 / H``, ``1 / W`` and ``1 / (H W)``; None without weighting.
+    Returns a :class:`Standardization`, and the weighting for raw features: ``rows [9, T, C]`` and ``bias [5, T]``, a constant
+    and the factors of ``1 / H``, ``1 / W`` and, twice (one diagonal's corners, and the other's), ``1 / (H W)``; None without
+    weighting.
 
     Example:
         >>> import torch
@@ -147,7 +148,7 @@ def compose_standardization(
     rows, bias = weighting
     rows = rows / std
     drift = rows @ mean  # [9, T], times a strip's length
-    constants = (bias - drift[0], -drift[1:3].sum(0), -drift[3:5].sum(0), -drift[5:].sum(0))
+    constants = (bias - drift[0], -drift[1:3].sum(0), -drift[3:5].sum(0), -drift[5] - drift[8], -drift[6] - drift[7])
     return standardization, (rows, torch.stack(constants))
 
 
@@ -166,9 +167,39 @@ def weights_of_sums(sums: Tensor, rows: Tensor, bias: Tensor, height: int, width
     """Softmax mask weights ``[N, T]`` from strip sums ``[N, 9, C]`` and the weighting's rows and bias."""
     bias = bias.to(sums.dtype)
     if bias.dim() == 2:
-        bias = bias[0] + bias[1] / height + bias[2] / width + bias[3] / (height * width)
+        bias = bias[0] + bias[1] / height + bias[2] / width + (bias[3] + bias[4]) / (height * width)
     logits = torch.einsum("nsc,stc->nt", sums, rows.to(sums.dtype)) / (height * width) + bias
     return torch.softmax(logits, dim=1)
+
+
+def strips_of(valid: Tensor, height: int) -> Tensor:
+    """How often every pixel enters each strip sum ``[N, 9, P]`` of the valid pixels, int8; ``valid [N, P]``.
+
+    "top" are those without a valid pixel above, and so on; "top-left" what top and left count too often.
+    """
+    v = torch.nn.functional.pad((valid != 0).to(torch.int8).unflatten(1, (height, -1)), (1, 1, 1, 1))
+    here = v[:, 1:-1, 1:-1]
+
+    def alone(down: int, right: int) -> Tensor:
+        h, w = here.shape[1:]
+        return here * (1 - v[:, 1 + down : 1 + down + h, 1 + right : 1 + right + w])
+
+    top, bottom, left, right = alone(-1, 0), alone(1, 0), alone(0, -1), alone(0, 1)
+    corners = top + left - alone(-1, -1), top + right - alone(-1, 1), bottom + left - alone(1, -1), bottom + right - alone(1, 1)
+    return torch.stack([here, top, bottom, left, right, *corners], 1).flatten(2)
+
+
+@_full_precision
+def weights_of_valid(sums: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
+    """Softmax mask weights ``[N, T]`` from strip sums and counts ``[N, 9, C + 1]`` of valid pixels."""
+    bias = bias.to(sums.dtype)
+    pixels = sums[:, :1, -1].clamp(min=1)  # an image without valid pixels has some weights, too
+    logits = torch.einsum("nsc,stc->nt", sums[:, :, :-1], rows.to(sums.dtype)) / pixels
+    if bias.dim() == 2:
+        top, left, falling, rising = (sums[:, i, -1:] for i in (1, 3, 5, 6))  # as many at the bottom, on the right, ...
+        logits = logits + (top * bias[1] + left * bias[2] + falling * bias[3] + rising * bias[4]) / pixels
+        bias = bias[0]
+    return torch.softmax(logits + bias, dim=1)
 
 
 def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -180,41 +211,63 @@ def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> T
 def distill_forward(
     student: Tensor,
     teacher: Tensor,
-    tokens: Tensor,
+    tokens: Tensor | None,
     rows: Tensor | None,
     bias: Tensor | None,
     standard: Standardization | None,
+    valid: Tensor | None,
+    given: Tensor | None,
+    given_weights: Tensor | None,
     customised: Tensor | bool,
+    mask_power: int,
     loss_weight: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One level ``[N, C, H, W]`` of stage 2: losses ``[N]``, masks ``[N, T, P]`` and gradient coefficients ``[N, T]``.
 
-    ``grad_student = grad_loss[n] * (s - t) * sum_t coefficients[n, t] * masks[n, t, p]**2``, ``t`` standardised if asked.
+    ``grad_student = grad_loss[n] * (s - t) * sum_t coefficients[n, t] * masks[n, t, p]**mask_power``, ``t`` standardised if
+    asked. ``given``: masks instead of those of ``tokens``, which are None then; ``valid [N, P]``: pixels that count.
     """
     n, c, height, width = student.shape
-    t = tokens.shape[0]
     student, teacher = student.flatten(2), teacher.flatten(2)
-    m = masks(teacher, tokens) if standard is None else masks(teacher, standard.tokens, standard.token_bias)
-    if customised is not False:
+    if given is not None:
+        m = given.to(acc_dtype(teacher.dtype))
+    elif tokens is not None:
+        m = masks(teacher, tokens) if standard is None else masks(teacher, standard.tokens, standard.token_bias)
+    if customised is not False and tokens is not None:
         followed = m * masks(student, tokens)
         m = followed if customised is True else torch.where(customised, followed, m)
+    if valid is not None:
+        m = m * (valid != 0)[:, None]
     affine = None if standard is None else standard.affine
     difference = _difference(student, teacher, affine, torch.empty_like(student, dtype=m.dtype))
     d = difference.mul_(difference).sum(1)
-    a = torch.einsum("ntp,ntp,np->nt", m, m, d)
-    b = m.sum(2)
-    w = b.new_full((), 1.0 / t) if rows is None or bias is None else weights(teacher, rows, bias, height, width)
-    share = w * (loss_weight / (max(n, 1) * c)) / (b + eps)
+    a = torch.einsum("ntp,ntp,np->nt", m, m, d) if mask_power == 2 else torch.einsum("ntp,np->nt", m, d)
+    area = m.sum(2) + eps
+    if rows is not None and bias is not None:
+        w = weights(teacher, rows, bias, height, width)
+    else:
+        w = area.new_full((), 1.0 / m.shape[1]) if given_weights is None else given_weights
+    share = w * (loss_weight / (max(n, 1) * c)) / area
+    if valid is not None or given is not None:  # an image without valid pixels counts nothing also without eps
+        share = torch.where(area == 0, 0, share)
     return (share * a).sum(1), m, 2 * share
 
 
 @_full_precision
 def distill_backward(
-    grad: Tensor, student: Tensor, teacher: Tensor, m: Tensor, coefficients: Tensor, affine: Tensor | None
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    m: Tensor,
+    coefficients: Tensor,
+    affine: Tensor | None,
+    mask_power: int,
 ) -> Tensor:
     """Gradient of one level's per-image losses for ``student``, in its dtype and (dense) strides."""
-    scale = torch.einsum("ntp,ntp,nt->np", m, m, coefficients * grad[:, None]).unflatten(1, student.shape[2:])
+    factors = coefficients * grad[:, None]
+    scale = torch.einsum("ntp,ntp,nt->np", m, m, factors) if mask_power == 2 else torch.einsum("ntp,nt->np", m, factors)
+    scale = scale.unflatten(1, student.shape[2:])
     out = torch.empty_like(student)
     precise = out if out.dtype == m.dtype else torch.empty_like(student, dtype=m.dtype)
     _difference(student, teacher, affine, precise).mul_(scale[:, None])
@@ -253,14 +306,22 @@ def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 @_full_precision
 def learn_forward(
-    x: Tensor, tokens: Tensor, token_bias: Tensor | None, weighting: tuple[Tensor, Tensor] | None, height: int
+    x: Tensor,
+    tokens: Tensor,
+    token_bias: Tensor | None,
+    weighting: tuple[Tensor, Tensor] | None,
+    given_weights: Tensor | None,
+    valid: Tensor | None,
+    height: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """One level of stage 1: masked features, Dice loss ``[N]``, masks ``[N, T, P]``, mask weights ``[N, T]``, strip sums
     ``[N, 9, C]`` (None without weighting) and Dice pairs ``[N, T, T]``."""
     m = masks(x, tokens, token_bias)
+    if valid is not None:
+        m = m * (valid != 0)[:, None]
     dice, pairs = dice_of_gram(gram(m))
     if weighting is None:
-        sums, w = None, m.new_ones(m.shape[:2])
+        sums, w = None, m.new_ones(m.shape[:2]) if given_weights is None else given_weights.to(m.dtype)
     else:
         width = x.shape[2] // height
         sums = strip_sums(x, height, width)
@@ -279,8 +340,8 @@ def learn_backward(
     pairs: Tensor,
     height: int,
     need_x: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of tokens ``[T, C]``, token biases ``[T]``, pool rows and bias, and ``x``.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of tokens ``[T, C]``, token biases ``[T]``, pool rows and bias, mask weights ``[N, T]``, and ``x``.
 
     ``weighting``: rows, bias, strip sums. ``pairs`` is already multiplied by the gradient of the Dice loss.
     """
@@ -288,18 +349,19 @@ def learn_backward(
     dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)
     to_tokens = torch.bmm(dl, x.to(m.dtype).transpose(1, 2)).sum(0)  # an einsum over images and pixels would copy x
     to_rows = to_bias = strips = None
+    to_weights = torch.einsum("ntp,np->nt", m, gx)
     if weighting is not None:
         rows, bias, sums = weighting
         pixels = x.shape[2]
-        to_weights = torch.einsum("ntp,np->nt", m, gx)
         to_scores = w * (to_weights - (w * to_weights).sum(1, keepdim=True))
         to_rows = torch.einsum("nt,nsc->stc", to_scores / pixels, sums)
         to_bias = to_scores.sum(0)
         if bias.dim() == 2:
-            to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), to_bias / pixels])
+            corners = to_bias / pixels
+            to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), corners, corners])
         strips = torch.einsum("nt,stc->nsc", to_scores / pixels, rows.to(sums.dtype))
     to_x = _feature_gradient(grad, x, dl, m, w, tokens, strips, height) if need_x else None
-    return to_tokens, dl.sum((0, 2)), to_rows, to_bias, to_x
+    return to_tokens, dl.sum((0, 2)), to_rows, to_bias, to_weights, to_x
 
 
 def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:

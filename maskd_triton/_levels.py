@@ -3,7 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from . import _checks as check
+from .shapes import valid_pixels
 
 Levels = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
 
@@ -60,3 +64,48 @@ def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor],
 def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
     """How to name each level in an error: its key in a mapping, its position otherwise."""
     return [f"[{key!r}]" for key in (keys or range(levels))]
+
+
+def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -> list[Tensor]:
+    """Bytes ``[N, P]`` of every level ``[N, C, H, W]``, 1 where its pixel stands for valid ones; none for ``valid=None``.
+
+    ``valid``: bool or integer ``[N, H0, W0]``, or an object with ``tensors`` and ``image_sizes``. A level's pixel is valid if
+    the first of the pixels that it stands for is (nearest neighbour, as in transformers' detectors).
+    """
+    if valid is None:
+        return []
+    if hasattr(valid, "image_sizes") and hasattr(valid, "tensors"):
+        valid = valid_pixels([(int(h), int(w)) for h, w in valid.image_sizes], valid.tensors.shape[-2:], levels[0].device)
+    check.valid(valid, name, levels[0].shape[0], levels[0].device)
+    bytes_ = (valid != 0).to(torch.uint8)[:, None]
+    return [torch.nn.functional.interpolate(bytes_, x.shape[2:], mode="nearest").flatten(1) for x in levels]
+
+
+def maps_of_levels(masks: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, name: str = "masks") -> list[Tensor]:
+    """Given masks as contiguous ``[N, T, P]``, matched with the ``levels`` of the teacher, whose ``keys`` they have."""
+    found, _ = as_list(masks, name, keys)
+    _as_many(found, levels, name)
+    for m, x, label in zip(found, levels, labels(len(levels), keys), strict=True):
+        check.maps(m, f"{name}{label}", x)
+        if m.shape[1] != found[0].shape[1]:
+            raise ValueError(
+                f"{name}{label}: expected as many masks as on the first level, {found[0].shape[1]}, got {m.shape[1]}"
+            )
+    return [m.flatten(2).contiguous() for m in found]
+
+
+def weights_of_levels(
+    weights: Levels, shape: Sequence[int], like: Tensor, levels: Sequence[Tensor], keys: Sequence[Any] | None
+) -> Tensor:
+    """Given mask weights as ``[levels, N, T]`` in the dtype of ``like``; every level's are of ``shape`` ``[N, T]``."""
+    found, _ = as_list(weights, "mask_weights", keys)
+    _as_many(found, levels, "mask_weights")
+    for w, label in zip(found, labels(len(levels), keys), strict=True):
+        check.parameter(w, f"mask_weights{label}", shape, like.device)
+        check.frozen(w, f"mask_weights{label}")
+    return torch.stack([w.to(like.dtype) for w in found])
+
+
+def _as_many(found: Sequence[Tensor], levels: Sequence[Tensor], name: str) -> None:
+    if len(found) != len(levels):
+        raise ValueError(f"{name}: expected one entry for each of the {len(levels)} levels, got {len(found)}")

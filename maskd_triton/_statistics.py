@@ -16,12 +16,15 @@ class ChannelStatistics:
         self.mean = torch.zeros(())
         self.squares = torch.zeros(())  # sum of squared distances from the mean
 
-    def add(self, x: Tensor) -> None:
-        """Take in one batch, in float32 (float64 for float64)."""
-        pixels = x.numel() // x.shape[1]
+    def add(self, x: Tensor, valid: Tensor | None = None) -> None:
+        """Take in one batch, in float32 (float64 for float64); of ``valid [N, P]`` only the pixels that are not 0."""
+        x = x.transpose(0, 1).flatten(1)
+        if valid is not None:
+            x = x[:, valid.flatten() != 0]
+        pixels = x.shape[1]
         if pixels == 0:
             return
-        variance, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), (0, 2, 3), correction=0)
+        variance, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), 1, correction=0)
         if self.pixels == 0:
             self.mean, self.squares = torch.zeros_like(mean), torch.zeros_like(mean)
         total = self.pixels + pixels

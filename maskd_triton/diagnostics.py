@@ -39,8 +39,15 @@ class LevelDiagnostics:
     entropy: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class DistillDiagnostics(LevelDiagnostics):
+    """The same of a level in stage 2, and ``loss``, the level's share of the criterion's value, a scalar without gradient."""
+
+    loss: Tensor
+
+
 @torch.no_grad()
-def describe(masks: Tensor, weights: Tensor | None = None) -> LevelDiagnostics:
+def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None = None) -> LevelDiagnostics:
     r"""Coverage, overlap and weights of one level's masks.
 
     .. math::
@@ -50,7 +57,8 @@ def describe(masks: Tensor, weights: Tensor | None = None) -> LevelDiagnostics:
         \mathrm{entropy} = \operatorname{mean}_n \frac{-\sum_t w_{nt} \log w_{nt}}{\log T}
 
     Args: ``masks [N, T, H, W]``, ``weights [N, T]`` or None, of any float dtype, as :func:`functional.receptive_masks` and
-    :func:`functional.mask_weights` give them. Returns :class:`LevelDiagnostics` without gradients, on the device of the
+    :func:`functional.mask_weights` give them; ``valid [N, H, W]``, bool or integer: the pixels that count, None for all.
+    Returns :class:`LevelDiagnostics` without gradients, on the device of the
     arguments, in float32 (float64 for float64), also under autocast; an empty batch gives NaN.
     Raises ValueError for shapes that do not fit.
 
@@ -66,7 +74,15 @@ def describe(masks: Tensor, weights: Tensor | None = None) -> LevelDiagnostics:
         raise ValueError(f"masks: expected [N, T, H, W] with at least one token and one pixel, got shape {list(masks.shape)}")
     if weights is not None and weights.shape != masks.shape[:2]:
         raise ValueError(f"weights: expected shape {list(masks.shape[:2])}, as the masks, got {list(weights.shape)}")
-    coverage = masks.mean((0, 2, 3), dtype=acc_dtype(masks.dtype))
+    if valid is None:
+        coverage = masks.mean((0, 2, 3), dtype=acc_dtype(masks.dtype))
+    else:
+        if valid.shape != (masks.shape[0], *masks.shape[2:]):
+            raise ValueError(
+                f"valid: expected shape {[masks.shape[0], *masks.shape[2:]]}, as the masks, got {list(valid.shape)}"
+            )
+        masks = masks * (valid != 0)[:, None]
+        coverage = masks.sum((0, 2, 3), dtype=acc_dtype(masks.dtype)) / (valid != 0).sum()
     dice = _pairwise_dice(masks).mean(0)
     if weights is None:
         return LevelDiagnostics(coverage, dice, None, None)

@@ -3,7 +3,8 @@
 Source of every formula: *Masked Distillation with Receptive Tokens*, ICLR 2023, https://arxiv.org/abs/2205.14589.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,14 @@ REDUCTIONS = ("sum", "none")
 def masked_distill_loss(
     student: Levels,
     teacher: Levels,
-    tokens: Sequence[Tensor],
+    tokens: Sequence[Tensor] | None = None,
     weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
     *,
     standardize: Sequence[Standardization] | None = None,
+    valid: Any = None,
+    masks: Levels | None = None,
+    mask_weights: Levels | None = None,
+    mask_power: int = 2,
     custom_mask: bool = False,
     warmup_step: Tensor | None = None,
     custom_mask_warmup: int = 0,
@@ -47,7 +52,7 @@ def masked_distill_loss(
 
     .. math::
         \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
-        \frac{\sum_p m_{ntp}^2 \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)},
+        \frac{\sum_p m_{ntp}^q \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)},
         \qquad m = \sigma(E\,t)
 
     With customised masks ``m = sigmoid(E t) * sigmoid(E s)``, where the mask is a constant for the gradient. The
@@ -59,6 +64,14 @@ def masked_distill_loss(
         tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype.
         weighting: ``(rows [9, T, C_i], bias)`` of each level from :func:`compose_weighting` (with ``standardize``, from
             :func:`compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
+        valid: the pixels that count in a padded batch: bool or integer ``[N, H0, W0]`` (transformers' ``pixel_mask``) at the
+            images' size, taken down to each level's (nearest neighbour), or an object with ``tensors`` and ``image_sizes``
+            (torchvision's ``ImageList``). Others count neither in sums nor areas nor mask weights: the same as cropping every
+            image. An image without a valid pixel contributes 0. None: all pixels. Features must be finite everywhere.
+        masks: ``[N, T, H_i, W_i]`` of each level, of any float dtype and at least 0, in place of those of ``tokens``, which
+            must be None then: boxes, score maps, attention. Read as they are, not customised.
+        mask_weights: ``[N, T]`` of each level, in place of ``weighting``; None with ``masks``: ``1 / T``.
+        mask_power: power of the mask in front of ``(s - t)^2``: 2 as published, or 1.
         standardize: of each level, from :func:`compose_standardization`: the student reconstructs, and masks and weights
             see, ``(t - mean) / std`` of every channel instead of ``t``. None: the features as they are.
         custom_mask: customise the masks with the student's own.
@@ -96,15 +109,22 @@ def masked_distill_loss(
     check.amount(eps, "eps")
     check.count(custom_mask_warmup, "custom_mask_warmup")
     students, teachers, labels = _levels.match(student, teacher)
+    check_power(mask_power)
     for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
         check.per_level(given, name, len(students))
+    if (tokens is None) == (masks is None):
+        raise ValueError(f"tokens and masks: expected one of them, got {'none' if masks is None else 'both'}")
+    if masks is not None and (custom_mask or weighting is not None):
+        raise ValueError("masks: given masks are not customised and have no weighting; give mask_weights instead")
+    if mask_weights is not None and weighting is not None:
+        raise ValueError("mask_weights and weighting: expected at most one of them")
     if not students:
         raise ValueError("student: expected at least one level, got none")
     first = students[0]
     for s, t, label in zip(students, teachers, labels, strict=True):
         check.pair(s, t, (f"student{label}", f"teacher{label}"), first, f"student{labels[0]}")
-    _check_parameters(tokens, weighting, first.device)
-    for i, (t, e) in enumerate(zip(teachers, tokens, strict=True)):
+    _check_parameters(tokens or (), weighting, first.device)
+    for i, (t, e) in enumerate(zip(teachers, tokens or (), strict=tokens is not None)):
         if e.shape[1] != t.shape[1]:
             raise ValueError(
                 f"teacher{labels[i]}: expected {e.shape[1]} channels to match tokens {list(e.shape)}, got shape {list(t.shape)}"
@@ -112,15 +132,43 @@ def masked_distill_loss(
         check.frozen(e, f"tokens[{i}]")
         for part, name in zip(weighting[i] if weighting else (), ("rows", "bias"), strict=False):
             check.frozen(part, f"weighting[{i}] {name}")
-        shapes = (list(e.shape), [e.shape[0]], [2, e.shape[1]])
-        for part, name, shape in zip(standardize[i] if standardize else (), Standardization._fields, shapes, strict=False):
+    for i, (t, level) in enumerate(zip(teachers, standardize or (), strict=standardize is not None)):
+        c, rows = t.shape[1], list(level.token_bias.shape)[:1] if tokens is None else [len(tokens[i])]
+        for part, name, shape in zip(level, Standardization._fields, ([*rows, c], rows, [2, c]), strict=True):
             check.parameter(part, f"standardize[{i}].{name}", shape, first.device)
             check.frozen(part, f"standardize[{i}].{name}")
     check.step(warmup_step, "warmup_step", first.device)
-    return _ops.distill_loss(
-        students, teachers, tokens, weighting, standardize, custom_mask, warmup_step, custom_mask_warmup, loss_weight, eps,
-        reduction, resolve_impl(impl, first.device),
+    given_masks, given_weights = given_levels(masks, mask_weights, tokens, teachers, teacher)
+    loss, _ = _ops.distill_loss(
+        students, teachers, tokens or (), weighting, standardize, _levels.valid_of_levels(valid, teachers), given_masks,
+        given_weights, custom_mask, warmup_step, custom_mask_warmup, mask_power, loss_weight, eps, reduction,
+        resolve_impl(impl, first.device),
     )  # fmt: skip
+    return loss
+
+
+def check_power(mask_power: int) -> int:
+    """``mask_power``; ValueError unless it is 1 or 2."""
+    if isinstance(mask_power, bool) or mask_power not in (1, 2):
+        raise ValueError(f"mask_power: expected 1 or 2, got {mask_power!r}")
+    return mask_power
+
+
+def given_levels(
+    masks: Levels | None,
+    mask_weights: Levels | None,
+    tokens: Sequence[Tensor] | None,
+    teachers: Sequence[Tensor],
+    teacher: Levels,
+) -> tuple[list[Tensor], Tensor | None]:
+    """``masks`` and ``mask_weights`` as the operator takes them; they have the keys of ``teacher``, if it is a mapping."""
+    keys = list(teacher) if isinstance(teacher, Mapping) else None
+    flat = [] if masks is None else _levels.maps_of_levels(masks, teachers, keys)
+    if mask_weights is None:
+        return flat, None
+    shape = [teachers[0].shape[0], flat[0].shape[1] if flat else len(tokens[0])]  # type: ignore[index]
+    like = teachers[0].new_empty((), dtype=_eager.acc_dtype(teachers[0].dtype))
+    return flat, _levels.weights_of_levels(mask_weights, shape, like, teachers, keys)
 
 
 def _check_parameters(tokens: Sequence[Tensor], weighting: Sequence[check.Weighting] | None, device: torch.device) -> None:
@@ -206,6 +254,7 @@ def masked_features_and_dice(
     weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
     *,
     token_bias: Sequence[Tensor] | None = None,
+    valid: Any = None,
     impl: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     r"""Stage 1: what the teacher's heads see, and how much the masks overlap.
@@ -222,6 +271,8 @@ def masked_features_and_dice(
             masks without weights.
         token_bias: ``b [T]`` of each level; None: zeros, as published. With tokens, biases and weighting from
             :func:`compose_standardization`, masks and weights are those of standardised features.
+        valid: the pixels that count in a padded batch, as in :func:`masked_distill_loss`: others are masked to 0 and count
+            neither in the Dice sums nor in the mask weights. None: all pixels.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
 
     Returns masked features in the shapes, dtypes and (dense) strides of ``features``, and the Dice losses ``[levels]`` in
@@ -239,7 +290,7 @@ def masked_features_and_dice(
         >>> y[0, 0, 0, 0], dice.round(decimals=3)
         (tensor(3.), tensor([1.]))
     """
-    return learn(features, tokens, weighting, token_bias, impl)[:2]
+    return learn(features, tokens, weighting, token_bias, valid, impl)[:2]
 
 
 def learn(
@@ -247,9 +298,11 @@ def learn(
     tokens: Sequence[Tensor],
     weighting: Sequence[tuple[Tensor, Tensor]] | None,
     token_bias: Sequence[Tensor] | None,
+    valid: Any,
     impl: str,
-) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
-    """:func:`masked_features_and_dice`, and each level's masks ``[N, T, H, W]`` and weights ``[N, T]`` without gradients."""
+) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]:
+    """:func:`masked_features_and_dice`, and without gradients each level's masks ``[N, T, H, W]``, weights ``[N, T]`` and valid
+    pixels ``[N, H, W]`` (None: all)."""
     check.choice(impl, "impl", IMPLS)
     if isinstance(features, Tensor):
         raise TypeError("features: expected a sequence of levels [N, C, H, W], got a tensor")
@@ -266,16 +319,25 @@ def learn(
         check.features(x, f"features[{i}]", e.shape[1])
         if token_bias is not None:
             check.parameter(token_bias[i], f"token_bias[{i}]", [len(e)], first.device)
+    impl = resolve_impl(impl, first.device)
+    pixels = _levels.valid_of_levels(valid, features)
+    flat, heights = [x.flatten(2) for x in features], [x.shape[2] for x in features]
+    given_weights: list[Tensor] = []
+    if pixels and weighting is not None:
+        given_weights, weighting = _ops.valid_weights(flat, weighting, pixels, heights, impl), None
     masked, dice, kept = _ops.learn(
-        [x.flatten(2) for x in features],
+        flat,
         list(tokens),
         list(token_bias or ()),
         [rows for rows, _ in weighting or ()],
         [bias for _, bias in weighting or ()],
-        [x.shape[2] for x in features],
-        resolve_impl(impl, first.device),
+        given_weights,
+        pixels,
+        heights,
+        impl,
     )
     sizes = [x.shape[2:] for x in features]
     masks, weights = kept[: len(features)], kept[-2]
-    seen = [(m.unflatten(2, size), w) for m, w, size in zip(masks, weights, sizes, strict=True)]
+    maps = [v.unflatten(1, size) for v, size in zip(pixels, sizes, strict=True)] if pixels else [None] * len(features)
+    seen = [(m.unflatten(2, size), w, v) for m, w, v, size in zip(masks, weights, maps, sizes, strict=True)]
     return [y.unflatten(2, size) for y, size in zip(masked, sizes, strict=True)], dice, seen

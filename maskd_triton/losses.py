@@ -1,7 +1,7 @@
 """Stage 2: the distillation loss."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
-from ._levels import Levels, match, per_level
-from ._ops import distill_loss
+from ._levels import Levels, match, per_level, valid_of_levels
+from ._ops import Distilled, distill_loss
 from .checkpoints import Source, load_masks
+from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
 
 
@@ -43,6 +44,9 @@ class MaskedDistillLoss(nn.Module):
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see :func:`maskd_triton.checkpoints.mask_state`.
             None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE (unless a state dict is
             loaded afterwards).
+        mask_power: power of the mask in front of ``(s - t)^2``: 2 as published, or 1.
+        resize: where a level's height and width differ between the two, ``"student"`` resizes the student's features to the
+            teacher's size, ``"teacher"`` the teacher's to the student's (bilinear); None raises.
         impl: ``"auto"`` (CUDA tensors: Triton; others: eager), ``"triton"`` (Triton or an error; CPU tensors under
             ``TRITON_INTERPRET=1``) or ``"eager"``.
 
@@ -77,7 +81,7 @@ class MaskedDistillLoss(nn.Module):
     def __init__(
         self,
         channels: int | Sequence[int],
-        num_tokens: int = 6,
+        num_tokens: int | None = 6,
         *,
         student_channels: int | Sequence[int] | None = None,
         weight_mask: bool = True,
@@ -87,22 +91,30 @@ class MaskedDistillLoss(nn.Module):
         loss_weight: float = 1.0,
         eps: float = 1e-12,
         pretrained: Source | None = None,
+        mask_power: int = 2,
+        resize: str | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         check.choice(impl, "impl", F.IMPLS)
+        if resize is not None:
+            check.choice(resize, "resize", ("student", "teacher"))
+        if num_tokens is None and (standardize or pretrained is not None):
+            raise ValueError("num_tokens: None means masks given with every call, without pretrained= and standardize=True")
+        self.resize = resize
+        self.mask_power = F.check_power(mask_power)
         self.channels = per_level(channels, "channels")
         self.num_tokens = num_tokens
-        self.weight_mask = weight_mask
+        self.weight_mask = weight_mask and num_tokens is not None
         self.standardize = standardize
-        self.custom_mask = custom_mask
+        self.custom_mask = custom_mask and num_tokens is not None
         self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
         self.loss_weight = check.amount(loss_weight, "loss_weight")
         self.eps = check.amount(eps, "eps")
         self.impl = impl
-        self.mask_modules = nn.ModuleList(
-            MaskModule(c, num_tokens, weight_mask, standardize=standardize) for c in self.channels
-        )
+        self.mask_modules = nn.ModuleList()
+        if num_tokens is not None:
+            self.mask_modules.extend(MaskModule(c, num_tokens, weight_mask, standardize=standardize) for c in self.channels)
         self.mask_modules.requires_grad_(False)
         self.student_channels = self.channels
         self.align: nn.ModuleList | None = None
@@ -113,51 +125,129 @@ class MaskedDistillLoss(nn.Module):
         self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
-        else:
+        elif num_tokens is not None:
             warnings.warn(
                 "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and "
                 "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
                 stacklevel=2,
             )
         self._fitting: set[Any] = set()
+        self._seen: tuple[Distilled, list[torch.Size], list[Any] | None, list[Tensor], bool] | None = None  # of the latest call
         self._owned = self._sources()
         self._composed_from: list[int] = []
         self._compose()
         self.register_load_state_dict_post_hook(_recompose)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has seen nothing."""
+        return self.__dict__ | {"_seen": None}
+
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, standardize={self.standardize}, "
             f"custom_mask={self.custom_mask}, custom_mask_warmup={self.custom_mask_warmup}, "
-            f"loss_weight={self.loss_weight}, eps={self.eps}, impl={self.impl!r}"
+            f"loss_weight={self.loss_weight}, eps={self.eps}, mask_power={self.mask_power}, resize={self.resize!r}, "
+            f"impl={self.impl!r}"
         )
 
-    def forward(self, student: Levels, teacher: Levels, *, reduction: str = "sum") -> Tensor:
-        """The loss; see the class. ``reduction="none"`` gives one value per level."""
+    def forward(
+        self,
+        student: Levels,
+        teacher: Levels,
+        *,
+        valid: Any = None,
+        masks: Levels | None = None,
+        mask_weights: Levels | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """The loss; see the class. ``reduction="none"`` gives one value per level.
+
+        ``valid``: the pixels that count in a padded batch, ``masks`` and ``mask_weights``: those to use instead of the tokens'
+        (not customised), all as in :func:`functional.masked_distill_loss`.
+        """
         check.choice(reduction, "reduction", F.REDUCTIONS)
         check.amount(self.loss_weight, "loss_weight")
         students, teachers, labels = match(student, teacher)
+        keys = list(teacher) if isinstance(teacher, Mapping) else None
         if len(teachers) != len(self.channels):
             raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
         if self.align is not None:
             for s, narrow, label in zip(students, self.student_channels, labels, strict=True):
                 check.features(s, f"student{label}", narrow)
             students = [_align(conv, s) for conv, s in zip(self.align, students, strict=True)]
+        if self.resize is not None:
+            students, teachers = self._resized(students, teachers, labels)
         self._check_levels(students, teachers, labels)
         device = students[0].device
         if not torch.compiler.is_compiling() and self._composed_from != self._versions():
             self._compose()
-        tokens = [module.mask_token.detach() for module in self._modules_of_levels()]  # also after model.requires_grad_()
+        if masks is None and self.num_tokens is None:
+            raise ValueError("masks: expected masks with every call, because num_tokens=None")
+        own = self._modules_of_levels() if masks is None else ()
+        tokens = [module.mask_token.detach() for module in own]  # also after model.requires_grad_()
         for token in tokens:
             check.on_device(token, "tokens", device)
         check.on_device(self.warmup_step, "warmup_step", device)
-        loss = distill_loss(
-            students, teachers, tokens, self._weighting(), self._standardization(), self.custom_mask, self.warmup_step,
-            self.custom_mask_warmup, self.loss_weight, self.eps, reduction, F.resolve_impl(self.impl, device),
+        self._seen = None  # what it holds is free for this call
+        weighting = self._weighting() if masks is None and mask_weights is None else None
+        pixels = valid_of_levels(valid, teachers) if valid is not None else []
+        given: tuple[list[Tensor], Tensor | None] = ([], None)
+        if masks is not None or mask_weights is not None:
+            given = F.given_levels(masks, mask_weights, tokens, teachers, teacher)
+        loss, distilled = distill_loss(
+            students, teachers, tokens, weighting, self._standardization(), pixels, *given,
+            self.custom_mask and masks is None, self.warmup_step, self.custom_mask_warmup, self.mask_power, self.loss_weight,
+            self.eps, reduction, F.resolve_impl(self.impl, device),
         )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            weighed = weighting is not None or mask_weights is not None
+            self._seen = distilled, [t.shape for t in teachers], keys, pixels, weighed
         if self.training:
             self.warmup_step.add_(1)
         return loss
+
+    def diagnostics(self) -> dict[Any, DistillDiagnostics]:
+        """Loss, coverage of the masks, pairwise Dice, weights and their entropy of every level of the latest call.
+
+        Levels go by their key, or by their index in a sequence. Made of what that call kept (its masks, no features), so it
+        costs next to nothing, and nothing waits for the device until a value is read. Masks are those that the loss used:
+        customised ones once the warm-up is over. Weights are NaN for ``loss_weight=0``.
+
+        Returns :class:`maskd_triton.diagnostics.DistillDiagnostics` by level.
+        Raises RuntimeError before the first call, and after one inside ``torch.compile``, which keeps nothing.
+
+        Example:
+            >>> import torch
+            >>> from maskd_triton import MaskedDistillLoss, MaskLearner
+            >>> criterion = MaskedDistillLoss(16, 4, pretrained=MaskLearner(16, 4))
+            >>> loss = criterion(torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 8, 8))
+            >>> criterion.diagnostics()[0].coverage
+            tensor([0.5000, 0.5000, 0.5000, 0.5000])
+        """
+        if self._seen is None:
+            raise RuntimeError("diagnostics: no call to look at; call the criterion first, outside torch.compile")
+        distilled, shapes, keys, valid, weighed = self._seen
+        num_tokens = distilled.coefficients.shape[2]
+        sizes = [n * num_tokens * h * w for n, _, h, w in shapes]
+        result = {}
+        for i, (masks, (n, _, h, w)) in enumerate(zip(distilled.level_masks(sizes), shapes, strict=True)):
+            m = masks.view(n, num_tokens, h, w)
+            weights = distilled.coefficients[i] * (m.sum((2, 3)) + self.eps)
+            weights = weights / weights.sum(1, keepdim=True)
+            level = describe(m, weights if weighed else None, valid[i].view(n, h, w) if valid else None)
+            result[keys[i] if keys else i] = DistillDiagnostics(**vars(level), loss=distilled.per_image[i].sum())
+        return result
+
+    def _resized(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        students, teachers = list(students), list(teachers)
+        for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
+            check.features(t, f"teacher{label}")
+            check.features(s, f"student{label}")
+            if s.shape[2:] != t.shape[2:] and self.resize == "student":
+                students[i] = nn.functional.interpolate(s, t.shape[2:], mode="bilinear")
+            elif s.shape[2:] != t.shape[2:]:
+                teachers[i] = nn.functional.interpolate(t, s.shape[2:], mode="bilinear")
+        return students, teachers
 
     def _check_levels(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> None:
         """Errors for levels that do not fit; those that look like earlier ones are not looked at again."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
-from ._levels import Levels, as_list, labels, per_level
+from ._levels import Levels, as_list, labels, per_level, valid_of_levels
 from ._outputs import find_module, refuse_compiled, replace_levels
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
@@ -37,7 +37,8 @@ class MaskModule(nn.Module):
 
     Shape:
         ``x [N, C, H, W]``; ``masks(x) [N, T, H, W]`` and ``weights(x) [N, T]`` in float32 (float64 for float64 ``x``);
-        ``forward(x)`` gives the masked features in the shape and dtype of ``x`` and the scalar Dice loss.
+        ``forward(x, valid=None)`` gives the masked features in the shape and dtype of ``x`` and the scalar Dice loss, of the
+        valid pixels of a padded batch, if given (:func:`functional.masked_distill_loss` says in which forms).
 
     Parameters are ``mask_token [T, C]`` (initialised N(0, 0.01^2)) and the mask weighting module ``prob``
     (conv3x3, pool, conv1x1; N(0, 2 / fan_out), bias 0), named and initialised as in the official implementation.
@@ -121,15 +122,15 @@ class MaskModule(nn.Module):
             raise ValueError("weight_mask=False: this module has no mask weights")
         return F.mask_weights(x, *weighting)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, valid: Any = None) -> tuple[Tensor, Tensor]:
         check.features(x, "x", self.channels)
-        (masked,), dice, _ = _learn([self], [x], self.impl)
+        (masked,), dice, _ = _learn([self], [x], valid, self.impl)
         return masked, dice[0]
 
 
 def _learn(
-    modules: Sequence[MaskModule], features: Sequence[Tensor], impl: str
-) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
+    modules: Sequence[MaskModule], features: Sequence[Tensor], valid: Any, impl: str
+) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]:
     """:func:`functional.learn` with the parameters of every level's module."""
     acc = acc_dtype(features[0].dtype)
     standards, weightings = zip(*(module.composed(acc) for module in modules), strict=True)
@@ -139,6 +140,7 @@ def _learn(
         [s.tokens for s in standards] if first.standardize else [module.mask_token for module in modules],
         weightings if first.weight_mask else None,
         [s.token_bias for s in standards] if first.standardize else None,
+        valid,
         impl,
     )
 
@@ -159,8 +161,9 @@ class MaskLearner(nn.Module):
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`.
 
     Shape:
-        ``forward(features)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``.
-        :meth:`dice_loss` is then the sum of the levels' Dice losses of that call.
+        ``forward(features, valid=None)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``;
+        ``valid`` are the pixels that count in a padded batch (:meth:`set_valid`). :meth:`dice_loss` is then the sum of the
+        levels' Dice losses of that call.
 
     The learner's parameters are the only ones to train; put ``learner.parameters()`` into the optimizer.
 
@@ -199,20 +202,45 @@ class MaskLearner(nn.Module):
             load_masks(self.mask_modules, pretrained)
         self.weight_mask = weight_mask
         self._dice: Tensor | None = None
-        self._seen: dict[Any, tuple[Tensor, Tensor]] | None = None  # masks and weights of the latest forward
+        # masks, weights and valid pixels of the latest forward
+        self._seen: dict[Any, tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self._valid: Any = None
         self._warned: set[Any] = set()
         self._attached = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is a learner that no teacher is attached to and that has seen nothing."""
-        return self.__dict__ | {"_dice": None, "_seen": None, "_attached": False}
+        return self.__dict__ | {"_dice": None, "_seen": None, "_valid": None, "_attached": False}
 
-    def forward(self, features: Levels) -> Levels:
-        return self._mask(features, "features")
+    def forward(self, features: Levels, valid: Any = None) -> Levels:
+        return self._mask(features, "features", valid)
 
-    def _mask(self, features: Levels, name: str) -> Levels:
+    def set_valid(self, valid: Any) -> None:
+        """Inside an ``attach`` or ``calibrate`` block: the valid pixels of the padded batch that the teacher sees next.
+
+        They stay until they are set again, so set them for every batch; None: all pixels. Padding then counts neither in the
+        masks, their Dice loss and weights nor in the statistics. ``valid``: bool or integer ``[N, H0, W0]`` (transformers'
+        ``pixel_mask``), or an object with ``tensors`` and ``image_sizes`` (torchvision's ``ImageList``); errors are raised
+        when the teacher runs. RuntimeError outside a block.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from maskd_triton import MaskLearner
+            >>> teacher, learner = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 5, 1)), MaskLearner(16, 4)
+            >>> images, pixel_mask = torch.randn(2, 3, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool)
+            >>> pixel_mask[1, :, 4:] = False  # the second image is 8 by 4
+            >>> with learner.attach(teacher, "0"):
+            ...     learner.set_valid(pixel_mask)
+            ...     loss = teacher(images).mean() + learner.dice_loss()
+        """
+        if not self._attached:
+            raise RuntimeError("set_valid: the learner is not attached; call it inside the block, for every batch")
+        self._valid = valid
+
+    def _mask(self, features: Levels, name: str, valid: Any = None) -> Levels:
         tensors, keys = self._checked(features, name)
-        masked, dice, seen = _learn(self._modules_of_levels(), tensors, self.impl)
+        masked, dice, seen = _learn(self._modules_of_levels(), tensors, valid, self.impl)
         self._dice = dice.sum()
         self._seen = dict(zip(keys or range(len(seen)), seen, strict=True))
         return _like(features, masked, keys)
@@ -257,7 +285,7 @@ class MaskLearner(nn.Module):
         """
         if self._seen is None:
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
-        levels = {name: describe(m, w if self.weight_mask else None) for name, (m, w) in self._seen.items()}
+        levels = {name: describe(m, w if self.weight_mask else None, v) for name, (m, w, v) in self._seen.items()}
         for name, level in levels.items():
             reasons = collapsed(level, overlap=False) if name not in self._warned else []
             if reasons:
@@ -309,7 +337,7 @@ class MaskLearner(nn.Module):
                 "attach: standardize=True, but no statistics yet: run a few batches inside "
                 "`with learner.calibrate(teacher, name):` first"
             )
-        with self._hooked("attach", teacher, name, output, self._mask):
+        with self._hooked("attach", teacher, name, output, lambda x, given: self._mask(x, given, self._valid)):
             yield self
 
     @contextmanager
@@ -345,8 +373,9 @@ class MaskLearner(nn.Module):
         statistics = [ChannelStatistics() for _ in self.channels]
 
         def watch(features: Levels, given: str) -> Levels:
-            for level, x in zip(statistics, self._checked(features, given)[0], strict=True):
-                level.add(x)
+            levels = self._checked(features, given)[0]
+            for i, (level, x) in enumerate(zip(statistics, levels, strict=True)):
+                level.add(x, valid_of_levels(self._valid, levels)[i] if self._valid is not None else None)
             return features
 
         with self._hooked("calibrate", teacher, name, output, watch), torch.no_grad():
@@ -376,7 +405,7 @@ class MaskLearner(nn.Module):
         fixed = [m for m in teacher.modules() if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
         hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
         hooks.append(target.register_forward_hook(_ReplaceOutput(change, name, output)))
-        self._attached, self._dice, self._seen = True, None, None
+        self._attached, self._dice, self._seen, self._valid = True, None, None, None
         try:
             for parameter, _ in frozen:
                 parameter.requires_grad_(False)
@@ -396,7 +425,7 @@ class MaskLearner(nn.Module):
                 for buffer, value, version in values:
                     if buffer._version != version:  # a backward pass after the block may need the others untouched
                         buffer.copy_(value)
-            self._attached, self._dice = False, None
+            self._attached, self._dice, self._valid = False, None, None
 
 
 _FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)

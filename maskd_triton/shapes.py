@@ -1,7 +1,8 @@
-"""Features in other shapes as ``[N, C, H, W]``: views, never copies."""
+"""Features in other shapes as ``[N, C, H, W]``, views, never copies; and which pixels of a padded batch are valid."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -76,3 +77,30 @@ def _size(size: Sequence[int], name: str) -> tuple[int, int]:
     if min(size) < 1:
         raise ValueError(f"{name}: expected a pair (H, W) of positive ints, got {size!r}")
     return size[0], size[1]
+
+
+def valid_pixels(
+    image_sizes: Sequence[tuple[int, int]], size: tuple[int, int], device: torch.device | str | None = None
+) -> Tensor:
+    """Which pixels of a batch, padded at the bottom and on the right to ``size`` ``(H0, W0)``, belong to images: ``valid=``.
+
+    Args: ``image_sizes``: ``(h, w)`` of every image before padding. Returns bool ``[N, H0, W0]``.
+    Raises TypeError for sizes that are no pairs of ints; ValueError for an image that is larger than ``size``.
+
+    Example:
+        >>> from maskd_triton import shapes
+        >>> shapes.valid_pixels([(2, 3), (1, 2)], (2, 3))
+        tensor([[[ True,  True,  True],
+                 [ True,  True,  True]],
+        <BLANKLINE>
+                [[ True,  True, False],
+                 [False, False, False]]])
+    """
+    height, width = _size(size, "size")
+    for i, image in enumerate(image_sizes):
+        h, w = _size(image, f"image_sizes[{i}]")
+        if h > height or w > width:
+            raise ValueError(f"image_sizes[{i}]: expected at most {(height, width)}, got {(h, w)}")
+    ends = torch.tensor([tuple(image) for image in image_sizes], dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
+    rows, columns = torch.arange(height, device=ends.device), torch.arange(width, device=ends.device)
+    return (rows < ends[:, :1])[:, :, None] & (columns < ends[:, 1:])[:, None, :]

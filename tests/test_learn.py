@@ -227,7 +227,7 @@ def test_only_the_dice_loss_is_used(target: Target) -> None:
     assert module.prob[0].weight.grad.abs().max() == 0
 
 
-KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "biased", "weighted biased"])
+KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "biased", "weighted biased", "valid"])
 
 
 def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = True) -> tuple:
@@ -244,8 +244,10 @@ def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = Tr
 
     token_bias = [leaf(3), leaf(3)] if "biased" in kind else []
     rows = [leaf(9, 3, 5), leaf(9, 3, 2)] if "weighted" in kind else []
-    bias = [leaf(4, 3) if token_bias else leaf(3) for _ in rows]
-    return [features(5, 12), features(2, 6)], [leaf(3, 5), leaf(3, 2)], token_bias, rows, bias, [3, 2], impl
+    bias = [leaf(5, 3) if token_bias else leaf(3) for _ in rows]
+    weights = [leaf(2, 3), leaf(2, 3)] if "valid" in kind else []
+    valid = [moved(torch.rand(2, p) > 0.4, device).byte() for p in (12, 6) if weights]
+    return [features(5, 12), features(2, 6)], [leaf(3, 5), leaf(3, 2)], token_bias, rows, bias, weights, valid, [3, 2], impl
 
 
 @pytest.mark.parametrize("layout", ["ncl", "nlc"])
@@ -253,8 +255,8 @@ def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = Tr
 def test_opcheck(kind: str, layout: str, target: Target) -> None:
     args = op_arguments(kind, target, layout)
     torch.library.opcheck(_ops.learn, args)
-    *tensors, heights, impl = op_arguments(kind, target, layout, grad=False)
-    masked, dice, kept = _ops.learn(*tensors, heights, impl)
+    *tensors, valid, heights, impl = op_arguments(kind, target, layout, grad=False)
+    masked, dice, kept = _ops.learn(*tensors, valid, heights, impl)
     for need in (True, False):
         back = ([y + 1 for y in masked], torch.ones_like(dice), *tensors, kept, heights, need, impl)
         torch.library.opcheck(_ops.learn_backward, back)
@@ -262,12 +264,12 @@ def test_opcheck(kind: str, layout: str, target: Target) -> None:
 
 @KINDS
 def test_gradcheck(kind: str, target: Target) -> None:
-    *sequences, heights, impl = op_arguments(kind, target)
+    *sequences, valid, heights, impl = op_arguments(kind, target)
     sizes = [len(sequence) for sequence in sequences]
 
     def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
         lists = [list(part) for part in torch.split(torch.arange(len(tensors)), sizes)]
-        masked, dice, _ = _ops.learn(*([tensors[i] for i in part] for part in lists), heights, impl)
+        masked, dice, _ = _ops.learn(*([tensors[i] for i in part] for part in lists), valid, heights, impl)
         return (*masked, dice)
 
     leaves = [x for sequence in sequences for x in sequence]

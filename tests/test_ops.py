@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, _ops
 
-KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "standard", "weighted standard"])
+KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "standard", "weighted standard", "weighted valid", "given"])
 
 
 def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype = torch.float32) -> tuple:
@@ -31,9 +31,13 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
         rows, bias = [frozen(9, 3, 5), frozen(9, 3, 7)], [frozen(3), frozen(3)]
     if "standard" in kind:
         standard = [frozen(3, 5), frozen(3, 7)], [frozen(3), frozen(3)], [frozen(2, 5), frozen(2, 7)]
-        bias = [frozen(4, 3) for _ in bias]
-    step = torch.tensor(5, device=device)
-    return student, teacher, tokens, rows, bias, *standard, True, step, 3, 1.5, 1e-12, impl
+        bias = [frozen(5, 3) for _ in bias]
+    valid = [(frozen(2, p) > 0).byte() for p in (12, 6)] if "valid" in kind else []
+    given, weights = [], None
+    if "given" in kind:
+        tokens, given, weights = [], [frozen(2, 3, p).abs() for p in (12, 6)], frozen(2, 2, 3)
+    step, power = torch.tensor(5, device=device), 1 if given else 2
+    return student, teacher, tokens, rows, bias, *standard, valid, given, weights, not given, step, 3, power, 1.5, 1e-12, impl
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "chwn", "ncwh"])
@@ -43,7 +47,7 @@ def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     torch.library.opcheck(_ops.distill, args)
     loss, masks, coefficients = (x.detach() for x in _ops.distill(*args))
     student = [s.detach() for s in args[0]]
-    back = (torch.rand_like(loss), student, args[1], masks, coefficients, args[7], target[0])
+    back = (torch.rand_like(loss), student, args[1], masks, coefficients, args[7], args[-4], target[0])
     torch.library.opcheck(_ops.distill_backward, back)
 
 

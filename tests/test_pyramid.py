@@ -137,10 +137,10 @@ with inspect._compiling_for(inspect.TARGETS["sm_90"]):
         student = [m.unflatten(2, size) for m, size in zip(maps, sizes)]
         teacher = [m.clone() for m in student]
         loss, masks, weights = _ops.distill(
-            student, teacher, tokens, rows, bias, [], [], [], True, step, 1000, 1.0, 1e-12, "triton")
-        _ops.distill_backward(loss, student, teacher, masks, weights, [], "triton")
-        y, dice, kept = _ops.learn(maps, tokens, [], rows, bias, heights, "triton")
-        _ops.learn_backward(y, dice, maps, tokens, [], rows, bias, kept, heights, False, "triton")
+            student, teacher, tokens, rows, bias, [], [], [], [], [], None, True, step, 1000, 2, 1.0, 1e-12, "triton")
+        _ops.distill_backward(loss, student, teacher, masks, weights, [], 2, "triton")
+        y, dice, kept = _ops.learn(maps, tokens, [], rows, bias, [], [], heights, "triton")
+        _ops.learn_backward(y, dice, maps, tokens, [], rows, bias, [], kept, heights, False, "triton")
     counts = {inspect._name(k): sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
 print(counts)
 assert {name: n for name, n in counts.items() if not 1 <= n <= 8} == {"feature_gradient_kernel": 0}, counts

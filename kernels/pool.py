@@ -1,0 +1,121 @@
+"""Strip sums of valid pixels on Triton: what the mask weights of padded images need, one launch for all levels and images.
+
+A program takes BLOCK_C channels of a run of pixels of an image, finds from the bytes of ``valid`` how often each pixel enters
+each of the nine sums (``_eager.strips_of``) and adds them up by a matrix product: one read of x. The runs are then added in a
+fixed order.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, tuning
+from .tiles import add_projection, find_level, pick, pick_int, tile_offsets
+
+
+@triton.jit
+def _alone(ptr, here, p, h, w, H, W, DOWN: tl.constexpr, RIGHT: tl.constexpr):
+    """1 where ``here`` is 1 and the neighbour is not valid."""
+    there = (h + DOWN >= 0) & (h + DOWN < H) & (w + RIGHT >= 0) & (w + RIGHT < W)
+    return here * (1 - (tl.load(ptr + p + DOWN * W + RIGHT, mask=there & (here != 0), other=0) != 0).to(tl.int32))
+
+
+@triton.jit
+def _strips(ptr, p, P, W):
+    """[16, BLOCK_P]: how often every pixel enters each strip sum, in the order of ``_eager.STRIPS``; 0 from row 9 on."""
+    H = P // W
+    h = p // W
+    w = p % W
+    here = (tl.load(ptr + p, mask=p < P, other=0) != 0).to(tl.int32)
+    top = _alone(ptr, here, p, h, w, H, W, -1, 0)
+    bottom = _alone(ptr, here, p, h, w, H, W, 1, 0)
+    left = _alone(ptr, here, p, h, w, H, W, 0, -1)
+    right = _alone(ptr, here, p, h, w, H, W, 0, 1)
+    top_left = top + left - _alone(ptr, here, p, h, w, H, W, -1, -1)
+    top_right = top + right - _alone(ptr, here, p, h, w, H, W, -1, 1)
+    bottom_left = bottom + left - _alone(ptr, here, p, h, w, H, W, 1, -1)
+    bottom_right = bottom + right - _alone(ptr, here, p, h, w, H, W, 1, 1)
+    row = tl.arange(0, 16)[:, None]
+    strips = tl.where(row == 0, here[None, :], 0)
+    strips = tl.where(row == 1, top[None, :], strips)
+    strips = tl.where(row == 2, bottom[None, :], strips)
+    strips = tl.where(row == 3, left[None, :], strips)
+    strips = tl.where(row == 4, right[None, :], strips)
+    strips = tl.where(row == 5, top_left[None, :], strips)
+    strips = tl.where(row == 6, top_right[None, :], strips)
+    strips = tl.where(row == 7, bottom_left[None, :], strips)
+    return tl.where(row == 8, bottom_right[None, :], strips)
+
+
+@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "x_ns", "x_rows"])
+def pool_kernel(
+    # of every level
+    x_ptrs,  # [N, C, P] by strides
+    valid_ptrs,  # [N, P] of bytes
+    part_ptrs,  # [N, runs, 9, C + 1], written: sums, and in the last column pixels
+    first, aligns, Cs, Ps, Ws, x_ns, x_rows,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    FAST: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
+    W = pick_int(Ws, level, LEVELS)
+    x_ptr = pick(x_ptrs, level, LEVELS)
+    valid_ptr = pick(valid_ptrs, level, LEVELS)
+    part_ptr = pick(part_ptrs, level, LEVELS)
+    x_row = pick_int(x_rows, level, LEVELS)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
+            blocks = tl.cdiv(C, BLOCK_C)
+            runs = tl.cdiv(P, BLOCK_P * RUN)
+            n = (program // (blocks * runs)).to(tl.int64)
+            block = (program // runs) % blocks
+            run = program % runs
+            c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            image = x_ptr + n * pick_int(x_ns, level, LEVELS) * align
+            total = tl.zeros((16, BLOCK_C), ACC)
+            pixels = tl.zeros((16,), ACC)
+            for tile in range(run * RUN, tl.minimum((run + 1) * RUN, tl.cdiv(P, BLOCK_P))):
+                p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+                strips = _strips(valid_ptr + n * P, p, P, W)
+                mask = (c < C)[:, None] & (p < P)[None, :]
+                x = tl.load(image + tile_offsets(c, p, x_row, FAST, align, WIDE), mask=mask, other=0.0)
+                total = add_projection(total, strips.to(x.dtype), tl.trans(x), ACC, UPCAST)
+                pixels += tl.sum(strips, axis=1).to(ACC)
+            strip = tl.arange(0, 16)
+            out = part_ptr + ((n * runs + run) * 9 + strip) * (C + 1)
+            tl.store(out[:, None] + c[None, :], total, mask=(strip < 9)[:, None] & (c < C)[None, :])
+            tl.store(out + C, pixels, mask=(strip < 9) & (block == 0))
+
+
+def forward(features: Sequence[Tensor], valid: Sequence[Tensor], heights: Sequence[int], sums: Sequence[Tensor]) -> None:
+    """Fill ``sums [N, 9, C + 1]`` of every level ``[N, C, P]``."""
+    launch.check_device(sums[0])
+    n = sums[0].shape[0]
+    if n == 0:
+        return
+    features, acc = [launch.addressable(x) for x in features], sums[0]
+    with launch.device_of(acc):
+        for group in launch.groups(features):
+            x = group.own(features)
+            blocks = tuning.pool_blocks(x[0].dtype.itemsize)
+            runs = [tuning.ceil_div(level.shape[2], blocks["BLOCK_P"] * blocks["RUN"]) for level in x]
+            parts = [acc.new_empty((n, k, 9, level.shape[1] + 1)) for k, level in zip(runs, x, strict=True)]
+            first, programs = launch.first_programs(
+                [n * k * tuning.ceil_div(level.shape[1], blocks["BLOCK_C"]) for k, level in zip(runs, x, strict=True)]
+            )
+            widths = [level.shape[2] // height for level, height in zip(x, group.own(heights), strict=True)]
+            pool_kernel[(programs,)](
+                *group.addresses(features, valid), launch.per_level(parts),
+                *launch.tables(first, group.aligns), *group.lengths(features), launch.table(widths), *group.strides(features),
+                ACC=launch.acc_type(x[0]), FAST=group.fast[0], UPCAST=launch.INTERPRETED, **blocks, **group.constants,
+            )  # fmt: skip
+            for i, part in zip(group.levels, parts, strict=True):
+                sums[i].copy_(part.sum(1))
