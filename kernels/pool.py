@@ -87,7 +87,7 @@ def pool_kernel(
                 strips = _strips(valid_ptr + n * P, p, P, W)
                 mask = (c < C)[:, None] & (p < P)[None, :]
                 x = tl.load(image + tile_offsets(c, p, x_row, FAST, align, WIDE), mask=mask, other=0.0)
-                total = add_projection(total, strips.to(x.dtype), tl.trans(x), ACC, UPCAST)
+                total = add_projection(total, strips.to(tl.float32).to(x.dtype), tl.trans(x), ACC, UPCAST)
                 pixels += tl.sum(strips, axis=1).to(ACC)
             strip = tl.arange(0, 16)
             out = part_ptr + ((n * runs + run) * 9 + strip) * (C + 1)

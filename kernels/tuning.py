@@ -251,5 +251,5 @@ def _parameter_block(rows: int, itemsize: int) -> dict[str, int]:
 def pool_blocks(itemsize: int) -> dict[str, int]:
     """Tile of the kernel that adds up valid pixels, tiles in a program's run, and its warps."""
     if itemsize == 8:  # no matrix instruction: the product is a [16, C, P] block
-        return {"BLOCK_C": 8, "BLOCK_P": 16, "RUN": 64, "num_warps": 4}
+        return {"BLOCK_C": 8, "BLOCK_P": 16, "RUN": 16, "num_warps": 4}
     return {"BLOCK_C": 64 if itemsize == 2 else 32, "BLOCK_P": 64, "RUN": 16, "num_warps": 4}

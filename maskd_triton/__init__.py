@@ -3,6 +3,7 @@
 from . import functional
 from .losses import MaskedDistillLoss
 from .masks import MaskLearner, MaskModule
+from .teacher import FrozenTeacher
 
-__all__ = ["MaskLearner", "MaskModule", "MaskedDistillLoss", "functional"]
+__all__ = ["FrozenTeacher", "MaskLearner", "MaskModule", "MaskedDistillLoss", "functional"]
 __version__ = "0.1.0"

@@ -83,8 +83,7 @@ def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -
 
 def maps_of_levels(masks: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, name: str = "masks") -> list[Tensor]:
     """Given masks as contiguous ``[N, T, P]``, matched with the ``levels`` of the teacher, whose ``keys`` they have."""
-    found, _ = as_list(masks, name, keys)
-    _as_many(found, levels, name)
+    found = _given(masks, levels, keys, name)
     for m, x, label in zip(found, levels, labels(len(levels), keys), strict=True):
         check.maps(m, f"{name}{label}", x)
         if m.shape[1] != found[0].shape[1]:
@@ -98,14 +97,20 @@ def weights_of_levels(
     weights: Levels, shape: Sequence[int], like: Tensor, levels: Sequence[Tensor], keys: Sequence[Any] | None
 ) -> Tensor:
     """Given mask weights as ``[levels, N, T]`` in the dtype of ``like``; every level's are of ``shape`` ``[N, T]``."""
-    found, _ = as_list(weights, "mask_weights", keys)
-    _as_many(found, levels, "mask_weights")
+    found = _given(weights, levels, keys, "mask_weights")
     for w, label in zip(found, labels(len(levels), keys), strict=True):
         check.parameter(w, f"mask_weights{label}", shape, like.device)
         check.frozen(w, f"mask_weights{label}")
     return torch.stack([w.to(like.dtype) for w in found])
 
 
-def _as_many(found: Sequence[Tensor], levels: Sequence[Tensor], name: str) -> None:
+def _given(given: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, name: str) -> list[Tensor]:
+    """One entry for each of the teacher's levels, by its keys if it is a mapping."""
+    if isinstance(given, Mapping) != (keys is not None):
+        raise TypeError(
+            f"{name} and teacher: expected both or neither to be a mapping of levels, {name} is a {type(given).__name__}"
+        )
+    found, _ = as_list(given, name, keys)
     if len(found) != len(levels):
         raise ValueError(f"{name}: expected one entry for each of the {len(levels)} levels, got {len(found)}")
+    return found

@@ -48,7 +48,7 @@ def _is_record(result: Any) -> bool:
 
 def find_module(model: nn.Module, name: str, caller: str, role: str = "teacher") -> nn.Module:
     """The submodule of that dotted name; AttributeError with the names that come near."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a shared module has several names
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {[n for n, _ in model.named_children()]}"

@@ -5,6 +5,8 @@ then a plain feature MSE.
 """
 
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,3 +143,44 @@ def _named(tokens: list[int]) -> str:
         return f"token {tokens[0]} is"
     joint = " and " if len(tokens) == 2 else ", "
     return f"tokens {joint.join(map(str, tokens))} are"
+
+
+def suggest_loss_weight(
+    task_losses: Sequence[float | Tensor],
+    distill_losses: Sequence[float | Tensor],
+    *,
+    loss_weight: float = 1.0,
+    share: float = 0.5,
+) -> float:
+    r"""A ``loss_weight`` with which distillation makes up ``share`` of the whole loss.
+
+    .. math::
+        \lambda' = \lambda \, \frac{\mathrm{share}}{1 - \mathrm{share}}
+        \, \frac{\operatorname{median}(\mathrm{task})}{\operatorname{median}(\mathrm{distillation})}
+
+    A place to start the search from, not its result: the losses' sizes say little about what they teach. Published weights are
+    1 (two-stage detectors), 7 (RetinaNet) and 10 (FCOS, RepPoints), all on raw features.
+
+    Args: the two losses of the same few batches, at least one, from a student that has trained a little (an untrained one has
+    task losses unlike any later ones); ``loss_weight``: the criterion's when ``distill_losses`` were taken.
+    Reads the values, so it waits for the device. Raises ValueError for lists that are empty or of different lengths, a share
+    outside of 0 to 1, and losses that are not positive and finite.
+
+    Example:
+        >>> from maskd_triton.diagnostics import suggest_loss_weight
+        >>> suggest_loss_weight([2.0, 1.0, 3.0], [0.25, 0.5, 0.125])
+        8.0
+    """
+    if len(task_losses) != len(distill_losses) or not task_losses:
+        raise ValueError(
+            "task_losses and distill_losses: expected one of each for every batch, "
+            f"got {len(task_losses)} and {len(distill_losses)}"
+        )
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
+    medians = []
+    for name, losses in (("task_losses", task_losses), ("distill_losses", distill_losses)):
+        medians.append(statistics.median(map(float, losses)))
+        if not 0 < medians[-1] < math.inf:
+            raise ValueError(f"{name}: expected a positive, finite median, got {medians[-1]}")
+    return loss_weight * share / (1 - share) * medians[0] / medians[1]

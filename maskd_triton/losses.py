@@ -158,12 +158,14 @@ class MaskedDistillLoss(nn.Module):
         valid: Any = None,
         masks: Levels | None = None,
         mask_weights: Levels | None = None,
+        advance: bool = True,
         reduction: str = "sum",
     ) -> Tensor:
         """The loss; see the class. ``reduction="none"`` gives one value per level.
 
         ``valid``: the pixels that count in a padded batch, ``masks`` and ``mask_weights``: those to use instead of the tokens'
-        (not customised), all as in :func:`functional.masked_distill_loss`.
+        (not customised), all as in :func:`functional.masked_distill_loss`. ``advance=False``: this call does not count for the
+        warm-up; with gradient accumulation, pass it for every batch but the last before an optimiser step.
         """
         check.choice(reduction, "reduction", F.REDUCTIONS)
         check.amount(self.loss_weight, "loss_weight")
@@ -202,7 +204,7 @@ class MaskedDistillLoss(nn.Module):
         if not torch.compiler.is_compiling():
             weighed = weighting is not None or mask_weights is not None
             self._seen = distilled, [t.shape for t in teachers], keys, pixels, weighed
-        if self.training:
+        if self.training and advance:
             self.warmup_step.add_(1)
         return loss
 

@@ -239,3 +239,23 @@ def test_ddp_equals_one_process_on_the_joined_batch() -> None:
     for a, b, w in zip(first, second, want, strict=True):
         assert (a == b).all()
         assert (torch.from_numpy(a) - w).abs().max() <= 1e-5 * w.abs().max()
+
+
+def test_shared_module_by_any_of_its_names() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 1))
+            self.neck = self.net[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.neck(x)
+
+    teacher, learner = Aliased(), MaskLearner(4, 3)
+    x = torch.randn(2, 3, 4, 4)
+    results = []
+    for name in ("neck", "net.0"):
+        with learner.attach(teacher, name):
+            results.append(teacher(x))
+    assert torch.equal(*results)
+    assert not torch.allclose(results[0], teacher(x))

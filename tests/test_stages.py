@@ -1,0 +1,121 @@
+"""Checkpoints in the middle of the warm-up, accumulated gradients, a teacher that is in nobody's state dict."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from examples.recipes.plain import Distillation, build
+from examples.recipes.tiny import Segmenter, batches
+from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner
+from maskd_triton.diagnostics import suggest_loss_weight
+
+
+def trainer(seed: int) -> tuple[Distillation, torch.optim.Optimizer]:
+    model = build(seed)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def step(model: Distillation, optimizer: torch.optim.Optimizer, number: int) -> torch.Tensor:
+    ((images, labels),) = batches(1, seed=number)
+    loss = model(images, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])  # masks follow the student from the fourth call on
+def test_resumed_run_is_bitwise_the_same(at: int, tmp_path: Path) -> None:
+    model, optimizer = trainer(0)
+    for i in range(at):
+        step(model, optimizer, i)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    resumed, other = trainer(1)
+    resumed.teacher = FrozenTeacher(copy.deepcopy(model.teacher.model))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    resumed.load_state_dict(state["model"])
+    other.load_state_dict(state["optimizer"])
+    assert int(resumed.criterion.warmup_step) == at
+    for i in range(at, at + 3):
+        assert torch.equal(step(model, optimizer, i), step(resumed, other, i))
+    for (name, a), b in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_accumulated_gradients_advance_once() -> None:
+    """Two halves of a batch with one step of the warm-up give the loss and gradient of the whole, before and after it."""
+    torch.manual_seed(0)
+    learner = MaskLearner([6], 3)
+    whole, halves = (MaskedDistillLoss(6, 3, custom_mask_warmup=2, pretrained=learner).double() for _ in range(2))
+    for i in range(4):
+        teacher, student = torch.randn(4, 6, 5, 5).double(), torch.randn(4, 6, 5, 5).double().requires_grad_()
+        (expected,) = torch.autograd.grad(whole(student, teacher), student)
+        found = torch.zeros_like(student)
+        for part, last in ((slice(0, 2), False), (slice(2, 4), True)):
+            loss = halves(student[part], teacher[part], advance=last) / 2
+            found += torch.autograd.grad(loss, student)[0]
+        assert int(halves.warmup_step) == i + 1
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-18)
+
+
+def test_frozen_teacher() -> None:
+    torch.manual_seed(0)
+    net = Segmenter(4)
+    model = nn.ModuleDict({"student": Segmenter(4), "teacher": FrozenTeacher(net)})
+    model.train()
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+    assert {name.split(".")[0] for name in model.state_dict()} == {"student"}
+    assert len(list(model.parameters())) == len(list(model["student"].parameters()))
+    assert len(list(model.modules())) == len(list(model["student"].modules())) + 2
+    model.double()
+    images = torch.randn(2, 3, 16, 16).double()
+    scores, _ = model["teacher"](images)
+    assert not scores.requires_grad
+    assert torch.equal(scores, net(images)[0])
+    twin = copy.deepcopy(model)
+    assert twin["teacher"].model is not net
+    assert torch.equal(twin["teacher"](images)[0], scores)
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
+        FrozenTeacher("resnet")  # type: ignore[arg-type]
+
+
+def test_student_alone(tmp_path: Path) -> None:
+    """Export in one line, loaded by the plain architecture."""
+    model, optimizer = trainer(0)
+    step(model, optimizer, 0)
+    torch.save(model.student.state_dict(), tmp_path / "student.pt")
+    student = Segmenter(8)
+    student.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
+    ((images, _),) = batches(1)
+    assert torch.equal(student.eval()(images)[0], model.student.eval()(images)[0])
+
+
+def test_suggested_loss_weight() -> None:
+    """With it, the share is as asked."""
+    torch.manual_seed(0)
+    criterion = MaskedDistillLoss(6, 3, loss_weight=2.0, pretrained=MaskLearner(6, 3)).double()
+    x, y = torch.randn(2, 6, 5, 5).double(), torch.randn(2, 6, 5, 5).double()
+    task = torch.tensor(0.75)
+    criterion.loss_weight = suggest_loss_weight([task], [criterion(x, y)], loss_weight=criterion.loss_weight, share=0.2)
+    loss = criterion(x, y)
+    torch.testing.assert_close(loss / (loss + 0.75), torch.tensor(0.2).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("task", "distill", "options", "sentence"),
+    [
+        ([], [], {}, "expected one of each for every batch, got 0 and 0"),
+        ([1.0], [1.0, 2.0], {}, "expected one of each for every batch, got 1 and 2"),
+        ([1.0], [0.0], {}, "distill_losses: expected a positive, finite median, got 0.0"),
+        ([float("nan")], [1.0], {}, "task_losses: expected a positive, finite median, got nan"),
+        ([1.0], [1.0], {"share": 1.0}, "share: expected a number between 0 and 1, got 1.0"),
+    ],
+)
+def test_errors_of_suggested_loss_weight(task: Any, distill: Any, options: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        suggest_loss_weight(task, distill, **options)
