@@ -1,0 +1,84 @@
+"""Student, criterion and backward under torch.compile: one graph, whatever the image size and on both sides of the warm-up."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from examples.recipes.plain import Distillation
+from examples.recipes.tiny import Segmenter
+from maskd_triton import MaskedDistillLoss, MaskLearner, capture
+
+Target = tuple[str, str]
+SIZES = [(64 + 8 * i, 96 + 16 * ((7 * i) % 11)) for i in range(20)]
+
+
+def build(impl: str, device: str, **options: Any) -> Distillation:
+    torch.manual_seed(0)
+    student, teacher = Segmenter(6), Segmenter(10)
+    criterion = MaskedDistillLoss(
+        teacher.channels, 3, student_channels=student.channels, custom_mask_warmup=10, impl=impl,
+        pretrained=MaskLearner(teacher.channels, 3), **options,
+    )  # fmt: skip
+    return Distillation(student, teacher, criterion).to(device)
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def gradients(model: Distillation, loss: Tensor) -> list[Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_one_graph_for_twenty_sizes(padded: bool, target: Target) -> None:
+    impl, device = target
+    eager = build(impl, device).eval()  # no running statistics: both see the same
+    compiled = copy.deepcopy(eager)
+    for model in (eager, compiled):
+        model.criterion.train()
+
+    def loss(model: Distillation, images: Tensor, valid: Tensor | None) -> Tensor:
+        scores, levels = model.student(images)
+        _, targets = model.teacher(images)
+        return scores.square().mean() + model.criterion(levels, targets, valid=valid)
+
+    function = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    sizes = SIZES if impl == "eager" or device == "cuda" else [(h // 8, w // 8) for h, w in SIZES]
+    for h, w in sizes:
+        images = torch.randn(2, 3, h, w, device=device)
+        valid = torch.rand(2, h, w, device=device) > 0.3 if padded else None
+        found, expected = (gradients(m, f(m, images, valid)) for m, f in ((compiled, function), (eager, loss)))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert graphs() == 1  # the warm-up ended at the eleventh call
+    assert int(compiled.criterion.warmup_step) == 20
+
+
+def test_features_captured_under_inductor() -> None:
+    """The default backend; features taken from modules by ``capture.call`` inside of what is compiled."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    eager = build("auto", device).eval()
+    compiled = copy.deepcopy(eager)
+
+    def loss(model: Distillation, images: Tensor) -> Tensor:
+        (scores, _), (first, second) = capture.call(model.student, ["backbone.level1", "backbone.level2"], images)
+        _, targets = model.teacher(images)
+        return scores.square().mean() + model.criterion([first, second], targets)
+
+    function = torch.compile(loss)
+    for h, w in ((16, 24), (24, 40)):
+        images = torch.randn(2, 3, h, w, device=device)
+        found, expected = gradients(compiled, function(compiled, images)), gradients(eager, loss(eager, images))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
