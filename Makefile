@@ -15,7 +15,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/pytest
 
 $(VENV)/demo.stamp: EXTRAS := demo
-$(VENV)/test.stamp: EXTRAS := test,dev,demo,models
+$(VENV)/test.stamp: EXTRAS := test,dev,demo,models,recipes
 $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("maskd_triton needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from maskd_triton.kernels import distill, launch, learn, tuning
+from maskd_triton.kernels import distill, launch, learn, pool, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,11 +40,12 @@ KERNELS = (
     *(distill.forward_kernel, distill.finish_kernel, distill.backward_kernel),
     *(learn.mask_kernel, learn.finish_kernel, learn.gate_kernel),
     *(learn.token_gradient_kernel, learn.add_shares_kernel, learn.feature_gradient_kernel),
+    pool.pool_kernel,
 )
 # Feature maps that a kernel reads, each of which must come 16 bytes at a time
 FEATURE_MAPS = {
     **{"forward_kernel": 2, "backward_kernel": 2, "mask_kernel": 1, "gate_kernel": 1},
-    **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1},  # the first reads x twice
+    **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1, "pool_kernel": 1},  # the first reads x twice
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -79,14 +80,20 @@ class Case:
     weighted: bool = True
     custom: bool = True
     standard: bool = False
+    valid: bool = False
+    given: bool = False
     shipped: tuple[str, tuning.Config] | None = None  # a kernel and its configuration, instead of the default
+
+    @property
+    def _flags(self) -> list[tuple[str, bool]]:
+        return [*zip("wcsvg", (self.weighted, self.custom, self.standard, self.valid, self.given), strict=True)]
 
     @property
     def mixed(self) -> bool:
         return bool(self.student_dtype or self.student_layout)
 
     def __str__(self) -> str:
-        flags = "".join(f if on else "-" for f, on in (("w", self.weighted), ("c", self.custom), ("s", self.standard)))
+        flags = "".join(f if on else "-" for f, on in self._flags)
         student = f"{self.student_dtype or self.dtype} {self.student_layout or self.layout} > " if self.mixed else ""
         sizes = " ".join(f"{h}x{w}" for h, w in self.sizes)
         shipped = f" {self.shipped}" if self.shipped else ""
@@ -157,19 +164,27 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     token_bias, affine = (parameters(k), parameters(2, c)) if case.standard else ([], [])
     rows, bias = (parameters(9, k, c), parameters(5, k) if case.standard else parameters(k)) if case.weighted else ([], [])
     sums = [torch.empty(n, 9, c, dtype=acc) for _ in rows]
+    valid = [torch.empty(n, h * w, dtype=torch.uint8) for h, w in case.sizes if case.valid]
+    if case.valid:  # their mask weights come from the pool kernel
+        rows, bias, sums = [], [], []
+    given, own_weights = masks if case.given else [], [*weights] if case.valid else []
     forced = tuning.forced(*case.shipped) if case.shipped else contextlib.nullcontext()
     with _compiling_for(TARGETS[target]) as compiled, forced:
         step = torch.zeros((), dtype=torch.int64)
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
+        power = 1 if given else 2
         distill.forward(
-            student, teacher, tokens, rows, bias, tokens if case.standard else [], token_bias, affine, [], [], None,
-            case.custom, step, 1000, 2, 1.0, 1e-12, loss, masks, weights,
+            student, teacher, [] if given else tokens, rows, bias, tokens if case.standard else [], token_bias, affine,
+            valid, given, weights if valid else None, case.custom, step, 1000, power, 1.0, 1e-12, loss, masks, weights,
         )  # fmt: skip
-        distill.backward(loss, student, teacher, masks, weights, affine, 2)
-        learn.forward(t, tokens, token_bias, rows, bias, [], [], heights, masks, sums, weights, pairs, loss)
+        distill.backward(loss, student, teacher, masks, weights, affine, power)
+        parameters_of_learn = tokens, token_bias, rows, bias, own_weights
+        learn.forward(t, *parameters_of_learn, valid, heights, masks, sums, weights, pairs, loss)
         learn.backward(
-            s, loss[:, 0], t, tokens, rows, masks, sums, weights, pairs, heights, tokens, token_bias, rows, bias, [], True
-        )
+            s, loss[:, 0], t, tokens, rows, masks, sums, weights, pairs, heights, *parameters_of_learn, True
+        )  # fmt: skip
+        if valid:
+            pool.forward(t, valid, heights, [torch.empty(n, 9, c + 1, dtype=acc) for _ in t])
         if not case.weighted:
             learn._gate(t, masks, weights, t)
     return compiled
@@ -255,7 +270,7 @@ def _ptx_widths(code: str, access: str) -> dict[int, int]:
 def _amd_widths(code: str, access: str) -> dict[int, int]:
     widths: dict[int, int] = {}
     for suffix in re.findall(rf"^\s+(?:global|buffer)_{access}_(\w+)", code, re.M):
-        size = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}.get(suffix, 2)
+        size = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}.get(suffix, 1 if "byte" in suffix else 2)
         widths[size] = widths.get(size, 0) + 1
     return widths
 
@@ -278,6 +293,7 @@ def cases() -> list[Case]:
     flags = [Case(weighted=w, custom=c) for w in (False, True) for c in (False, True) if not (w and c)]
     # standardised features take more registers, so they stand for both
     counts = [Case(d, tokens=t, standard=True) for d in ("bf16", "fp32", "fp64") for t in (1, 16, 32, 64)]
+    counts += [Case(d, tokens=t, standard=True, weighted=False) for d in ("fp32", "fp64") for t in (6, 32)]
     counts += [Case(d, "nhwc", tokens=t, standard=True) for d in ("bf16", "fp32") for t in (16, 64)]
     mixed = [
         Case("bf16", student_dtype="fp32", standard=True),
@@ -287,11 +303,13 @@ def cases() -> list[Case]:
         Case("fp32", "nchw", student_layout="nhwc", tokens=64, standard=True),
         Case("fp16", "nchw", student_layout="nhwc", tokens=32, standard=True),
     ]
+    padded = [Case(d, layout, standard=True, valid=True) for d in DTYPES for layout in ("nchw", "nhwc")]
+    padded += [Case(weighted=False, custom=False, given=True, valid=v) for v in (False, True)]
     # aligned and other levels in one launch; only others; one level
     pyramid = ((50, 84), (25, 42), (13, 21))
     sizes = [Case(d, layout, sizes=pyramid, standard=True) for d in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
     sizes += [Case(channels=19, tokens=8), Case(sizes=((13, 21),)), Case(sizes=((30, 35),)), Case("fp32", channels=4096)]
-    return branches + flags + counts + mixed + sizes + shipped_cases()
+    return branches + flags + counts + mixed + padded + sizes + shipped_cases()
 
 
 def shipped_cases() -> list[Case]:
@@ -326,7 +344,8 @@ def problems(case: Case, fact: Facts) -> list[str]:
     column = (
         fact.elements if case.weighted and case.layout == "nchw" and fact.kernel in ("forward_kernel", "mask_kernel") else 0
     )
-    narrow = sum(fact.load_bytes.get(size, 0) for size in (1, 2))
+    # so may be single bytes of the valid pixels, one by one where their neighbours are looked at
+    narrow = sum(fact.load_bytes.get(size, 0) for size in ((2,) if case.valid else (1, 2)))
     if fact.load_bytes.get(16, 0) < wanted or (all(aligned) and narrow > column):
         found.append(f"expected {wanted:g} loads of 16 bytes and at most {column:g} of 2: {fact.load_bytes}")
     return found

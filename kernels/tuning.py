@@ -166,7 +166,7 @@ def default(key: Key) -> Config:
     if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
         return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 1 if masks else 3)
     if key.tokens > 8:
-        return Config(16, 64, 256, 2) if key.bits == 32 else Config(32, 64, 256, 2 if masks else 3)
+        return Config(16 if key.bits == 32 else 32, 64, 256, 2 if masks else 3)
     if key.layout == "nhwc":
         return Config(32, 64, 256, 2) if key.bits == 32 else Config(64, 64, 256, 3)
     return Config(16, 64, 128, 3) if key.bits == 32 else Config(16, 128, 128, 4 if masks else 3)
@@ -235,7 +235,7 @@ def finish_block(rows: int) -> int:
 
 def add_blocks(rows: int, itemsize: int) -> dict[str, int]:
     """Blocks in which the finishing kernel of stage 1's forward pass adds sums of channels and of pairs of ``rows`` tokens."""
-    return {"ROWS": 64, "PAIR_ROWS": max(1, 4096 // rows**2), **_parameter_block(rows, itemsize)}
+    return {"ROWS": 64, "PAIR_ROWS": max(1, 16384 // itemsize // rows**2), **_parameter_block(rows, itemsize)}
 
 
 def share_blocks(rows: int, itemsize: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ class MaskedDistillLoss(nn.Module):
 
     Args:
         channels: channels of the teacher's features, one per level; an int means a single level.
-        num_tokens: T, receptive tokens per level.
+        num_tokens: T, receptive tokens per level; None: no tokens, ``masks=`` come with every call.
         student_channels: channels of the student's features if it needs aligning: then a biased 1x1 convolution per
             level, ``align.{i}``, belongs to the criterion's parameters and must be trained with the student. None: no
             align, equal channels required.
@@ -37,7 +37,8 @@ class MaskedDistillLoss(nn.Module):
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
             and ``pretrained`` holds; masks and weights see the same. Off by default, as published.
         custom_mask: customise masks with the student's own once the warm-up is over.
-        custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published).
+        custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
+            ``advance=False`` do not count.
         loss_weight: factor on the loss (1 for two-stage detectors, 7 RetinaNet, 10 FCOS and RepPoints; 0.5 reproduces
             the segmentation code).
         eps: added to the mask areas (1e-5 reproduces the segmentation code, 0 the detection code with its 0/0).
@@ -52,8 +53,8 @@ class MaskedDistillLoss(nn.Module):
 
     Shape:
         ``student`` and ``teacher``: levels ``[N, C_i, H_i, W_i]``, a tensor, a sequence (matched by position) or a mapping
-        (matched by key, in the teacher's order). Returns a float32 scalar (float64 for float64 features), or
-        ``[levels]`` for ``reduction="none"``.
+        (matched by key, in the teacher's order); ``valid [N, H0, W0]``. Returns a float32 scalar (float64
+        for float64 features), or ``[levels]`` for ``reduction="none"``.
 
     Tokens and mask weights are frozen (``requires_grad=False``). ``warmup_step``, the number of training-mode calls so far,
     is a buffer in the state dict; whether masks are customised is decided on the device. Edit tokens or weighting in place

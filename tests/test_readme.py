@@ -96,14 +96,31 @@ def test_commands_and_files_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/two-stages.md").read_text(), re.M | re.S)
+def program(page: str) -> dict[str, Any]:
+    """The names that the blocks of a page leave behind: they are one program."""
+    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
     names: dict[str, Any] = {"__name__": "guide"}
     before = torch.random.get_rng_state()
-    exec("\n".join(code), names)  # one program in several blocks
+    exec("\n".join(code), names)
     torch.random.set_rng_state(before)
+    return names
+
+
+def test_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = program("two-stages.md")
     assert names["learner"].mask_modules[0].mask_token.abs().max() > 0.01  # they have moved
     assert names["criterion"].warmup_step.item() == len(names["batches"])
     assert names["loss"].isfinite()
     assert 0 < names["levels"][0].coverage.min()
+
+
+def test_integrations_run() -> None:
+    names = program("integrations.md")
+    assert names["loss"].isfinite()
+    assert set(names["student_alone"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert names["criterion"].loss_weight == pytest.approx(0.3 / 0.7 / 2.05)
+    recipes = {path.name for path in (ROOT / "examples/recipes").glob("*.py")} - {"__init__.py", "tiny.py"}
+    page = (ROOT / "docs/integrations.md").read_text()
+    assert set(re.findall(r"\(\.\./examples/recipes/(\w+\.py)\)", page)) == recipes
+    assert all((ROOT / path).exists() for path in re.findall(r"`(tests/\w+\.py)`", page))

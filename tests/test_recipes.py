@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 
 import pytest
 
@@ -25,3 +26,15 @@ def test_recipe(name: str) -> None:
     assert len(losses) == 6
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", [name for name, needs in RECIPES.items() if needs])
+def test_missing_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says what to install."""
+    for loaded in [m for m in sys.modules if m.split(".")[0] == RECIPES[name]]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, RECIPES[name], None)
+    monkeypatch.delitem(sys.modules, f"examples.recipes.{name}", raising=False)
+    sentence = rf"this recipe needs {RECIPES[name]}[\w.]*: pip install ('maskd_triton\[recipes\]'|torchvision)$"
+    with pytest.raises(ModuleNotFoundError, match=sentence):
+        importlib.import_module(f"examples.recipes.{name}")

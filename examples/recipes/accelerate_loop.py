@@ -1,13 +1,18 @@
-"""accelerate: one prepared module holds student and criterion. Extra: ``accelerate``.
+"""accelerate: one prepared module holds student and criterion. Extra: ``recipes``.
 
 accelerate launch -m examples.recipes.accelerate_loop
 """
 
 import torch
-from accelerate import Accelerator
 
+from examples.recipes import EXTRA, missing
 from examples.recipes.plain import build
 from examples.recipes.tiny import batches
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise missing(error, EXTRA) from None
 
 
 def main(steps: int = 6) -> list[float]:

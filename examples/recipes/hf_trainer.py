@@ -1,4 +1,4 @@
-"""transformers' Trainer with a SegFormer student: ``compute_loss`` adds the distillation loss. Extra: ``models``.
+"""transformers' Trainer with a SegFormer student: ``compute_loss`` adds the distillation loss. Extra: ``recipes``.
 
 python -m examples.recipes.hf_trainer
 """
@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainerCallback, TrainingArguments
 
+from examples.recipes import EXTRA, missing
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner
+
+try:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainerCallback, TrainingArguments
+except ModuleNotFoundError as error:
+    raise missing(error, EXTRA) from None
 
 LABELS = 5
 

@@ -1,14 +1,19 @@
-"""Lightning: the criterion as an attribute, the teacher outside of the checkpoint. Extra: ``lightning``.
+"""Lightning: the criterion as an attribute, the teacher outside of the checkpoint. Extra: ``recipes``.
 
 python -m examples.recipes.lightning_module
 """
 
-import lightning
 import torch
 from torch import Tensor
 
+from examples.recipes import EXTRA, missing
 from examples.recipes.plain import Distillation, build
 from examples.recipes.tiny import batches
+
+try:
+    import lightning
+except ModuleNotFoundError as error:
+    raise missing(error, EXTRA) from None
 
 
 class Module(lightning.LightningModule):

@@ -1,4 +1,4 @@
-"""mmengine, and detectors in mmdet 3's style: a hook for stage 1, one more entry in ``loss`` for stage 2. Extra: ``mmengine``.
+"""mmengine, and detectors in mmdet 3's style: a hook for stage 1, one more entry in ``loss`` for stage 2. Extra: ``recipes``.
 
 Nothing of mmcv or mmdet is imported: any detector with ``extract_feat(images)``, ``loss(images, samples)`` and a module whose
 output is masked (``neck``) fits.
@@ -13,14 +13,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
 from torch import Tensor
 
+from examples.recipes import EXTRA, missing
 from examples.recipes.tiny import Segmenter, batches, task_loss
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner
 from maskd_triton.shapes import valid_pixels
+
+try:
+    from mmengine.hooks import Hook
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+except ModuleNotFoundError as error:
+    raise missing(error, EXTRA) from None
 
 
 class Detector(BaseModel):

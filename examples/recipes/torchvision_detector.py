@@ -5,10 +5,15 @@ python -m examples.recipes.torchvision_detector
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from examples.recipes import missing
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner
+
+try:
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+except ModuleNotFoundError as error:
+    raise missing(error, "pip install torchvision") from None
 
 Targets = list[dict[str, Tensor]]
 
