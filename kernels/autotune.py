@@ -86,20 +86,23 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
         step = torch.zeros((), dtype=torch.int64, device=device)
 
         def forward() -> tuple[Tensor, Tensor, Tensor]:
-            return _ops.distill(student, teacher, tokens, rows, bias, [], [], [], True, step, 0, 1.0, 1e-12, "triton")
+            nothing: list[list[Tensor]] = [[] for _ in range(5)]
+            return _ops.distill(student, teacher, tokens, rows, bias, *nothing, None, True, step, 0, 2, 1.0, 1e-12, "triton")
 
         if key.kernel == "forward_kernel":
             return forward
         loss, masks, coefficients = forward()
-        return lambda: _ops.distill_backward(loss, student, teacher, masks, coefficients, [], "triton")
+        return lambda: _ops.distill_backward(loss, student, teacher, masks, coefficients, [], 2, "triton")
 
     student, teacher = [student[0].flatten(2)], [teacher[0].flatten(2)]
 
     def learn() -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        return _ops.learn(teacher, tokens, [], rows, bias, [height], "triton")
+        return _ops.learn(teacher, tokens, [], rows, bias, [], [], [height], "triton")
 
     if key.kernel in ("mask_kernel", "gate_kernel"):
         return learn
     _, dice, kept = learn()
     need_features = key.kernel == "feature_gradient_kernel"
-    return lambda: _ops.learn_backward(student, dice, teacher, tokens, [], rows, bias, kept, [height], need_features, "triton")
+    return lambda: _ops.learn_backward(
+        student, dice, teacher, tokens, [], rows, bias, [], kept, [height], need_features, "triton"
+    )

@@ -54,7 +54,7 @@ def test_one_graph_for_twenty_sizes(padded: bool, target: Target) -> None:
         return scores.square().mean() + model.criterion(levels, targets, valid=valid)
 
     function = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    sizes = SIZES if impl == "eager" or device == "cuda" else [(h // 8, w // 8) for h, w in SIZES]
+    sizes = SIZES if impl == "eager" or device == "cuda" else [(16 + 2 * (i % 7), 24 + 2 * i) for i in range(20)]
     for h, w in sizes:
         images = torch.randn(2, 3, h, w, device=device)
         valid = torch.rand(2, h, w, device=device) > 0.3 if padded else None

@@ -141,6 +141,7 @@ with inspect._compiling_for(inspect.TARGETS["sm_90"]):
         _ops.distill_backward(loss, student, teacher, masks, weights, [], 2, "triton")
         y, dice, kept = _ops.learn(maps, tokens, [], rows, bias, [], [], heights, "triton")
         _ops.learn_backward(y, dice, maps, tokens, [], rows, bias, [], kept, heights, False, "triton")
+        _ops.pool(maps, [torch.empty(n, a * b, dtype=torch.uint8) for a, b in sizes], heights, "triton")
     counts = {inspect._name(k): sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
 print(counts)
 assert {name: n for name, n in counts.items() if not 1 <= n <= 8} == {"feature_gradient_kernel": 0}, counts
