@@ -87,7 +87,7 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
 
         def forward() -> tuple[Tensor, Tensor, Tensor]:
             nothing: list[list[Tensor]] = [[] for _ in range(5)]
-            return _ops.distill(student, teacher, tokens, rows, bias, *nothing, None, True, step, 0, 2, 1.0, 1e-12, "triton")
+            return _ops.distill(student, teacher, tokens, rows, bias, *nothing, None, True, step, 0, 2, 1e-12, "triton")
 
         if key.kernel == "forward_kernel":
             return forward

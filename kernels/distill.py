@@ -217,7 +217,7 @@ def finish_kernel(
     weight_ptr,  # [levels, N, T]: weights where WEIGHTS
     loss_ptr,  # [levels, N], written
     coefficient_ptr,  # [levels, N, T], written
-    N, weight_high, weight_low, eps_high, eps_low,
+    N, eps_high, eps_low,
     LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr,
     WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
@@ -259,9 +259,8 @@ def finish_kernel(
     else:
         weight = tl.full((TP,), 1.0, ACC) / T
     # a float argument arrives as float32: float64 takes it in two parts
-    factor = (weight * weight_high + weight * weight_low) / N / C
     area = tl.sum(b, axis=0) + eps_high + eps_low
-    share = tl.where(real, factor / area, 0.0)
+    share = tl.where(real, weight / N / C / area, 0.0)
     if EMPTY:  # an image without valid pixels, or a box that is on no pixel, counts nothing also without eps
         share = tl.where(area == 0, 0.0, share)
     tl.store(loss_ptr + out, tl.sum(share * tl.sum(a, axis=0), axis=0))
@@ -343,7 +342,6 @@ def forward(
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
     mask_power: int,
-    loss_weight: float,
     eps: float,
     loss: Tensor,
     masks: Sequence[Tensor],
@@ -377,7 +375,7 @@ def forward(
             )  # fmt: skip
             finish_kernel[(images,)](
                 *group.addresses(pool_bias or masks), *finish_tables, part, weights if weights is not None else loss,
-                loss, coefficients, n, *launch.two_parts(loss_weight), *launch.two_parts(eps), **finish_constants,
+                loss, coefficients, n, *launch.two_parts(eps), **finish_constants,
             )  # fmt: skip
 
 

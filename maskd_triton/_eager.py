@@ -220,7 +220,6 @@ def distill_forward(
     given_weights: Tensor | None,
     customised: Tensor | bool,
     mask_power: int,
-    loss_weight: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One level ``[N, C, H, W]`` of stage 2: losses ``[N]``, masks ``[N, T, P]`` and gradient coefficients ``[N, T]``.
@@ -248,7 +247,7 @@ def distill_forward(
         w = weights(teacher, rows, bias, height, width)
     else:
         w = area.new_full((), 1.0 / m.shape[1]) if given_weights is None else given_weights
-    share = w * (loss_weight / (max(n, 1) * c)) / area
+    share = w / (max(n, 1) * c) / area
     if valid is not None or given is not None:  # an image without valid pixels counts nothing also without eps
         share = torch.where(area == 0, 0, share)
     return (share * a).sum(1), m, 2 * share

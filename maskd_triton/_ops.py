@@ -153,7 +153,6 @@ def distill(
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
     mask_power: int,
-    loss_weight: float,
     eps: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +170,7 @@ def distill(
     if impl == "triton":
         _kernels("distill").forward(
             student, teacher, tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine, valid, given, weights,
-            custom_mask, warmup_step, custom_mask_warmup, mask_power, loss_weight, eps,
+            custom_mask, warmup_step, custom_mask_warmup, mask_power, eps,
             loss, masks.split_with_sizes(_mask_sizes(student, num_tokens)), coefficients,
         )  # fmt: skip
         return loss, masks, coefficients
@@ -185,7 +184,7 @@ def distill(
             s, t, tokens[i] if tokens else None, rows, bias,
             _eager.Standardization(raw_tokens[i], raw_bias[i], affine[i]) if affine else None,
             valid[i] if valid else None, given[i] if given else None, None if weights is None else weights[i],
-            customised, mask_power, loss_weight, eps,
+            customised, mask_power, eps,
         )  # fmt: skip
         outputs[i].copy_(m)
     return loss, masks, coefficients
@@ -208,7 +207,6 @@ def _(
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
     mask_power: int,
-    loss_weight: float,
     eps: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +258,7 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, arguments: tuple[Any, ...], *student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss, masks, coefficients = _below_autograd(distill, list(student), *arguments)
-        teacher, affine, ctx.options = arguments[0], arguments[6], (arguments[-4], arguments[-1])
+        teacher, affine, ctx.options = arguments[0], arguments[6], (arguments[-3], arguments[-1])
         ctx.lengths = len(student), len(teacher), len(affine)
         ctx.mark_non_differentiable(masks, coefficients)
         ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
@@ -313,7 +311,7 @@ def distill_loss(
     warmup_step: Tensor | None,
     custom_mask_warmup: int,
     mask_power: int,
-    loss_weight: float,
+    loss_weight: float | Tensor,
     eps: float,
     reduction: str,
     impl: str,
@@ -343,10 +341,10 @@ def distill_loss(
         warmup_step,
         custom_mask_warmup,
         mask_power,
-        loss_weight,
         eps,
         impl,
     )
+    per_image = per_image * loss_weight
     loss = per_image.sum() if reduction == "sum" else per_image.sum(1)
     return loss, Distilled(per_image.detach(), used_masks, coefficients)
 

@@ -214,7 +214,7 @@ class MaskedDistillLoss(nn.Module):
 
         Levels go by their key, or by their index in a sequence. Made of what that call kept (its masks, no features), so it
         costs next to nothing, and nothing waits for the device until a value is read. Masks are those that the loss used:
-        customised ones once the warm-up is over. Weights are NaN for ``loss_weight=0``.
+        customised ones once the warm-up is over.
 
         Returns :class:`maskd_triton.diagnostics.DistillDiagnostics` by level.
         Raises RuntimeError before the first call, and after one inside ``torch.compile``, which keeps nothing.

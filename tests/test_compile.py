@@ -10,6 +10,7 @@ from torch import Tensor
 from examples.recipes.plain import Distillation
 from examples.recipes.tiny import Segmenter
 from maskd_triton import MaskedDistillLoss, MaskLearner, capture
+from maskd_triton import functional as F
 
 Target = tuple[str, str]
 SIZES = [(64 + 8 * i, 96 + 16 * ((7 * i) % 11)) for i in range(20)]
@@ -82,3 +83,16 @@ def test_features_captured_under_inductor() -> None:
         found, expected = gradients(compiled, function(compiled, images)), gradients(eager, loss(eager, images))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_schedule_is_outside_of_the_operator() -> None:
+    """Twelve weights, two graphs: torch makes a float that changes an input of the graph."""
+    student, teacher, tokens = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4), [torch.randn(6, 8)]
+
+    def loss(weight: float) -> Tensor:
+        return F.masked_distill_loss(student, teacher, tokens, loss_weight=weight)
+
+    function, one = torch.compile(loss, fullgraph=True, backend="aot_eager"), loss(1.0)
+    for step in range(12):
+        torch.testing.assert_close(function(1.0 - step / 20), one * (1.0 - step / 20))
+    assert graphs() <= 2

@@ -136,7 +136,7 @@ def op_arguments(problem: Problem, target: Target, custom: bool = False) -> tupl
     return student, (
         [t.to(device) for t in problem.teacher], problem.placed_tokens(device),
         [rows for rows, _ in composed], [bias for _, bias in composed], [], [], [],
-        [], [], None, custom, None, 0, 2, 1.0, 1e-12, impl,
+        [], [], None, custom, None, 0, 2, 1e-12, impl,
     )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ with inspect._compiling_for(inspect.TARGETS["sm_90"]):
         student = [m.unflatten(2, size) for m, size in zip(maps, sizes)]
         teacher = [m.clone() for m in student]
         loss, masks, weights = _ops.distill(
-            student, teacher, tokens, rows, bias, [], [], [], [], [], None, True, step, 1000, 2, 1.0, 1e-12, "triton")
+            student, teacher, tokens, rows, bias, [], [], [], [], [], None, True, step, 1000, 2, 1e-12, "triton")
         _ops.distill_backward(loss, student, teacher, masks, weights, [], 2, "triton")
         y, dice, kept = _ops.learn(maps, tokens, [], rows, bias, [], [], heights, "triton")
         _ops.learn_backward(y, dice, maps, tokens, [], rows, bias, [], kept, heights, False, "triton")
