@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ._levels import Levels
+from .teacher import named_modules
 
 FIELD = "feature_maps"  # where transformers' backbones keep their levels
 
@@ -48,7 +49,7 @@ def _is_record(result: Any) -> bool:
 
 def find_module(model: nn.Module, name: str, caller: str, role: str = "teacher") -> nn.Module:
     """The submodule of that dotted name; AttributeError with the names that come near."""
-    modules = dict(model.named_modules(remove_duplicate=False))  # a shared module has several names
+    modules = dict(named_modules(model))  # a shared module has several names
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {[n for n, _ in model.named_children()]}"
@@ -58,7 +59,7 @@ def find_module(model: nn.Module, name: str, caller: str, role: str = "teacher")
 
 def refuse_compiled(model: nn.Module, caller: str, role: str = "teacher") -> None:
     """ValueError for a compiled model: torch.compile does not look for hooks that come later."""
-    if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
+    if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for _, m in named_modules(model)):
         raise ValueError(
             f"{caller}: the {role} is compiled already, and a compiled module does not see hooks that are added later; give "
             "the module as it was before torch.compile, and compile it inside the block"

@@ -19,6 +19,7 @@ from ._outputs import find_module, refuse_compiled, replace_levels
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
+from .teacher import FrozenTeacher, named_modules
 
 
 class MaskModule(nn.Module):
@@ -398,11 +399,15 @@ class MaskLearner(nn.Module):
         target = find_module(teacher, name, caller)
         if any(isinstance(hook, _ReplaceOutput) for hook in target._forward_hooks.values()):
             raise RuntimeError(f"{caller}: another learner is attached to the teacher's {name!r}; leave that block first")
-        training = [(m, m.training) for m in teacher.modules()]
-        frozen = [(p, p.requires_grad) for p in teacher.parameters()]
-        buffers = [(m, m._buffers.copy()) for m in teacher.modules()]
-        values = [(b, b.clone(), b._version) for b in teacher.buffers() if not b.is_inference()]
-        fixed = [m for m in teacher.modules() if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
+        modules = list(dict.fromkeys(module for _, module in named_modules(teacher)))
+        holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
+        training = [(m, m.training) for m in modules]
+        frozen = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+        buffers = [(m, m._buffers.copy()) for m in modules]
+        values = [
+            (b, b.clone(), b._version) for m in modules for b in m._buffers.values() if b is not None and not b.is_inference()
+        ]
+        fixed = [m for m in modules if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
         hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
         hooks.append(target.register_forward_hook(_ReplaceOutput(change, name, output)))
         self._attached, self._dice, self._seen, self._valid = True, None, None, None
@@ -411,12 +416,16 @@ class MaskLearner(nn.Module):
                 parameter.requires_grad_(False)
             for layer in fixed:
                 layer.training = False
+            for holder, _ in holders:
+                holder.with_gradient = True
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for parameter, flag in frozen:
                 parameter.requires_grad_(flag)
+            for holder, flag in holders:
+                holder.with_gradient = flag
             for module, flag in training:
                 module.training = flag
             for module, held in buffers:

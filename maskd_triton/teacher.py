@@ -1,21 +1,28 @@
-"""A teacher that nothing trains, saves or shards."""
+"""A teacher that nothing trains, saves, shards or spoils."""
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class FrozenTeacher(nn.Module):
-    """A model in eval mode, run without gradients, that the module which holds it does not count as its own.
+    """Keeps a teacher in eval mode, runs it without gradients and leaves it out of parameters and checkpoints.
 
-    It has no parameters and no state dict, so an optimiser, DDP, FSDP and a checkpoint of student and criterion do not see it;
-    yet it follows ``.to()``, ``.cuda()`` and ``.half()`` of the module that holds it, and ``.train()`` leaves it in eval mode.
+    The model is held, not registered: an optimiser, DDP, FSDP, a state dict, ``to_empty()`` and ``train()`` of the module that
+    holds it do not reach it. It still follows ``.to()``, ``.cuda()`` and ``.half()``, unless it is sharded, offloaded or spread
+    over devices: then its owner places it. A deep copy (an EMA of the holder) shares the model; a pickle contains it.
 
     Args:
-        model: the teacher; put into eval mode, its parameters frozen.
+        model: the teacher, compiled or not; put into eval mode, its parameters frozen. :attr:`model` can be assigned, too:
+            ``teacher.model = torch.compile(teacher.model)``.
 
-    ``forward`` passes everything on to the model, under ``torch.no_grad()``; :attr:`model` is the model itself.
+    ``forward`` passes everything on to the model, under ``torch.no_grad()`` and in eval mode, whoever called ``train()`` on the
+    model since. ``MaskLearner.attach``, ``calibrate`` and ``maskd_triton.capture`` look through it: give the names of modules
+    as the model itself has them. Inside an ``attach`` block it runs with gradients, which the tokens need.
+
     Raises TypeError for anything that is no module.
 
     Example:
@@ -27,21 +34,74 @@ class FrozenTeacher(nn.Module):
         (['student.bias', 'student.weight'], False)
     """
 
-    model: nn.Module
+    _held: tuple[nn.Module]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        object.__setattr__(self, "model", model.eval().requires_grad_(False))  # not through nn.Module: it would be registered
+        self.with_gradient = False  # an attach block sets it
+        self.model = model
+
+    @property
+    def model(self) -> nn.Module:
+        """The teacher itself."""
+        return self._held[0]
+
+    @model.setter
+    def model(self, value: nn.Module) -> None:
+        if not isinstance(value, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(value).__name__}")
+        self._held = (value.eval().requires_grad_(False),)  # nn.Module does not look into a tuple
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":  # nn.Module would register it before it asks the property
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        modules = [self.model]
+        for module in modules:  # grows as it goes: a third of the time of model.modules()
+            if module.training:
+                module.training = False
+            modules.extend(child for child in module._modules.values() if child is not None)
+        with torch.set_grad_enabled(self.with_gradient and torch.is_grad_enabled()):
             return self.model(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenTeacher":
-        self.model._apply(fn, recurse)
+        held = [*self.model.parameters(), *self.model.buffers()]
+        sharded = any(hasattr(x, "device_mesh") for x in held)  # DTensor, which not every build of torch has
+        placed_by_owner = sharded or len({x.device for x in held}) > 1 or any(x.is_meta for x in held)
+        if not placed_by_owner:
+            self.model._apply(lambda x: _converted(fn, x), recurse)
         return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenTeacher":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        own = {name: value for name, value in self.__dict__.items() if name != "_held"}
+        twin.__dict__.update(copy.deepcopy(own, memo) | {"_held": self._held, "with_gradient": False})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"with_gradient": False}
 
     def extra_repr(self) -> str:
         return type(self.model).__name__
+
+
+def _converted(fn: Any, x: Tensor) -> Tensor:
+    """``fn(x)``, with the values of ``x`` also where ``fn`` only allocates, as that of ``to_empty`` does."""
+    new = fn(x)
+    if new.is_meta:
+        return x
+    return new.copy_(x) if new is not x and (new.shape, new.dtype) == (x.shape, x.dtype) else new
+
+
+def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by all their names; what a :class:`FrozenTeacher` holds by the names that its model has for them."""
+    yield prefix, model
+    if isinstance(model, FrozenTeacher):
+        yield from named_modules(model.model, prefix)
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from examples.recipes.plain import Distillation, build
 from examples.recipes.tiny import Segmenter, batches
@@ -60,28 +59,6 @@ def test_accumulated_gradients_advance_once() -> None:
             found += torch.autograd.grad(loss, student)[0]
         assert int(halves.warmup_step) == i + 1
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-18)
-
-
-def test_frozen_teacher() -> None:
-    torch.manual_seed(0)
-    net = Segmenter(4)
-    model = nn.ModuleDict({"student": Segmenter(4), "teacher": FrozenTeacher(net)})
-    model.train()
-    assert not net.training
-    assert not any(p.requires_grad for p in net.parameters())
-    assert {name.split(".")[0] for name in model.state_dict()} == {"student"}
-    assert len(list(model.parameters())) == len(list(model["student"].parameters()))
-    assert len(list(model.modules())) == len(list(model["student"].modules())) + 2
-    model.double()
-    images = torch.randn(2, 3, 16, 16).double()
-    scores, _ = model["teacher"](images)
-    assert not scores.requires_grad
-    assert torch.equal(scores, net(images)[0])
-    twin = copy.deepcopy(model)
-    assert twin["teacher"].model is not net
-    assert torch.equal(twin["teacher"](images)[0], scores)
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
-        FrozenTeacher("resnet")  # type: ignore[arg-type]
 
 
 def test_student_alone(tmp_path: Path) -> None:
