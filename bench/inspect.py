@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -211,15 +210,11 @@ def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Compiled]]:
         stack.callback(tuning.forget)
         tuning.forget()  # warps by another target's size
         for kernel in KERNELS:
-            _caches(kernel).clear()
+            kernel.device_caches.clear()
             stack.enter_context(mock.patch.object(kernel, "run", compile_only(kernel)))
         yield compiled
     for kernel in KERNELS:
-        _caches(kernel).clear()
-
-
-def _caches(kernel: Any) -> Any:
-    return kernel.device_caches if hasattr(kernel, "device_caches") else kernel.cache  # until Triton 3.2
+        kernel.device_caches.clear()
 
 
 def facts(name: str, compiled: Compiled) -> Facts:
@@ -233,9 +228,8 @@ def facts(name: str, compiled: Compiled) -> Facts:
         instructions = len(re.findall(r"^\s+(?:[vs]|ds|global|buffer)_\w+", code, re.M))
     else:
         code = kernel.asm["ptx"]
-        usage = _ptxas_report(code, target.arch)
-        registers = int(re.search(r"Used (\d+) registers", usage)[1])  # type: ignore[index]
-        spills = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", usage).groups()))  # type: ignore[union-attr]
+        usage = _resource_usage(kernel.asm["cubin"])
+        registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
         loads, stores = _ptx_widths(code, "ld"), _ptx_widths(code, "st")
         for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?, 0x([0-9a-f]+)", code):
             loads[int(size, 16)] = loads.get(int(size, 16), 0) + 1
@@ -275,16 +269,14 @@ def _amd_widths(code: str, access: str) -> dict[int, int]:
     return widths
 
 
-def _ptxas_report(ptx: str, arch: int) -> str:
-    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    newer = binaries / "ptxas-blackwell"
-    ptxas = newer if arch >= 100 and newer.exists() else binaries / "ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [str(ptxas), "-v", name, str(source), "-o", str(Path(folder, "kernel.o"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """What the assembler that Triton chose made of a kernel, with the options that Triton gave it: registers, stack, ..."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
 
 
 def cases() -> list[Case]:

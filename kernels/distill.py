@@ -368,12 +368,14 @@ def forward(
     with launch.device_of(loss):
         for group, (programs, tables, constants), (images, finish_tables, finish_constants) in launches:
             part = loss.new_empty((programs, 3, num_tokens))
-            forward_kernel[(programs,)](
+            launch.run(
+                forward_kernel, programs,
                 *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, given, valid, masks),
                 *tables,
                 warmup_step if warmup_step is not None else loss, part, custom_mask_warmup, **constants,
             )  # fmt: skip
-            finish_kernel[(images,)](
+            launch.run(
+                finish_kernel, images,
                 *group.addresses(pool_bias or masks), *finish_tables, part, weights if weights is not None else loss,
                 loss, coefficients, n, *launch.two_parts(eps), **finish_constants,
             )  # fmt: skip
@@ -467,7 +469,8 @@ def backward(
         written = [launch.writable(g) for g in grads]
     with launch.device_of(coefficients):
         for group, (programs, tables, constants) in launches:
-            backward_kernel[(programs,)](
+            launch.run(
+                backward_kernel, programs,
                 *group.addresses(student, teacher, masks, affine, written), *tables, grad, coefficients, *grad.stride(), n,
                 **constants,
             )  # fmt: skip

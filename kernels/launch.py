@@ -36,6 +36,11 @@ def device_of(x: Tensor) -> torch.cuda.device:
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
 
+def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launch ``kernel`` on ``programs`` programs, with fused multiply-adds, which Triton 3.10 no longer makes by default."""
+    kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)
+
+
 def two_parts(value: float) -> tuple[float, float]:
     """``value`` rounded to float32, as a kernel's float argument is, and what that leaves."""
     high = ctypes.c_float(value).value

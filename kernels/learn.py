@@ -413,7 +413,8 @@ def _add_token_shares(
             bias += tl.load(share_ptr + ((r + row) * 2 + 1) * T + token, mask=there, other=0.0)
     tl.store(to_token_ptr + token * C + c, tl.sum(total, axis=0).to(to_token_ptr.dtype.element_ty), mask=c < C)
     if BIASED:
-        tl.store(to_token_bias_ptr + token, tl.sum(bias, axis=0).to(to_token_bias_ptr.dtype.element_ty), mask=block == 0)
+        if block == 0:
+            tl.store(to_token_bias_ptr + token, tl.sum(bias, axis=0).to(to_token_bias_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -452,13 +453,13 @@ def _add_weight_shares(
         if X_GRAD:
             tl.store(to_sum_ptr + image, tl.sum(to_score[None, :, None] * pool, axis=1), mask=channels)
     tl.store(to_pool_ptr + at, total.to(to_pool_ptr.dtype.element_ty), mask=parameters)
-    once = real & (block == 0)
-    tl.store(to_bias_ptr + token, constant.to(to_bias_ptr.dtype.element_ty), mask=once)
-    if STANDARD:
-        tl.store(to_bias_ptr + T + token, (constant / H).to(to_bias_ptr.dtype.element_ty), mask=once)
-        tl.store(to_bias_ptr + 2 * T + token, (constant / W).to(to_bias_ptr.dtype.element_ty), mask=once)
-        tl.store(to_bias_ptr + 3 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=once)
-        tl.store(to_bias_ptr + 4 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=once)
+    if block == 0:
+        tl.store(to_bias_ptr + token, constant.to(to_bias_ptr.dtype.element_ty), mask=real)
+        if STANDARD:
+            tl.store(to_bias_ptr + T + token, (constant / H).to(to_bias_ptr.dtype.element_ty), mask=real)
+            tl.store(to_bias_ptr + 2 * T + token, (constant / W).to(to_bias_ptr.dtype.element_ty), mask=real)
+            tl.store(to_bias_ptr + 3 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=real)
+            tl.store(to_bias_ptr + 4 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["first", "adding", "indices", "Cs", "Hs", "Ws", "weight_ptr", "N"])
@@ -633,7 +634,8 @@ def forward(
             totals = [weights.new_empty((n, k, level.shape[1]) if weighted else 0) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * (k + border) for k in tiles])
             grams = weights.new_empty((programs, t, t))
-            mask_kernel[(programs,)](
+            launch.run(
+                mask_kernel, programs,
                 *group.addresses(features, tokens, token_bias, valid, masks), launch.per_level(totals),
                 *group.addresses(sums or masks, written),
                 *launch.tables(first, group.aligns, group.levels), *group.lengths(features), launch.table(ws),
@@ -643,7 +645,8 @@ def forward(
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
                 **group.constants, **common,
             )  # fmt: skip
-            finish_kernel[(len(x) * n,)](
+            launch.run(
+                finish_kernel, len(x) * n,
                 launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias),
                 *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
                 grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
@@ -661,7 +664,8 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
         x = group.own(features)
         config = group.config("gate_kernel", t, features)
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in x])
-        gate_kernel[(programs,)](
+        launch.run(
+                gate_kernel, programs,
             *group.addresses(features, masks, written),
             *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
             *group.strides(features, written), weights, n,
@@ -713,7 +717,8 @@ def backward(
             token_shares = [weights.new_empty((n, k, t, level.shape[1])) for k, level in zip(tiles, x, strict=True)]
             first, programs = launch.first_programs([n * k for k in tiles])
             shares = weights.new_empty((programs, 2, t))
-            token_gradient_kernel[(programs,)](
+            launch.run(
+                token_gradient_kernel, programs,
                 *group.addresses(features, grads, masks, gx), launch.per_level(token_shares),
                 *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
                 *group.strides(features, grads), weights, pairs, grad_dice, shares, grad_dice.stride(0), n,
@@ -729,7 +734,8 @@ def backward(
             adding, programs = launch.first_programs(
                 [roles * tuning.ceil_div(level.shape[1], blocks["BLOCK_C"]) for level in x]
             )
-            add_shares_kernel[(programs,)](
+            launch.run(
+                add_shares_kernel, programs,
                 launch.per_level(token_shares),
                 *group.addresses(sums or masks, pool_rows, to_tokens, to_token_bias, to_rows, to_bias, to_sums),
                 *launch.tables(first, adding, group.levels, (level.shape[1] for level in x), hs, ws), shares, weights, n,
@@ -759,7 +765,8 @@ def _feature_gradient(
         g = group.own(grads)
         config = group.config("feature_gradient_kernel", t, written, grads, axis=group.fast[1])
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
-        feature_gradient_kernel[(programs,)](
+        launch.run(
+                feature_gradient_kernel, programs,
             *group.addresses(grads, gx, masks, tokens, to_sums, written),
             *launch.tables(first, group.aligns, group.levels), *group.lengths(grads),
             launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),

@@ -92,7 +92,8 @@ def pool_kernel(
             strip = tl.arange(0, 16)
             out = part_ptr + ((n * runs + run) * 9 + strip) * (C + 1)
             tl.store(out[:, None] + c[None, :], total, mask=(strip < 9)[:, None] & (c < C)[None, :])
-            tl.store(out + C, pixels, mask=(strip < 9) & (block == 0))
+            if block == 0:
+                tl.store(out + C, pixels, mask=strip < 9)
 
 
 def forward(features: Sequence[Tensor], valid: Sequence[Tensor], heights: Sequence[int], sums: Sequence[Tensor]) -> None:
@@ -112,7 +113,8 @@ def forward(features: Sequence[Tensor], valid: Sequence[Tensor], heights: Sequen
                 [n * k * tuning.ceil_div(level.shape[1], blocks["BLOCK_C"]) for k, level in zip(runs, x, strict=True)]
             )
             widths = [level.shape[2] // height for level, height in zip(x, group.own(heights), strict=True)]
-            pool_kernel[(programs,)](
+            launch.run(
+                pool_kernel, programs,
                 *group.addresses(features, valid), launch.per_level(parts),
                 *launch.tables(first, group.aligns), *group.lengths(features), launch.table(widths), *group.strides(features),
                 ACC=launch.acc_type(x[0]), FAST=group.fast[0], UPCAST=launch.INTERPRETED, **blocks, **group.constants,

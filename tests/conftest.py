@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import require_private
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
@@ -37,6 +38,9 @@ def interpreter_as_a_gpu() -> Iterator[None]:
         return
     import triton.runtime.interpreter as interpreter
 
+    require_private(interpreter, "_implicit_cvt", "_patch_lang", "GridExecutor", "InterpretedFunction")
+    require_private(interpreter.GridExecutor, "__call__")
+    require_private(interpreter.InterpretedFunction, "__call__", "rewrite")
     convert = interpreter._implicit_cvt
 
     def rounded(argument: Any) -> Any:

@@ -1,5 +1,7 @@
 """Tensors in the layouts that users bring."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,12 @@ def rounding(dtype: torch.dtype, target: tuple[str, str]) -> float:
     """Relative error of rounding float32 to ``dtype``: half a unit, but Triton's interpreter truncates to bfloat16."""
     truncates = dtype == torch.bfloat16 and target == ("triton", "cpu")
     return torch.finfo(dtype).eps / (1 if truncates else 2)
+
+
+def require_private(owner: Any, *names: str) -> None:
+    """RuntimeError where ``owner``, a module or class of Triton, no longer has what the tests patch in it."""
+    for name in names:
+        if name not in vars(owner):
+            import triton
+
+            raise RuntimeError(f"the tests patch {owner.__name__}.{name}, which Triton {triton.__version__} does not have")
