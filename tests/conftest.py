@@ -1,4 +1,4 @@
-"""What every test runs under: the interpreter where there is no GPU, and uninitialised memory that shows.
+"""What every test runs under: one thread, the interpreter where there is no GPU, and uninitialised memory that shows.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
 """
@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each of pytest-xdist's processes, and for those that tests start
+
 import torch
 from helpers import require_private
 from torch import Tensor

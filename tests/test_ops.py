@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, _ops
 
-KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "standard", "weighted standard", "weighted valid", "given"])
+FULLEST = "weighted standard"
+KINDS = ["plain", "weighted", "standard", FULLEST, "weighted valid", "given"]
 
 
 def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype = torch.float32) -> tuple:
@@ -40,8 +41,10 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
     return student, teacher, tokens, rows, bias, *standard, valid, given, weights, not given, step, 3, power, 1e-12, impl
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "chwn", "ncwh"])
-@KINDS
+# every kind in one layout and every layout of one kind: what the fakes say of one does not depend on the other
+@pytest.mark.parametrize(
+    ("layout", "kind"), [*(("nchw", kind) for kind in KINDS), *((layout, FULLEST) for layout in ("nhwc", "chwn", "ncwh"))]
+)
 def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     args = arguments(layout, kind, *target)
     torch.library.opcheck(_ops.distill, args)
@@ -51,7 +54,7 @@ def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     torch.library.opcheck(_ops.distill_backward, back)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
     student, *frozen = arguments("nchw", kind, *target, torch.float64)
     frozen[10] = False
@@ -60,8 +63,8 @@ def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
         # masks that follow the student are constants for the gradient, so only uncustomised ones can be checked
         return _ops.distill(list(levels), *frozen)[0]
 
-    # every element in eager torch; the interpreter is slow, and a random projection misses no wrong gradient either
-    assert torch.autograd.gradcheck(loss, student, fast_mode=target[0] == "triton")
+    # every element of one kind in eager torch; a random projection, which is faster, misses no wrong gradient either
+    assert torch.autograd.gradcheck(loss, student, fast_mode=target[0] == "triton" or kind != FULLEST)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
