@@ -47,10 +47,10 @@ def losses(device: torch.device) -> tuple[dict[str, Loss | None], nn.Module]:
     wide, narrow = TEACHER["hidden_sizes"], STUDENT["hidden_sizes"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        criterion = MaskedDistillLoss(wide, student_channels=narrow, pretrained=MaskLearner(wide)).to(device)
-    modules = list(criterion.mask_modules)
-    tokens = [m.mask_token for m in modules]
-    weighting = [m.weighting() for m in modules]
+        learner = MaskLearner(wide).to(device).requires_grad_(False)
+        criterion = MaskedDistillLoss(wide, student_channels=narrow, pretrained=learner).to(device)
+    tokens = [m.mask_token for m in learner.mask_modules]
+    weighting = [m.weighting() for m in learner.mask_modules]
 
     def literal(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         aligned = [conv2d(s, a.weight.to(s.dtype), a.bias.to(s.dtype)) for s, a in zip(student, criterion.align, strict=True)]

@@ -1,5 +1,6 @@
 """Features as lists of levels: one tensor, a sequence matched by position, or a mapping matched by key."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,3 +115,16 @@ def _given(given: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, 
     if len(found) != len(levels):
         raise ValueError(f"{name}: expected one entry for each of the {len(levels)} levels, got {len(found)}")
     return found
+
+
+def like(features: Levels, tensors: list[Tensor], keys: list[Any] | None) -> Levels:
+    """``tensors`` in the container of ``features``."""
+    if isinstance(features, Tensor):
+        return tensors[0]
+    if isinstance(features, defaultdict):
+        return defaultdict(features.default_factory, zip(keys or (), tensors, strict=True))
+    if isinstance(features, Mapping):
+        return type(features)(zip(keys or (), tensors, strict=True))  # type: ignore[call-arg]
+    if isinstance(features, tuple) and hasattr(features, "_make"):
+        return features._make(tensors)
+    return type(features)(tensors)  # type: ignore[call-arg]

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .tables import COMPOSED, PUBLISHED, LevelTables, MaskLevel
+
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 
 _KEY = re.compile(r"(?:^|.*\.)(mask_modules\.\d+\..+)$")
-_BARE = re.compile(r"(mask_token|prob\.[02]\.(?:weight|bias))$")
-_STATISTIC = re.compile(r"\.channel_(?:mean|std)$")
+_STATISTIC = re.compile(r"\.(?:channel_mean|channel_std|statistics)$")
+_BARE = COMPOSED | PUBLISHED | {"mask_token"}
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
 
 # What torch.load is seen to raise for files that are no checkpoint: its unpickler trusts the bytes it follows.
@@ -42,8 +44,8 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 
     ``source`` is a path, a module (``MaskLearner``, ``MaskedDistillLoss``), or a state dict: our own, a whole detector's
     (any prefix before ``mask_modules``, also below a ``"state_dict"`` key), the YOLOv5 port's (below ``"maskd_model"``),
-    or one level's bare ``mask_token`` (segmentation). Files that end in ``.safetensors`` are read by safetensors, others by
-    torch with ``weights_only=True``: nothing in them is executed.
+    or one level's bare entries (``mask_token``: segmentation). Files that end in ``.safetensors`` are read by safetensors,
+    others by torch with ``weights_only=True``: nothing in them is executed.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
@@ -61,7 +63,7 @@ def mask_state(source: Source) -> dict[str, Tensor]:
             continue
         if match := _KEY.match(key):
             name = match[1]
-        elif _BARE.match(key):
+        elif key in _BARE and "mask_token" in state:
             name = f"mask_modules.0.{key}"
         else:
             continue
@@ -79,24 +81,53 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 def load_masks(modules: nn.ModuleList, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
-    Raises ValueError listing every missing, unexpected, misshapen, sparse or non-finite entry, and statistics
-    (``standardize=True``) that were never gathered.
+    ``modules`` are the ``mask_modules`` of a learner, or of a criterion, which composes its tables of them or copies those of
+    another criterion.
+
+    Raises:
+        ValueError: a list of all missing, unexpected, misshapen, sparse and non-finite entries, and statistics
+            (``standardize=True``) that were never gathered; a criterion as the source of a learner; ``modules`` on the meta
+            device.
+
+    Example:
+        >>> from maskd_triton import MaskedDistillLoss, MaskLearner
+        >>> from maskd_triton.checkpoints import load_masks
+        >>> learner, criterion = MaskLearner(16), MaskedDistillLoss(16, pretrained=MaskLearner(16))
+        >>> load_masks(criterion.mask_modules, learner)
     """
+    if any(x.is_meta for x in modules.state_dict().values()):
+        raise ValueError(
+            "pretrained: tensors on the meta device hold no values; build the module without pretrained= there, and load the "
+            "tokens once it has memory (to_empty): checkpoints.load_masks(module.mask_modules, pretrained), or load_state_dict"
+        )
     found = mask_state(source)
-    expected = {f"mask_modules.{k}": v for k, v in modules.state_dict().items()}
-    problems = [f"missing: {k} {list(v.shape)}" for k, v in expected.items() if k not in found]
+    composed = any(key.split(".", 2)[2] in COMPOSED for key in found)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for i, module in modules.named_children():
+        if not isinstance(module, MaskLevel):
+            raise TypeError(f"mask_modules.{i}: expected a MaskModule or LevelTables, got {type(module).__name__}")
+        if composed and not isinstance(module, LevelTables):
+            raise ValueError(
+                "pretrained: these are the tables of a MaskedDistillLoss, composed of tokens and mask weights that a learner "
+                "cannot get back; pass the MaskLearner or the file that it saved"
+            )
+        for name, shape in (module.table_shapes() if composed else module.published_shapes()).items():
+            dtype = torch.int64 if name == "pixels_seen" else module.mask_token.dtype
+            expected[f"mask_modules.{i}.{name}"] = shape, dtype  # type: ignore[assignment]
+    problems = [f"missing: {k} {list(shape)}" for k, (shape, _) in expected.items() if k not in found]
     problems += [f"unexpected: {k} {list(v.shape)}" for k, v in found.items() if k not in expected]
     for key, value in found.items():
         if key not in expected:
             continue
-        if value.shape != expected[key].shape:
-            problems.append(f"misshapen: {key} is {list(value.shape)}, expected {list(expected[key].shape)}")
+        shape, dtype = expected[key]
+        if value.shape != shape:
+            problems.append(f"misshapen: {key} is {list(value.shape)}, expected {list(shape)}")
         elif value.is_meta or value.layout != torch.strided:
             problems.append(f"not a dense tensor: {key}")
-        elif value.is_floating_point() != expected[key].is_floating_point():
-            kind = "floating point" if expected[key].is_floating_point() else "integers"
+        elif value.is_floating_point() != dtype.is_floating_point:
+            kind = "floating point" if dtype.is_floating_point else "integers"
             problems.append(f"wrong dtype: {key} is {value.dtype}, expected {kind}")
-        elif not torch.isfinite(value.to(expected[key].dtype)).all():
+        elif not torch.isfinite(value.to(dtype)).all():
             problems.append(f"not finite: {key}")
         elif key.endswith(".channel_std") and not (value > 0).all():
             problems.append(f"not above 0: {key}")

@@ -1,7 +1,7 @@
 """Stage 2: the distillation loss."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
-from ._levels import Levels, match, per_level, valid_of_levels
+from ._levels import Levels, as_list, like, match, per_level, valid_of_levels
 from ._ops import Distilled, distill_loss
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
+from .tables import LevelTables, MaskLevel, Tables
 
 
 class MaskedDistillLoss(nn.Module):
@@ -56,10 +57,11 @@ class MaskedDistillLoss(nn.Module):
         (matched by key, in the teacher's order); ``valid [N, H0, W0]``. Returns a float32 scalar (float64
         for float64 features), or ``[levels]`` for ``reduction="none"``.
 
-    Tokens and mask weights are frozen (``requires_grad=False``). ``warmup_step``, the number of training-mode calls so far,
-    is a buffer in the state dict; whether masks are customised is decided on the device. Edit tokens or weighting in place
-    under ``torch.no_grad()``, not through ``.data`` and not inside a compiled graph: what is composed of them would not follow.
-    Features are summed in float32; ``align`` runs in the student's dtype, as a convolution under autocast would.
+    Tokens and mask weights are frozen: ``mask_modules`` holds a :class:`maskd_triton.tables.LevelTables` per level, buffers in
+    the default dtype, composed once in float64 when they are loaded. State dicts hold these; a learner's entries in their place
+    are taken, too. ``warmup_step``, the number of training-mode calls so far, is a buffer in the state dict; whether masks are
+    customised is decided on the device. Features are summed in float32; ``align`` runs in the student's dtype, as a convolution
+    under autocast would.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
@@ -115,15 +117,15 @@ class MaskedDistillLoss(nn.Module):
         self.impl = impl
         self.mask_modules = nn.ModuleList()
         if num_tokens is not None:
-            self.mask_modules.extend(MaskModule(c, num_tokens, weight_mask, standardize=standardize) for c in self.channels)
-        self.mask_modules.requires_grad_(False)
+            self.mask_modules.extend(LevelTables(c, num_tokens, weight_mask, standardize) for c in self.channels)
         self.student_channels = self.channels
         self.align: nn.ModuleList | None = None
         if student_channels is not None:
             self.student_channels = per_level(student_channels, "student_channels", len(self.channels))
             pairs = zip(self.student_channels, self.channels, strict=True)
             self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in pairs)
-        self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
+        with torch.inference_mode(False):  # also when it is made inside of such a block, a training step counts
+            self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
         elif num_tokens is not None:
@@ -132,12 +134,12 @@ class MaskedDistillLoss(nn.Module):
                 "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
                 stacklevel=2,
             )
+            for tables, c in zip(self.mask_modules, self.channels, strict=True):
+                learned = MaskModule(c, num_tokens, weight_mask, standardize=standardize)
+                if not learned.mask_token.is_meta:
+                    tables.load_state_dict(learned.state_dict())
         self._fitting: set[Any] = set()
         self._seen: tuple[Distilled, list[torch.Size], list[Any] | None, list[Tensor], bool] | None = None  # of the latest call
-        self._owned = self._sources()
-        self._composed_from: list[int] = []
-        self._compose()
-        self.register_load_state_dict_post_hook(_recompose)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
@@ -182,32 +184,51 @@ class MaskedDistillLoss(nn.Module):
             students, teachers = self._resized(students, teachers, labels)
         self._check_levels(students, teachers, labels)
         device = students[0].device
-        if not torch.compiler.is_compiling() and self._composed_from != self._versions():
-            self._compose()
         if masks is None and self.num_tokens is None:
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
-        own = self._modules_of_levels() if masks is None else ()
-        tokens = [module.mask_token.detach() for module in own]  # also after model.requires_grad_()
+        levels = self._tables(acc_dtype(students[0].dtype)) if masks is None else []
+        tokens = [level.tokens.detach() if level.tokens.requires_grad else level.tokens for level in levels]
         for token in tokens:
             check.on_device(token, "tokens", device)
         check.on_device(self.warmup_step, "warmup_step", device)
         self._seen = None  # what it holds is free for this call
-        weighting = self._weighting() if masks is None and mask_weights is None else None
+        weighting = [level.weighting for level in levels if level.weighting is not None] if mask_weights is None else []
+        standards = [level.standardization for level in levels if level.standardization is not None]
         pixels = valid_of_levels(valid, teachers) if valid is not None else []
         given: tuple[list[Tensor], Tensor | None] = ([], None)
         if masks is not None or mask_weights is not None:
             given = F.given_levels(masks, mask_weights, tokens, teachers, teacher)
         loss, distilled = distill_loss(
-            students, teachers, tokens, weighting, self._standardization(), pixels, *given,
+            students, teachers, tokens, weighting or None, standards, pixels, *given,
             self.custom_mask and masks is None, self.warmup_step, self.custom_mask_warmup, self.mask_power, self.loss_weight,
             self.eps, reduction, F.resolve_impl(self.impl, device),
         )  # fmt: skip
         if not torch.compiler.is_compiling():
-            weighed = weighting is not None or mask_weights is not None
+            weighed = bool(weighting) or mask_weights is not None
             self._seen = distilled, [t.shape for t in teachers], keys, pixels, weighed
         if self.training and advance:
             self.warmup_step.add_(1)
         return loss
+
+    def masks(self, features: Levels) -> Levels:
+        """The masks ``sigmoid(E t)`` ``[N, T, H_i, W_i]`` of a teacher's features, in their container.
+
+        Raises ValueError or TypeError for levels that do not fit, RuntimeError for ``num_tokens=None``.
+
+        Example:
+            >>> import torch
+            >>> from maskd_triton import MaskedDistillLoss, MaskLearner
+            >>> criterion = MaskedDistillLoss([16, 16], 4, pretrained=MaskLearner([16, 16], 4))
+            >>> [m.shape for m in criterion.masks([torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 4, 4)])]
+            [torch.Size([2, 4, 8, 8]), torch.Size([2, 4, 4, 4])]
+        """
+        if self.num_tokens is None:
+            raise RuntimeError("masks: this criterion has no tokens (num_tokens=None)")
+        tensors, keys = as_list(features, "features")
+        if len(tensors) != len(self.channels):
+            raise ValueError(f"features: expected {len(self.channels)} levels, got {len(tensors)}")
+        with torch.no_grad():
+            return like(features, [level.masks(x) for level, x in zip(self._levels(), tensors, strict=True)], keys)
 
     def diagnostics(self) -> dict[Any, DistillDiagnostics]:
         """Loss, coverage of the masks, pairwise Dice, weights and their entropy of every level of the latest call.
@@ -269,58 +290,18 @@ class MaskedDistillLoss(nn.Module):
                 self._fitting.clear()
             self._fitting.add(seen)
 
-    def _modules_of_levels(self) -> Iterator[MaskModule]:
-        return (module for module in self.mask_modules if isinstance(module, MaskModule))
-
-    # In stage 2 tokens and mask weighting are frozen, so what the operator needs is composed from them once (non-persistent
-    # buffers) whenever they may have changed: here, on load, on a move or cast, and, outside torch.compile, when a version
-    # counter says so.
-    def _weighting(self) -> list[tuple[Tensor, Tensor]] | None:
-        return list(zip(*self._composed("pool_rows", "pool_bias"), strict=True)) if self.weight_mask else None
-
-    def _standardization(self) -> list[F.Standardization] | None:
-        if not self.standardize:
-            return None
-        return [F.Standardization(*level) for level in zip(*self._composed(*_STANDARDIZATION), strict=True)]
-
-    def _composed(self, *names: str) -> list[list[Any]]:
-        return [[self._buffers[f"{name}_{i}"] for i in range(len(self.channels))] for name in names]
-
-    def _compose(self) -> None:
+    def _tables(self, dtype: torch.dtype) -> list[Tables]:
+        """Every level's, frozen also where a user put a level in training (a ``MaskModule``) in a level's place."""
         with torch.no_grad():
-            for i, module in enumerate(self._modules_of_levels()):
-                standard, weighting = module.composed(acc_dtype(module.mask_token.dtype))
-                names = ("pool_rows", "pool_bias") * (weighting is not None) + _STANDARDIZATION * (standard is not None)
-                for name, value in zip(names, (*(weighting or ()), *(standard or ())), strict=True):
-                    self.register_buffer(f"{name}_{i}", value, persistent=False)
-        self._composed_from = self._versions()
+            return [level.tables(dtype) for level in self._levels()]
 
-    def _sources(self) -> list[dict[str, Any]]:
-        """Where modules keep the tensors that are composed."""
-        if not (self.weight_mask or self.standardize):
-            return []
-        owners = [m for module in self._modules_of_levels() for m in (module, *(module.prob if module.weight_mask else ()))]
-        return [owned for owner in owners for owned in (owner._parameters, owner._buffers) if owned]
-
-    def _versions(self) -> list[int]:
-        tensors = [x for owned in self._owned for x in owned.values() if x is not None]  # .parameters() takes ten times as long
-        try:
-            return [x.data_ptr() for x in tensors] + [x._version for x in tensors]
-        except RuntimeError:  # tensors made under inference_mode do not count versions
-            return [x.data_ptr() for x in tensors] + [0 if x.is_inference() else x._version for x in tensors]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
-        super()._apply(fn, recurse)
-        self._compose()
-        return self
-
-
-_STANDARDIZATION = ("raw_tokens", "raw_bias", "affine")  # buffers that hold a Standardization per level
-
-
-def _recompose(criterion: Any, _incompatible_keys: object) -> None:
-    """A function of the module, not a lambda: a criterion can be pickled."""
-    criterion._compose()
+    def _levels(self) -> list[MaskLevel]:
+        levels: list[MaskLevel] = []
+        for level in self.mask_modules:
+            if not isinstance(level, MaskLevel):
+                raise TypeError(f"mask_modules: expected LevelTables (or MaskModule), got {type(level).__name__}")
+            levels.append(level)
+        return levels
 
 
 def _align(conv: Any, x: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 import os
 import re
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
-from ._levels import Levels, as_list, labels, per_level, valid_of_levels
+from ._levels import Levels, as_list, labels, like, per_level, valid_of_levels
 from ._outputs import find_module, refuse_compiled, replace_levels
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
+from .tables import CONVOLUTIONS, MaskLevel, Tables, compose
 from .teacher import FrozenTeacher, named_modules
 
 
-class MaskModule(nn.Module):
+class MaskModule(MaskLevel):
     r"""Receptive tokens of one feature level: T masks of every image, their weights, and the masked features.
 
     .. math::
@@ -69,14 +69,10 @@ class MaskModule(nn.Module):
         standardize: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(channels, num_tokens, weight_mask, standardize)
         check.choice(impl, "impl", F.IMPLS)
         self.impl = impl
-        self.channels = check.positive_int(channels, "channels")
-        self.num_tokens = check.positive_int(num_tokens, "num_tokens")
-        self.weight_mask = weight_mask
-        self.standardize = standardize
-        self.mask_token = nn.Parameter(torch.randn(num_tokens, channels) * 0.01)
+        self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * 0.01)
         if weight_mask:
             conv3, conv1 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, num_tokens, 1)
             for conv in (conv3, conv1):
@@ -88,10 +84,6 @@ class MaskModule(nn.Module):
             self.register_buffer("channel_std", torch.ones(channels))
             self.register_buffer("pixels_seen", torch.zeros((), dtype=torch.int64))
 
-    def extra_repr(self) -> str:
-        standardize = ", standardize=True" if self.standardize else ""
-        return f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}{standardize}"
-
     def weighting(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the 3x3 and of the 1x1 convolution of the mask weighting module."""
         if not self.weight_mask:
@@ -99,29 +91,14 @@ class MaskModule(nn.Module):
         conv3, conv1 = self.prob[0], self.prob[2]
         return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
 
-    def composed(self, dtype: torch.dtype) -> tuple[F.Standardization | None, tuple[Tensor, Tensor] | None]:
-        """The standardisation (None without) and the mask weighting (None without), composed in ``dtype``."""
-        weighting = F.compose_weighting(*(p.to(dtype) for p in self.weighting())) if self.weight_mask else None
-        if not self.standardize:
-            return None, weighting
-        mean, std = self.channel_mean.to(dtype), self.channel_std.to(dtype)
-        return F.compose_standardization(self.mask_token.to(dtype), mean, std, weighting)
-
-    def masks(self, x: Tensor) -> Tensor:
-        """``sigmoid(E x)``: ``[N, T, H, W]``."""
-        check.features(x, "x", self.channels)
-        standard, _ = self.composed(acc_dtype(x.dtype))
-        if standard is None:
-            return F.receptive_masks(x, self.mask_token)
-        return F.receptive_masks(x, standard.tokens, standard.token_bias)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """Softmax mask weights ``[N, T]``; ValueError with ``weight_mask=False``."""
-        check.features(x, "x", self.channels)
-        _, weighting = self.composed(acc_dtype(x.dtype))
-        if weighting is None:
-            raise ValueError("weight_mask=False: this module has no mask weights")
-        return F.mask_weights(x, *weighting)
+    def tables(self, dtype: torch.dtype) -> Tables:
+        """Composed in ``dtype`` of the present parameters, differentiable in them."""
+        level: dict[str, Tensor] = {"mask_token": self.mask_token}
+        if self.weight_mask:
+            level |= dict(zip(CONVOLUTIONS, self.weighting(), strict=True))
+        if self.standardize:
+            level |= {"channel_mean": self.channel_mean, "channel_std": self.channel_std}
+        return compose(level, dtype)
 
     def forward(self, x: Tensor, valid: Any = None) -> tuple[Tensor, Tensor]:
         check.features(x, "x", self.channels)
@@ -134,13 +111,14 @@ def _learn(
 ) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]:
     """:func:`functional.learn` with the parameters of every level's module."""
     acc = acc_dtype(features[0].dtype)
-    standards, weightings = zip(*(module.composed(acc) for module in modules), strict=True)
-    first = modules[0]
+    levels = [module.tables(acc) for module in modules]
+    standards = [level.standardization for level in levels if level.standardization is not None]
+    weightings = [level.weighting for level in levels if level.weighting is not None]
     return F.learn(
         features,
-        [s.tokens for s in standards] if first.standardize else [module.mask_token for module in modules],
-        weightings if first.weight_mask else None,
-        [s.token_bias for s in standards] if first.standardize else None,
+        [s.tokens for s in standards] or [level.tokens for level in levels],
+        weightings or None,
+        [s.token_bias for s in standards] or None,
         valid,
         impl,
     )
@@ -244,7 +222,7 @@ class MaskLearner(nn.Module):
         masked, dice, seen = _learn(self._modules_of_levels(), tensors, valid, self.impl)
         self._dice = dice.sum()
         self._seen = dict(zip(keys or range(len(seen)), seen, strict=True))
-        return _like(features, masked, keys)
+        return like(features, masked, keys)
 
     def _checked(self, features: Levels, name: str) -> tuple[list[Tensor], list[Any] | None]:
         """The levels and, of a mapping, their keys; ValueError or TypeError where they do not fit the learner."""
@@ -453,16 +431,3 @@ class _ReplaceOutput:
 
     def __call__(self, _module: nn.Module, _inputs: Any, result: Any) -> Any:
         return replace_levels(result, self.field, self.name, lambda levels: self.change(levels, self.name))
-
-
-def _like(features: Levels, tensors: list[Tensor], keys: list[Any] | None) -> Levels:
-    """``tensors`` in the container of ``features``."""
-    if isinstance(features, Tensor):
-        return tensors[0]
-    if isinstance(features, defaultdict):
-        return defaultdict(features.default_factory, zip(keys or (), tensors, strict=True))
-    if isinstance(features, Mapping):
-        return type(features)(zip(keys or (), tensors, strict=True))  # type: ignore[call-arg]
-    if isinstance(features, tuple) and hasattr(features, "_make"):
-        return features._make(tensors)
-    return type(features)(tensors)  # type: ignore[call-arg]

@@ -1,5 +1,7 @@
-"""Tensors in the layouts that users bring."""
+"""Tensors in the layouts that users bring, criteria in the precision that a test needs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,3 +41,14 @@ def require_private(owner: Any, *names: str) -> None:
             import triton
 
             raise RuntimeError(f"the tests patch {owner.__name__}.{name}, which Triton {triton.__version__} does not have")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A criterion made inside keeps its tables in ``dtype``; a later ``.double()`` brings back no digit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,5 +1,6 @@
 """Learned tokens from every source users have, and one clear sentence for every file that cannot be one."""
 
+import copy
 import os
 import pickle
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskd_triton import MaskedDistillLoss, MaskLearner
+from maskd_triton import MaskedDistillLoss, MaskLearner, reference
+from maskd_triton import functional as F
 from maskd_triton.checkpoints import load_masks, mask_state
 
 CHANNELS, TOKENS = [4, 6], 3
@@ -46,18 +48,29 @@ def loss_of(criterion: MaskedDistillLoss) -> Tensor:
 
 
 def assert_holds(criterion: MaskedDistillLoss, learner: MaskLearner) -> None:
-    """Every mask entry, and the loss against a criterion whose parameters were copied one by one."""
-    options = {"weight_mask": learner.mask_modules[0].weight_mask, "custom_mask": False}
-    direct = untrained(learner.channels, learner.mask_modules[0].num_tokens, **options)
-    entries = learner.state_dict()
-    assert entries.keys() == {k for k in criterion.state_dict() if k.startswith("mask_modules.")}
+    """The tables of the learner's parameters, composed here by the public formulas in float64, and the loss by them."""
+    modules = [module.double() for module in copy.deepcopy(learner).mask_modules]
+    want: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, parameter in direct.mask_modules.named_parameters(prefix="mask_modules"):
-            parameter.copy_(entries[name])
-            assert torch.equal(criterion.state_dict()[name], entries[name]), name
-    assert not any(p.requires_grad for p in criterion.mask_modules.parameters())
+        for i, module in enumerate(modules):
+            weighting = F.compose_weighting(*module.weighting()) if module.weight_mask else ()
+            tables = dict(zip(("mask_token", "pool_rows", "pool_bias"), (module.mask_token, *weighting), strict=False))
+            want |= {f"mask_modules.{i}.{name}": value.float() for name, value in tables.items()}
+    state = criterion.state_dict()
+    assert want.keys() == {k for k in state if k.startswith("mask_modules.")}
+    for name, value in want.items():
+        assert torch.equal(state[name], value), name
+    assert not list(criterion.mask_modules.parameters())
     loss = loss_of(criterion)
-    assert torch.equal(loss, loss_of(direct))
+    generator = torch.Generator().manual_seed(2)
+    s, t = ([torch.randn(2, c, 5, 4, generator=generator).double() for c in criterion.channels] for _ in range(2))
+    weighting = [module.weighting() for module in modules] if modules[0].weight_mask else None
+    torch.testing.assert_close(
+        loss.double(),
+        reference.distill_loss_levels(s, t, [m.mask_token for m in modules], weighting).detach(),
+        rtol=1e-5,
+        atol=0,
+    )
     assert (loss > 0.01).all()
 
 
@@ -127,7 +140,7 @@ def test_entries_of_other_dtypes_are_cast(dtype: torch.dtype) -> None:
     expected = learned()
     expected.load_state_dict({k: v.float() for k, v in entries.items()})
     criterion = MaskedDistillLoss(CHANNELS, TOKENS, custom_mask=False, pretrained=entries)
-    assert {p.dtype for p in criterion.parameters()} == {torch.float32}
+    assert {x.dtype for x in criterion.mask_modules.buffers()} == {torch.float32}
     assert_holds(criterion, expected)
 
 
@@ -376,7 +389,7 @@ def test_criterion_round_trip(student_channels: list[int] | None, weight_mask: b
     for _ in range(3):
         criterion(student, teacher)
     levels = range(len(CHANNELS))
-    entries = ["mask_token", *(f"prob.{i}.{p}" for i in (0, 2) for p in ("weight", "bias") if weight_mask)]
+    entries = ["mask_token", *(("pool_rows", "pool_bias") if weight_mask else ())]
     documented = {f"mask_modules.{i}.{entry}" for i in levels for entry in entries} | {"warmup_step"}
     if student_channels:
         documented |= {f"align.{i}.{p}" for i in levels for p in ("weight", "bias")}
@@ -415,12 +428,20 @@ def test_sources_of_a_learner(source: Callable[[MaskLearner, Path], Any], weight
     assert all(p.requires_grad for p in loaded.parameters())
 
 
-def test_a_learner_from_a_criterion_and_from_bare_entries() -> None:
-    learner = learned()
-    criterion = MaskedDistillLoss(CHANNELS, TOKENS, student_channels=[2, 3], pretrained=learner)
-    assert_equal_entries(learner, MaskLearner(CHANNELS, TOKENS, pretrained=criterion))
-    single = filled(MaskLearner(19, 8))
-    assert_equal_entries(single, MaskLearner(19, 8, pretrained=single.mask_modules[0].state_dict()))
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_learner_from_bare_entries(standardize: bool) -> None:
+    single = filled(MaskLearner(19, 8, standardize=standardize))
+    for module in single.mask_modules if standardize else ():
+        module.pixels_seen.fill_(1)
+    entries = single.mask_modules[0].state_dict()
+    assert_equal_entries(single, MaskLearner(19, 8, standardize=standardize, pretrained=entries))
+
+
+def test_a_learner_from_a_criterion() -> None:
+    criterion = MaskedDistillLoss(CHANNELS, TOKENS, pretrained=learned())
+    for source in (criterion, criterion.state_dict(), criterion.mask_modules[0].state_dict()):
+        with pytest.raises(ValueError, match=r"pretrained: these are the tables of a MaskedDistillLoss.*pass the MaskLearner"):
+            MaskLearner(CHANNELS, TOKENS, pretrained=source)
 
 
 @pytest.mark.parametrize(("entries", "problems"), PROBLEMS.values(), ids=PROBLEMS)

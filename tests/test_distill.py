@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCH_LAST, LAYOUTS, in_layout, moved, rounding
+from helpers import BATCH_LAST, LAYOUTS, default_dtype, in_layout, moved, rounding
 from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, _ops, reference
@@ -509,13 +509,15 @@ def test_a_rejected_call_does_not_advance(target: Target) -> None:
 def test_align_is_trained_through_the_loss(target: Target) -> None:
     impl, device = target
     torch.manual_seed(0)
-    criterion = MaskedDistillLoss(5, 3, student_channels=2, pretrained=MaskLearner(5, 3), impl=impl).to(device).double()
+    learner = MaskLearner(5, 3).double()
+    with default_dtype(torch.float64):
+        criterion = MaskedDistillLoss(5, 3, student_channels=2, pretrained=learner, impl=impl).to(device)
     student = torch.randn(2, 2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
     teacher = torch.randn(2, 5, 3, 4, dtype=torch.float64, device=device)
     criterion(student, teacher).backward()
     weight, bias = (p.detach().clone().requires_grad_() for p in criterion.align[0].parameters())
     copy = student.detach().clone().requires_grad_()
-    module = criterion.mask_modules[0]
+    module = learner.to(device).mask_modules[0]
     aligned = torch.nn.functional.conv2d(copy, weight, bias)
     reference.distill_loss([aligned], [teacher], [module.mask_token], [module.weighting()]).backward()
     for got, expected in zip((student, *criterion.align[0].parameters()), (copy, weight, bias), strict=True):

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, in_layout
+from helpers import LAYOUTS, default_dtype, in_layout
 
 from maskd_triton import MaskedDistillLoss, MaskModule
+from maskd_triton.checkpoints import load_masks
 
 DATA = Path(__file__).parent / "data"
 DISTILL = sorted(p.stem for p in DATA.glob("*.npz") if not p.stem.startswith("learn"))
@@ -18,19 +19,22 @@ def parameters(data: np.lib.npyio.NpzFile) -> dict[str, torch.Tensor]:
     return {k.removeprefix("param:"): torch.tensor(data[k]) for k in data.files if k.startswith("param:")}
 
 
-def criterion_for(data: np.lib.npyio.NpzFile, segmentation: bool, impl: str) -> MaskedDistillLoss:
+def criterion_for(
+    data: np.lib.npyio.NpzFile, segmentation: bool, impl: str, dtype: torch.dtype, pretrained: bool = True
+) -> MaskedDistillLoss:
     levels = sum(k.startswith("student_") for k in data.files)
-    return MaskedDistillLoss(
-        [data[f"student_{i}"].shape[1] for i in range(levels)],
-        int(data["num_tokens"]),
-        weight_mask=not segmentation and bool(data["weight_mask"]),
-        custom_mask=not segmentation and bool(data["custom_mask"]),
-        custom_mask_warmup=0,
-        loss_weight=0.5 if segmentation else float(data["loss_weight"]),
-        eps=1e-5 if segmentation else 1e-12,
-        pretrained=parameters(data),
-        impl=impl,
-    )
+    with default_dtype(dtype):
+        return MaskedDistillLoss(
+            [data[f"student_{i}"].shape[1] for i in range(levels)],
+            int(data["num_tokens"]),
+            weight_mask=not segmentation and bool(data["weight_mask"]),
+            custom_mask=not segmentation and bool(data["custom_mask"]),
+            custom_mask_warmup=0,
+            loss_weight=0.5 if segmentation else float(data["loss_weight"]),
+            eps=1e-5 if segmentation else 1e-12,
+            pretrained=parameters(data) if pretrained else None,
+            impl=impl,
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -39,7 +43,29 @@ def criterion_for(data: np.lib.npyio.NpzFile, segmentation: bool, impl: str) -> 
 def test_distill(name: str, dtype: torch.dtype, bound: float, layout: str, target: tuple[str, str]) -> None:
     impl, device = target
     data = np.load(DATA / f"{name}.npz")
-    criterion = criterion_for(data, name.startswith("segmentation"), impl).to(device, dtype)
+    check_distill(data, criterion_for(data, name.startswith("segmentation"), impl, dtype).to(device), dtype, bound, layout)
+
+
+@pytest.mark.parametrize("entries", ["learner", "criterion"])
+@pytest.mark.parametrize("name", DISTILL)
+@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
+def test_distill_of_a_criterion_moved_to_float64_before_it_is_loaded(name: str, entries: str) -> None:
+    """Made in float32, which its tables were never rounded to."""
+    data = np.load(DATA / f"{name}.npz")
+    segmentation = name.startswith("segmentation")
+    criterion = criterion_for(data, segmentation, "eager", torch.float32, pretrained=False).double()
+    if entries == "learner":
+        load_masks(criterion.mask_modules, parameters(data))
+    else:
+        other = criterion_for(data, segmentation, "eager", torch.float64)
+        criterion.load_state_dict(other.state_dict())
+    check_distill(data, criterion, torch.float64, 1e-10, "nchw")
+
+
+def check_distill(
+    data: np.lib.npyio.NpzFile, criterion: MaskedDistillLoss, dtype: torch.dtype, bound: float, layout: str
+) -> None:
+    device = criterion.warmup_step.device
     levels = range(len(criterion.channels))
     load = lambda key: in_layout(torch.tensor(data[key]).to(device, dtype), layout)  # noqa: E731
     student = [load(f"student_{i}").requires_grad_() for i in levels]
@@ -58,7 +84,7 @@ def test_distill(name: str, dtype: torch.dtype, bound: float, layout: str, targe
 @pytest.mark.parametrize("name", DISTILL)
 def test_masks_and_weights(name: str) -> None:
     data = np.load(DATA / f"{name}.npz")
-    criterion = criterion_for(data, name.startswith("segmentation"), "eager").double()
+    criterion = criterion_for(data, name.startswith("segmentation"), "eager", torch.float64)
     for i, module in enumerate(criterion.mask_modules):
         teacher = torch.tensor(data[f"teacher_{i}"]).double()
         masks = module.masks(teacher)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, in_layout
+from helpers import LAYOUTS, default_dtype, in_layout
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
@@ -57,18 +57,9 @@ def test_loss_equals_crops(weight_mask: bool, standardize: bool, eps: float, tar
     torch.manual_seed(0)
     impl, device = target
     learner = trained(MaskLearner(CHANNELS, 3, weight_mask, standardize=standardize), device)
-    criterion = MaskedDistillLoss(
-        CHANNELS,
-        3,
-        weight_mask=weight_mask,
-        standardize=standardize,
-        custom_mask_warmup=0,
-        eps=eps,
-        pretrained=learner,
-        impl=impl,
-    ).to(device)
-    criterion = criterion.double().eval()
-    criterion.load_state_dict({**criterion.state_dict(), **learner.state_dict()})
+    options = {"weight_mask": weight_mask, "standardize": standardize, "custom_mask_warmup": 0, "eps": eps, "impl": impl}
+    with default_dtype(torch.float64):
+        criterion = MaskedDistillLoss(CHANNELS, 3, pretrained=learner, **options).to(device).eval()
     student, teacher = maps(device, grad=True), maps(device)
     loss = criterion(student, teacher, valid=valid_of(IMAGES, device))
     grads = torch.autograd.grad(loss, student)

@@ -1,0 +1,205 @@
+"""What stage 2 reads of one level: composed once, in float64, from what stage 1 learned."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks as check
+from . import functional as F
+from ._eager import acc_dtype
+
+CONVOLUTIONS = ("prob.0.weight", "prob.0.bias", "prob.2.weight", "prob.2.bias")
+
+
+class Tables(NamedTuple):
+    """One level as the operators take it.
+
+    Attributes:
+        tokens: ``[T, C]``.
+        weighting: ``rows [9, T, C]`` and ``bias [T]`` or ``[5, T]``; None without mask weights.
+        standardization: None for raw features.
+    """
+
+    tokens: Tensor
+    weighting: tuple[Tensor, Tensor] | None
+    standardization: F.Standardization | None
+
+
+def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
+    """The tables of one level's published entries (:meth:`MaskLevel.published_shapes`), composed in ``dtype``.
+
+    Tokens, which nothing is composed of, stay as they are. Differentiable."""
+    weighting = None
+    if CONVOLUTIONS[0] in level:
+        weighting = F.compose_weighting(*(level[name].to(dtype) for name in CONVOLUTIONS))
+    if "channel_mean" not in level:
+        return Tables(level["mask_token"], weighting, None)
+    token, mean, std = (level[name].to(dtype) for name in ("mask_token", "channel_mean", "channel_std"))
+    standardization, weighting = F.compose_standardization(token, mean, std, weighting)
+    return Tables(level["mask_token"], weighting, standardization)
+
+
+COMPOSED = frozenset(("pool_rows", "pool_bias", "teacher_tokens", "token_bias", "statistics"))  # of LevelTables alone
+PUBLISHED = frozenset((*CONVOLUTIONS, "channel_mean", "channel_std", "pixels_seen"))  # of MaskModule alone
+
+
+class MaskLevel(nn.Module):
+    """What a level in training and a frozen one have in common: its options, and masks and weights of features."""
+
+    def __init__(self, channels: int, num_tokens: int, weight_mask: bool, standardize: bool) -> None:
+        super().__init__()
+        self.channels = check.positive_int(channels, "channels")
+        self.num_tokens = check.positive_int(num_tokens, "num_tokens")
+        self.weight_mask = weight_mask
+        self.standardize = standardize
+
+    def extra_repr(self) -> str:
+        standardize = ", standardize=True" if self.standardize else ""
+        return f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}{standardize}"
+
+    def tables(self, dtype: torch.dtype) -> Tables:
+        """What the operators take; what must be composed for it is composed in ``dtype``."""
+        raise NotImplementedError
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The entries of a level as :class:`MaskModule` and the official implementation name them."""
+        t, c = self.num_tokens, self.channels
+        shapes: dict[str, tuple[int, ...]] = {"mask_token": (t, c)}
+        if self.weight_mask:
+            shapes |= dict(zip(CONVOLUTIONS, ((c, c, 3, 3), (c,), (t, c, 1, 1), (t,)), strict=True))
+        if self.standardize:
+            shapes |= {"channel_mean": (c,), "channel_std": (c,), "pixels_seen": ()}
+        return shapes
+
+    def table_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The entries of a :class:`LevelTables`."""
+        t, c = self.num_tokens, self.channels
+        shapes: dict[str, tuple[int, ...]] = {"mask_token": (t, c)}
+        if self.weight_mask:
+            shapes |= {"pool_rows": (9, t, c), "pool_bias": (5, t) if self.standardize else (t,)}
+        if self.standardize:
+            shapes |= {"teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c)}
+        return shapes
+
+    def masks(self, x: Tensor) -> Tensor:
+        """``sigmoid(E x)`` of the teacher's features ``[N, C, H, W]``: ``[N, T, H, W]``."""
+        check.features(x, "x", self.channels)
+        tokens, _, standard = self.tables(acc_dtype(x.dtype))
+        if standard is None:
+            return F.receptive_masks(x, tokens)
+        return F.receptive_masks(x, standard.tokens, standard.token_bias)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Softmax mask weights ``[N, T]``; ValueError with ``weight_mask=False``."""
+        check.features(x, "x", self.channels)
+        weighting = self.tables(acc_dtype(x.dtype)).weighting
+        if weighting is None:
+            raise ValueError("weight_mask=False: this module has no mask weights")
+        return F.mask_weights(x, *weighting)
+
+
+class LevelTables(MaskLevel):
+    r"""The frozen tables of one level in a :class:`MaskedDistillLoss`: buffers, which are exactly what its kernels read.
+
+    .. math::
+        m = \sigma(E' x + b), \quad w = \mathrm{softmax}_t\big(\tfrac{1}{HW} \textstyle\sum_s R_s S_s(x) + c\big)
+
+    with the sums ``S_s`` of ``x`` over nine strips (:func:`functional.compose_weighting`).
+
+    Args:
+        channels: C, channels of the teacher's features.
+        num_tokens: T.
+        weight_mask: with mask weights.
+        standardize: of features standardised per channel.
+
+    Buffers, in the default dtype: ``mask_token [T, C]`` (``E``, which the student's masks use); with mask weights ``pool_rows
+    [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``); with ``standardize`` also ``teacher_tokens [T, C]``
+    (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean and 1 / std). Zeros until they are loaded.
+
+    ``load_state_dict`` takes these, and the entries of a :class:`MaskModule` (``mask_token``, ``prob.0.weight``, ...,
+    ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error.
+
+    Raises ValueError or TypeError for sizes that are not positive ints.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton import MaskModule
+        >>> from maskd_triton.tables import LevelTables
+        >>> learned, tables = MaskModule(16, num_tokens=6), LevelTables(16, num_tokens=6)
+        >>> tables.load_state_dict(learned.state_dict())
+        <All keys matched successfully>
+        >>> x = torch.randn(2, 16, 8, 8)
+        >>> torch.allclose(tables.masks(x), learned.masks(x)), tables.weights(x).shape
+        (True, torch.Size([2, 6]))
+    """
+
+    mask_token: Tensor
+    pool_rows: Tensor
+    pool_bias: Tensor
+    teacher_tokens: Tensor
+    token_bias: Tensor
+    statistics: Tensor
+
+    def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True, standardize: bool = False) -> None:
+        super().__init__(channels, num_tokens, weight_mask, standardize)
+        with torch.inference_mode(False):  # whatever mode they are made in, a backward pass may need them
+            for name, shape in self.table_shapes().items():
+                self.register_buffer(name, torch.zeros(shape))
+
+    def tables(self, dtype: torch.dtype | None = None) -> Tables:
+        """The buffers, whatever ``dtype``."""
+        return Tables(
+            self.mask_token,
+            (self.pool_rows, self.pool_bias) if self.weight_mask else None,
+            F.Standardization(self.teacher_tokens, self.token_bias, self.statistics) if self.standardize else None,
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        level = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        composed = not level or bool(COMPOSED & level.keys())
+        expected = self.table_shapes() if composed else self.published_shapes()
+        missing = [name for name in expected if name not in level]
+        if strict:
+            missing_keys += [prefix + name for name in missing]
+            unexpected_keys += [prefix + name for name in level if name not in expected]
+        if missing:
+            if len(missing) < len(expected):  # the tables of a level belong together
+                error_msgs.append(f"{prefix[:-1]}: expected all entries of a level, got no {', '.join(missing)}")
+            return
+        if not composed:
+            wrong = [n for n, shape in expected.items() if level[n].shape != shape or level[n].is_meta]
+            if wrong:
+                error_msgs += [
+                    f"size mismatch for {prefix}{name}: expected {list(expected[name])}, "
+                    f"got {list(level[name].shape)}{' on meta' * level[name].is_meta}"
+                    for name in wrong
+                ]
+                return
+            level = self._composed(
+                {name: level[name] for name in expected}, bool(local_metadata.get("assign_to_params_buffers", False))
+            )
+        own = {prefix + name: level[name] for name in self._buffers}
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    @torch.no_grad()
+    def _composed(self, level: Mapping[str, Tensor], assign: bool) -> dict[str, Tensor]:
+        """The buffers in float64 on the CPU, or, to be assigned, in dtype and on the device of the tokens they are made of."""
+        with torch.inference_mode(False):
+            full = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in level.items()}  # of DTensors
+            like = full["mask_token"]
+            tables = compose({name: x.to("cpu", torch.float64) for name, x in full.items()}, torch.float64)
+            values = [tables.tokens, *(tables.weighting or ()), *(tables.standardization or ())]
+            if assign:
+                values = [value.to(like.device, like.dtype) for value in values]
+            return dict(zip(self._buffers, values, strict=True))
