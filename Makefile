@@ -13,6 +13,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal -p tests.ptx.plugin tests/ptx
 
 $(VENV)/demo.stamp: EXTRAS := demo
 $(VENV)/test.stamp: EXTRAS := test,dev,demo,models,recipes
