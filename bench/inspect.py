@@ -5,17 +5,20 @@ widths of the global loads, and, counted in the compiled code as it stands (a lo
 access and such bytes per element of a feature tile.
 
 The launchers themselves are run, on CPU tensors, with a driver that only knows its target: what is compiled is exactly what a
-launch on that GPU would compile, and nothing is executed. Exit status 1 if a kernel spills registers or loads features
-fewer 16 bytes at a time than its tiles hold, where the alignment of its input allows that.
+launch on that GPU would compile, and nothing is executed. ``--choice`` compiles the sixth of the cases that the tests compile.
+Exit status 1 if a kernel spills registers or loads features fewer 16 bytes at a time than its tiles hold, where the alignment
+of its input allows that.
 """
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -99,7 +102,7 @@ class Case:
         return f"{student}{self.dtype} {self.layout} C{self.channels} T{self.tokens} {sizes} {flags}{shipped}"
 
 
-def _name(kernel: Any) -> str:
+def kernel_name(kernel: Any) -> str:
     """Both stages have a finishing kernel."""
     return "learn_finish_kernel" if kernel is learn.finish_kernel else kernel.fn.__name__
 
@@ -174,7 +177,7 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
         power = 1 if given else 2
         distill.forward(
             student, teacher, [] if given else tokens, rows, bias, tokens if case.standard else [], token_bias, affine,
-            valid, given, weights if valid else None, case.custom, step, 1000, power, 1.0, 1e-12, loss, masks, weights,
+            valid, given, weights if valid else None, case.custom, step, 1000, power, 1e-12, loss, masks, weights,
         )  # fmt: skip
         distill.backward(loss, student, teacher, masks, weights, affine, power)
         parameters_of_learn = tokens, token_bias, rows, bias, own_weights
@@ -197,7 +200,7 @@ def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Compiled]]:
         def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
             tile = kwargs.get("BLOCK_C", 0) * kwargs.get("BLOCK_P", 0)
             binary = type(kernel).run(kernel, *args, grid=grid, warmup=True, **kwargs)
-            compiled[_name(kernel)] = Compiled(binary, tile / (kwargs["num_warps"] * target.warp_size))
+            compiled[kernel_name(kernel)] = Compiled(binary, tile / (kwargs["num_warps"] * target.warp_size))
 
         return run
 
@@ -316,6 +319,24 @@ def shipped_cases() -> list[Case]:
     ]
 
 
+def choice() -> list[tuple[str, Case]]:
+    """Fewer than a sixth of all targets and cases, which together cover what :func:`covered` lists of all of them."""
+    left = {job: covered(*job) for job in itertools.product(TARGETS, cases())}
+    taken: list[tuple[str, Case]] = []
+    while wanted := set().union(*left.values()):
+        compiled = Counter(target for target, _ in taken)
+        taken.append(max(left, key=lambda job: (len(left[job]), -compiled[job[0]])))
+        left = {job: kinds & (wanted - left[taken[-1]]) for job, kinds in left.items()}
+    return taken
+
+
+def covered(target: str, case: Case) -> set[frozenset[Any]]:
+    """What compiling a case for a target shows: every pair of its properties on some target; on this target its dtype, layout
+    and number of tokens, and the kernels of valid pixels and of missing mask weights."""
+    own = {(name, getattr(case, name)) for name in ("dtype", "layout", "tokens", "weighted", "valid")}
+    return {frozenset(pair) for pair in itertools.combinations(vars(case).items(), 2)} | {frozenset((target, x)) for x in own}
+
+
 def problems(case: Case, fact: Facts) -> list[str]:
     """What is wrong with a compiled kernel: spilled registers, or fewer 16-byte loads than its feature tiles need where half
     and float32 features allow them (float64 is for tests)."""
@@ -350,13 +371,20 @@ def _inspected(target: str, case: Case) -> list[Facts]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--choice", action="store_true", help="the sixth of the cases that the tests compile")
+    parser.add_argument("--jobs", type=int, help="processes; 1: this one. Default: one for each core")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}")
     failed = 0
-    jobs = [(target, case) for target in arguments.target for case in cases()]
-    # a fresh process: the compiler is not safe to fork
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for (target, case), report in zip(jobs, pool.map(_inspected, *zip(*jobs, strict=True)), strict=True):
+    jobs = choice() if arguments.choice else list(itertools.product(TARGETS, cases()))
+    jobs = [(target, case) for target, case in jobs if target in arguments.target]
+    with contextlib.ExitStack() as stack:
+        if arguments.jobs == 1:
+            reports = map(_inspected, *zip(*jobs, strict=True))
+        else:  # fresh processes: the compiler is not safe to fork
+            pool = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
+            reports = stack.enter_context(pool).map(_inspected, *zip(*jobs, strict=True))
+        for (target, case), report in zip(jobs, reports, strict=True):
             for fact in report:
                 wrong = problems(case, fact)
                 failed += len(wrong)

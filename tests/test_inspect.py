@@ -1,4 +1,5 @@
-"""Every kernel and configuration compiles for four GPUs without spills and with full-width loads."""
+"""Every kernel compiles for four GPUs without spills and with full-width loads: a choice of what ``python -m bench.inspect``
+compiles, which covers every kind of code."""
 
 import os
 import subprocess
@@ -7,52 +8,56 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+from bench import inspect
+
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_compiles_without_spills(target: str) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # it would not compile anything
-    command = [sys.executable, "-m", "bench.inspect", "--target", target]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def compiling(*arguments: str) -> str:
+    """The output of a Python process that compiles kernels, which this one, with its interpreter, would not."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert result.stdout.count("forward_kernel") >= 25
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", inspect.TARGETS)
+def test_compiles_without_spills(target: str) -> None:
+    shown = compiling("-m", "bench.inspect", "--choice", "--jobs", "1", "--target", target)
+    for kernel in map(inspect.kernel_name, inspect.KERNELS):
+        assert f" {kernel} " in shown
+    assert shown.count("forward_kernel") == [chosen for chosen, _ in inspect.choice()].count(target) >= 6
+
+
+def test_choice() -> None:
+    """Small, and yet it holds every dtype, layout and number of tokens on every target, and everything any case has."""
+    chosen, cases = inspect.choice(), inspect.cases()
+    assert len(set(chosen)) == len(chosen) < len(cases) * len(inspect.TARGETS) / 6
+    for name in vars(cases[0]):
+        values = {getattr(case, name) for case in cases}
+        assert {getattr(case, name) for _, case in chosen} == values
+        for target in inspect.TARGETS if name in ("dtype", "layout", "tokens", "weighted", "valid") else ():
+            assert {getattr(case, name) for t, case in chosen if t == target} == values
+    pairs = [{(case.dtype, case.layout, case.valid) for case in each} for each in (cases, (case for _, case in chosen))]
+    assert {pair[:2] for pair in pairs[0]} == {pair[:2] for pair in pairs[1]}
+    assert {pair[1:] for pair in pairs[0]} == {pair[1:] for pair in pairs[1]}
 
 
 def test_occupancy() -> None:
     """By hand: 128 registers of 128 threads fit four times into 65536; 3 programs' memory into 164 KiB; 8 waves a SIMD."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    from bench.inspect import TARGETS, occupancy
-
-    assert occupancy(TARGETS["sm_90"], 125, 23040, 4) == 4 * 4 / 64
-    assert occupancy(TARGETS["sm_80"], 32, 50 * 1024, 8) == 3 * 8 / 64
-    assert occupancy(TARGETS["sm_100"], 16, 0, 1) == 32 / 64
-    assert occupancy(TARGETS["gfx942"], 64, 0, 4) == 1
-    assert occupancy(TARGETS["gfx942"], 186, 4096, 2) == 4 * 2 / 32
+    occupancy, targets = inspect.occupancy, inspect.TARGETS
+    assert occupancy(targets["sm_90"], 125, 23040, 4) == 4 * 4 / 64
+    assert occupancy(targets["sm_80"], 32, 50 * 1024, 8) == 3 * 8 / 64
+    assert occupancy(targets["sm_100"], 16, 0, 1) == 32 / 64
+    assert occupancy(targets["gfx942"], 64, 0, 4) == 1
+    assert occupancy(targets["gfx942"], 186, 4096, 2) == 4 * 2 / 32
 
 
-NARROW = """
-import sys
-from unittest import mock
-from bench import inspect
-from maskd_triton.kernels import launch
-
-silent = []
-with mock.patch.object(launch, "_aligned", return_value=False):
-    for case in (inspect.Case("bf16"), inspect.Case("bf16", "nhwc"), inspect.Case("fp32"), inspect.Case("fp32", "nhwc")):
-        for name, compiled in inspect.compile_case(case, sys.argv[1]).items():
-            if name in inspect.FEATURE_MAPS and not inspect.problems(case, inspect.facts(name, compiled)):
-                silent.append(f"{case} {name}")
-sys.exit("\\n".join(silent) or 0)
-"""
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_narrow_loads_are_noticed(target: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "cases"), [("sm_90", "bf16-nchw fp32-nhwc"), ("gfx942", "bf16-nhwc fp32-nchw")])
+def test_narrow_loads_are_noticed(target: str, cases: str) -> None:
     """Were alignment not known at compile time, the inspector would say so for every kernel that moves feature maps."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", NARROW, target]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    compiling("tests/programs/narrow_loads.py", target, *cases.split())
