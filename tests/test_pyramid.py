@@ -116,43 +116,12 @@ def reference_level(
     return x * torch.einsum("nt,nthw->nhw", w, m)[:, None], dice
 
 
-VARIANTS = """
-import random, sys
-import torch
-from bench import inspect
-from maskd_triton import _ops
-from maskd_triton.kernels import launch
-
-dtype, layout = getattr(torch, sys.argv[1]), sys.argv[2]
-random.seed(0)
-tokens, rows, bias = ([torch.empty(s) for _ in range(5)] for s in ((6, 16), (9, 6, 16), (6,)))
-with inspect._compiling_for(inspect.TARGETS["sm_90"]):
-    for _ in range(500):
-        h, w, n = random.randint(320, 800), random.randint(320, 1344), random.randint(1, 3)
-        sizes = [(-(-h // s), -(-w // s)) for s in (8, 16, 32, 64, 128)]
-        maps = [torch.empty(n, 16, a * b, dtype=dtype) for a, b in sizes]
-        if layout == "nhwc":
-            maps = [torch.empty(n, a * b, 16, dtype=dtype).transpose(1, 2) for a, b in sizes]
-        heights, step = [a for a, _ in sizes], torch.zeros((), dtype=torch.int64)
-        student = [m.unflatten(2, size) for m, size in zip(maps, sizes)]
-        teacher = [m.clone() for m in student]
-        loss, masks, weights = _ops.distill(
-            student, teacher, tokens, rows, bias, [], [], [], [], [], None, True, step, 1000, 2, 1e-12, "triton")
-        _ops.distill_backward(loss, student, teacher, masks, weights, [], 2, "triton")
-        y, dice, kept = _ops.learn(maps, tokens, [], rows, bias, [], [], heights, "triton")
-        _ops.learn_backward(y, dice, maps, tokens, [], rows, bias, [], kept, heights, False, "triton")
-        _ops.pool(maps, [torch.empty(n, a * b, dtype=torch.uint8) for a, b in sizes], heights, "triton")
-    counts = {inspect._name(k): sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
-print(counts)
-assert {name: n for name, n in counts.items() if not 1 <= n <= 8} == {"feature_gradient_kernel": 0}, counts
-"""
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_500_image_sizes_compile_few_variants(dtype: str, layout: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # it would not compile anything
-    command = [sys.executable, "-c", VARIANTS, dtype, layout]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "tests/programs/variants.py", dtype, layout]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
