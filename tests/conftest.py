@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each of pytest-xdist's processes, and for those that tests start
 
+import numpy as np
 import torch
 from helpers import require_private
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 _TARGETS = [("eager", "cpu"), *([("eager", "cuda"), ("triton", "cuda")] if HAS_GPU else [("triton", "cpu")])]
 
@@ -34,8 +37,9 @@ def target(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_as_a_gpu() -> Iterator[None]:
-    """A kernel's float arguments are float32; the interpreter would hand them over in float64. And it would patch
-    triton.language for every call of one jit function by another, not once a launch, which takes longer than what most do."""
+    """A kernel's float arguments are float32; the interpreter would hand them over in float64. And what it does besides a
+    kernel's own work would take most of the time: it would patch triton.language for every call of one jit function by another,
+    not once a launch, and look for overflows of integers by nine interpreted operations, not by numpy's."""
     if HAS_GPU or importlib.util.find_spec("triton") is None:
         yield
         return
@@ -44,6 +48,7 @@ def interpreter_as_a_gpu() -> Iterator[None]:
     require_private(interpreter, "_implicit_cvt", "_patch_lang", "GridExecutor", "InterpretedFunction")
     require_private(interpreter.GridExecutor, "__call__")
     require_private(interpreter.InterpretedFunction, "__call__", "rewrite")
+    require_private(interpreter.TritonSemantic, "binary_op_sanitize_overflow_impl")
     convert = interpreter._implicit_cvt
 
     def rounded(argument: Any) -> Any:
@@ -62,8 +67,16 @@ def interpreter_as_a_gpu() -> Iterator[None]:
             patched.add(module)
         return function.rewrite()(*args, **kwargs)
 
+    def refuse_overflow(_semantic: Any, lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
+        a, b = lhs.handle.data, rhs.handle.data
+        if a.dtype.itemsize < 8:
+            exact, limits = _EXACT[operation.__name__](a, b, dtype=np.int64), np.iinfo(a.dtype)
+            if exact.min() < limits.min or exact.max() > limits.max:
+                raise OverflowError(f"{operation.__name__} of {a.dtype} overflows")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_implicit_cvt", rounded)
+        patch.setattr(interpreter.TritonSemantic, "binary_op_sanitize_overflow_impl", refuse_overflow)
         patch.setattr(interpreter.GridExecutor, "__call__", begin)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         yield
