@@ -1,6 +1,6 @@
 """Features as lists of levels: one tensor, a sequence matched by position, or a mapping matched by key."""
 
-from collections import defaultdict
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,21 +30,60 @@ def per_level(value: int | Sequence[int], name: str, levels: int | None = None) 
 
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
     """The tensors of ``features`` and, for a mapping, their keys; ``keys`` gives the order a mapping must follow."""
+    features = tensor_of(features)
     if isinstance(features, Tensor):
         return [features], None
     if isinstance(features, Mapping):
         order = list(features) if keys is None else list(keys)
         if set(order) != set(features):
             raise ValueError(f"{name}: expected the levels {order}, got {list(features)}")
-        tensors, found = [features[k] for k in order], order
+        tensors, found = [tensor_of(features[k]) for k in order], order
     elif isinstance(features, Sequence) and not isinstance(features, str):
-        tensors, found = list(features), None
+        tensors, found = [tensor_of(x) for x in features], None
     else:
         raise TypeError(f"{name}: expected a tensor, or a sequence or mapping of tensors, got {type(features).__name__}")
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}{labels(len(tensors), found)[i]}: expected a tensor, got {type(x).__name__}")
     return tensors, found
+
+
+def tensor_of(x: Any) -> Any:
+    """The tensor in a NestedTensor (DETR), torchvision's ImageList (``.tensors``) or detectron2's (``.tensor``); else ``x``."""
+    name = _tensor_in(x)
+    return x if name is None else getattr(x, name)
+
+
+def _tensor_in(x: Any) -> str | None:
+    if isinstance(x, Tensor | Mapping | Sequence):
+        return None
+    return next((name for name in ("tensors", "tensor") if isinstance(getattr(x, name, None), Tensor)), None)
+
+
+def like(features: Levels, tensors: Sequence[Tensor], keys: Sequence[Any] | None) -> Levels:
+    """``tensors`` in the container of ``features``, of which each may be wrapped; a mapping's are those of ``keys``."""
+    if isinstance(features, Mapping):
+        changed: Any = copy.copy(features)
+        for key, x in zip(keys or (), tensors, strict=True):
+            changed[key] = _wrapped_like(features[key], x)
+        return changed
+    if isinstance(features, Sequence):
+        return sequence_like(features, [_wrapped_like(old, x) for old, x in zip(features, tensors, strict=True)])
+    return _wrapped_like(features, tensors[0])
+
+
+def sequence_like(like: Any, items: list[Any]) -> Any:
+    """``items`` in a list, tuple or named tuple like that."""
+    return like._make(items) if hasattr(like, "_make") else type(like)(items)
+
+
+def _wrapped_like(old: Any, x: Tensor) -> Any:
+    name = _tensor_in(old)
+    if name is None:
+        return x
+    wrapped = copy.copy(old)
+    setattr(wrapped, name, x)
+    return wrapped
 
 
 def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor], list[str]]:
@@ -70,13 +109,18 @@ def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
 def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -> list[Tensor]:
     """Bytes ``[N, P]`` of every level ``[N, C, H, W]``, 1 where its pixel stands for valid ones; none for ``valid=None``.
 
-    ``valid``: bool or integer ``[N, H0, W0]``, or an object with ``tensors`` and ``image_sizes``. A level's pixel is valid if
+    ``valid``: bool or integer ``[N, H0, W0]``, an ImageList (torchvision's or detectron2's: ``image_sizes``), or a DETR's
+    NestedTensor, whose ``mask`` is True on padding. A level's pixel is valid if
     the first of the pixels that it stands for is (nearest neighbour, as in transformers' detectors).
     """
     if valid is None:
         return []
-    if hasattr(valid, "image_sizes") and hasattr(valid, "tensors"):
-        valid = valid_pixels([(int(h), int(w)) for h, w in valid.image_sizes], valid.tensors.shape[-2:], levels[0].device)
+    if hasattr(valid, "image_sizes") and _tensor_in(valid):
+        valid = valid_pixels([(int(h), int(w)) for h, w in valid.image_sizes], tensor_of(valid).shape[-2:], levels[0].device)
+    elif hasattr(valid, "mask") and _tensor_in(valid):
+        if valid.mask is None:
+            return []
+        valid = valid.mask == 0
     check.valid(valid, name, levels[0].shape[0], levels[0].device)
     bytes_ = (valid != 0).to(torch.uint8)[:, None]
     return [torch.nn.functional.interpolate(bytes_, x.shape[2:], mode="nearest").flatten(1) for x in levels]
@@ -115,16 +159,3 @@ def _given(given: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, 
     if len(found) != len(levels):
         raise ValueError(f"{name}: expected one entry for each of the {len(levels)} levels, got {len(found)}")
     return found
-
-
-def like(features: Levels, tensors: list[Tensor], keys: list[Any] | None) -> Levels:
-    """``tensors`` in the container of ``features``."""
-    if isinstance(features, Tensor):
-        return tensors[0]
-    if isinstance(features, defaultdict):
-        return defaultdict(features.default_factory, zip(keys or (), tensors, strict=True))
-    if isinstance(features, Mapping):
-        return type(features)(zip(keys or (), tensors, strict=True))  # type: ignore[call-arg]
-    if isinstance(features, tuple) and hasattr(features, "_make"):
-        return features._make(tensors)
-    return type(features)(tensors)  # type: ignore[call-arg]

@@ -1,13 +1,13 @@
 """Features of named modules, without changing the models: two models to two aligned lists of levels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ._levels import as_list
-from ._outputs import find_levels, find_module, refuse_compiled
+from ._hooks import Hooked, Output, Target, Where, names_of
 
 Names = str | Sequence[str] | Mapping[str, str]
 
@@ -16,23 +16,33 @@ class FeatureCapture:
     """What named modules of a student and a teacher return, as two aligned lists of levels.
 
     Args:
-        student, teacher: the models, not compiled.
+        student, teacher: the models; a :class:`FrozenTeacher` is looked through.
         names: modules by their dotted names: a mapping from the student's to the teacher's, or a name or names that both have.
-        output: field of the modules' output that holds the levels, where they return a dataclass or a mapping of several
-            things; None: ``"feature_maps"`` of a dataclass, otherwise the output itself.
+        call: which call of a module that runs several times in one pass of its model, counted from 0; None: all, in order.
+        output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of those;
+            None: ``"feature_maps"`` of a dataclass, otherwise the output itself.
+        layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``), which are handed over as views ``[N, C, H, W]``;
+            None: as they are.
+        grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the model is called with.
+        prefix_tokens: class and register tokens in front, which are left out.
 
-    A module may return a tensor, or a sequence or mapping of levels, which are taken in their order. Inside the ``with`` block
-    every call of the models leaves its levels here; :meth:`take` hands over those of the latest one and keeps nothing, so no
-    features stay alive after the step.
+    Each of the last five may be a mapping ``{"student": ..., "teacher": ...}`` where the two differ.
 
-    Hooks do not survive ``torch.compile(fullgraph=True)``, and a model compiled before is refused. Compile a module whose
-    ``forward`` returns the features beside its result, or call :func:`call` inside what is compiled.
+    A module may return a tensor, or a sequence or mapping of levels, which are taken in their order, also inside of
+    NestedTensors and ImageLists. Inside the ``with`` block every pass of the models leaves its levels here; :meth:`take` hands
+    over those of the latest one and keeps nothing, so no features stay alive after the step. Copies of a model that are made
+    in the block (EMA) leave nothing here, nor do recomputations of activation checkpoints. If both are one model
+    (self-distillation), passes with gradients are the student's, those under ``torch.no_grad()`` the teacher's.
+
+    Hooks do not survive ``torch.compile(fullgraph=True)``, and a module inside of what was compiled before is refused. Compile
+    a module whose ``forward`` returns the features beside its result, or call :func:`call` inside what is compiled.
 
     Raises:
         AttributeError: a model has no such module; the message lists near matches.
-        ValueError: a model is compiled already; student and teacher give different numbers of levels.
-        TypeError, ValueError: outputs that hold no levels, when the model runs.
-        RuntimeError: :meth:`take` before both models have run; entered twice.
+        ValueError: a module lies in a compiled one; student and teacher give different numbers of levels.
+        TypeError, ValueError: outputs that hold no such levels, when the model runs.
+        RuntimeError: :meth:`take` before both models have run, or where it is not known which calls belong together, or after
+            a later layer has overwritten the features in place; entered twice.
 
     Example:
         >>> import torch
@@ -49,23 +59,39 @@ class FeatureCapture:
         (torch.Size([2, 8, 4, 4]), True, False)
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, names: Names, *, output: str | None = None) -> None:
-        self._sides: list[tuple[str, list[tuple[str, nn.Module]]]] = []
-        for role, model, chosen in (("student", student, _names(names, 0)), ("teacher", teacher, _names(names, 1))):
-            refuse_compiled(model, "capture", role)
-            self._sides.append((role, [(name, find_module(model, name, "capture", role)) for name in chosen]))
-        self._output = output
-        self._found: dict[tuple[str, str], list[Tensor]] = {}
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        names: Names,
+        *,
+        call: int | Mapping[str, Any] | None = None,
+        output: Output | Mapping[str, Any] | None = None,
+        layout: str | Mapping[str, Any] | None = None,
+        grid: tuple[int, int] | Mapping[str, Any] | None = None,
+        prefix_tokens: int | Mapping[str, Any] = 0,
+    ) -> None:
+        options = {"call": call, "output": output, "layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
+        self._sides = []
+        for role, model in (("student", student), ("teacher", teacher)):
+            chosen = (names if role == "student" else names.values()) if isinstance(names, Mapping) else names
+            where = Where(names_of(chosen if isinstance(chosen, str) else list(chosen)), **_of_side(options, role))
+            self._sides.append(_Recorder(role, model, where))
+        students, teachers = ({m for t in side.hooked.targets for m in t.chain} for side in self._sides)
+        self._one_model = not students.isdisjoint(teachers)
+        if not {t.module for t in self._sides[0].hooked.targets}.isdisjoint(t.module for t in self._sides[1].hooked.targets):
+            for side in self._sides:
+                for target in side.hooked.targets:
+                    target.only = side.hooked.role == "student"
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> "FeatureCapture":
         if self._stack is not None:
             raise RuntimeError("capture: entered already; leave that block first")
-        self._stack = ExitStack()
-        for role, modules in self._sides:
-            for name, module in modules:
-                handle = module.register_forward_hook(_hook(self._found, (role, name), self._output))
-                self._stack.callback(handle.remove)
+        with ExitStack() as stack:
+            for side in self._sides:
+                stack.enter_context(side.hooked)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,27 +100,34 @@ class FeatureCapture:
         self._stack = None
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's and the teacher's levels of their latest calls; nothing of them is kept."""
-        found = self._found.copy()
-        self._found.clear()
-        lists = []
-        for role, modules in self._sides:
-            if missing := [name for name, _ in modules if (role, name) not in found]:
-                raise RuntimeError(f"capture: the {role}'s {', '.join(map(repr, missing))} has not run since the latest take()")
-            lists.append([x for name, _ in modules for x in found[role, name]])
-        students, teachers = lists
+        """The student's and the teacher's levels of their latest passes; nothing of them is kept."""
+        passes = set().union(*(side.passes for side in self._sides))
+        students, teachers = [side.checked(taken) for side, taken in [(side, side.forget()) for side in self._sides]]
+        if self._one_model and passes == {True, False} and self._sides[0].hooked.targets[0].only is None:
+            raise RuntimeError(
+                "capture: student and teacher are one model, which ran both with and without gradients since the latest "
+                "take(), so it is not known which pass is whose; call take() after every pass"
+            )
         if len(students) != len(teachers):
             raise ValueError(f"capture: expected as many levels of both models, got {len(students)} and {len(teachers)}")
         return students, teachers
 
 
 def call(
-    model: nn.Module, names: str | Sequence[str], *args: Any, output: str | None = None, **kwargs: Any
+    model: nn.Module,
+    names: str | Sequence[str],
+    *args: Any,
+    call: int | None = None,
+    output: Output | None = None,
+    layout: str | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int = 0,
+    **kwargs: Any,
 ) -> tuple[Any, list[Tensor]]:
     """``model(*args, **kwargs)`` and the levels that its modules ``names`` returned in this call.
 
     Hooks are set and removed within the call, so it also works in a function that is compiled, and copies of a model under DDP
-    or FSDP see their own. ``output`` and errors as for :class:`FeatureCapture`.
+    or FSDP see their own. Keywords and errors as for :class:`FeatureCapture`.
 
     Example:
         >>> import torch
@@ -104,34 +137,84 @@ def call(
         >>> len(levels), bool((levels[1] == scores).all())
         (2, True)
     """
-    chosen = _names(names, 0)
-    found: dict[tuple[str, str], list[Tensor]] = {}
-    with ExitStack() as stack:
-        for name in chosen:
-            module = find_module(model, name, "capture", "model")
-            stack.callback(module.register_forward_hook(_hook(found, ("model", name), output)).remove)
+    recorder = _Recorder("model", model, Where(names_of(names), call, output, layout, grid, prefix_tokens), bounds=False)
+    with recorder.hooked:
+        for target in recorder.hooked.targets:
+            recorder.hooked.start(target, model, args, kwargs)
+            target.depth = 1  # this call is the pass, whichever module is called in it
         result = model(*args, **kwargs)
-    if missing := [name for name in chosen if ("model", name) not in found]:
-        raise RuntimeError(f"capture: the model's {', '.join(map(repr, missing))} has not run in this call")
-    return result, [x for name in chosen for x in found["model", name]]
+    return result, recorder.checked(recorder.forget(), "in this call")
 
 
-def _names(names: Names, side: int) -> list[str]:
-    """The student's (0) or the teacher's (1) names."""
-    if isinstance(names, Mapping):
-        return list(names.values() if side else names)
-    given = [names] if isinstance(names, str) else list(names)
-    if not given or not all(isinstance(name, str) for name in given):
-        raise TypeError(f"names: expected dotted names of modules, got {names!r}")
-    return given
+class _Level(NamedTuple):
+    tensor: Tensor
+    version: int | None
 
 
-def _hook(
-    found: dict[tuple[str, str], list[Tensor]], key: tuple[str, str], output: str | None
-) -> Callable[[nn.Module, Any, Any], None]:
-    name = f"output of the {key[0]}'s {key[1]!r}"
+_Taken = tuple[str, int, bool, list[_Level]]  # a module's name, number of calls, whether they are direct, and levels
 
-    def hook(_module: nn.Module, _inputs: Any, result: Any) -> None:
-        found[key] = as_list(find_levels(result, output, name), name)[0]
 
-    return hook
+class _Recorder:
+    """The levels of one model's latest pass."""
+
+    def __init__(self, role: str, model: nn.Module, where: Where, bounds: bool = True) -> None:
+        self.hooked = Hooked("capture", role, model, where, self.record, bounds=bounds)
+        self.passes: set[bool] = set()  # with gradients or without
+
+    def record(self, target: Target, result: Any, number: int | None) -> None:
+        where = self.hooked.where
+        if number is None or where.call not in (None, number):
+            return
+        if target.direct and number > 0:
+            target.parts = []  # take() refuses; nothing need stay alive until then
+            return
+        _, levels, _ = where.find(result, target.label)
+        self.passes.add(target.gradient)
+        if torch.compiler.is_compiling():  # no versions: the compiler removes copies of what nothing overwrites
+            target.parts += [_Level(where.maps(x, target.label, target.images).clone(), None) for x in levels]
+        else:
+            target.parts += [_Level(where.maps(x, target.label, target.images), _version(x)) for x in levels]
+
+    def forget(self) -> list[_Taken]:
+        """What the latest pass has left; nothing of it is kept."""
+        taken = [(target.name, target.calls, target.direct, target.parts) for target in self.hooked.targets]
+        for target in self.hooked.targets:
+            target.clear()
+        self.passes.clear()
+        return taken
+
+    def checked(self, taken: list[_Taken], since: str = "since the latest take()") -> list[Tensor]:
+        """The levels of all modules; RuntimeError unless they are complete, of one pass, and as the modules gave them."""
+        role, only = self.hooked.role, self.hooked.targets[0].only
+        if missing := [name for name, calls, _, _ in taken if not calls]:
+            how = {None: "", True: " with gradients", False: " without gradients"}[only]
+            why = "; student and teacher are one model: run the teacher's pass under torch.no_grad()" if how else ""
+            raise RuntimeError(f"capture: the {role}'s {', '.join(map(repr, missing))} has not run{how} {since}{why}")
+        for name, calls, direct, parts in taken:
+            if direct and calls > 1:
+                raise RuntimeError(
+                    f"capture: the {role}'s {name!r} ran {calls} times outside of a call of the {role} {since}, so it is not "
+                    f"known which calls belong together; call the {role} itself, or take() after every call"
+                )
+            if not parts and self.hooked.where.call is not None:
+                raise RuntimeError(f"capture: the {role}'s {name!r} ran {calls} times, it has no call {self.hooked.where.call}")
+            if any(level.version != _version(level.tensor) for level in parts if level.version is not None):
+                raise RuntimeError(
+                    f"capture: a later layer has overwritten the features of the {role}'s {name!r} in place; make that layer "
+                    "inplace=False (an activation that follows, as a rule), or capture its output instead"
+                )
+        return [level.tensor for _, _, _, parts in taken for level in parts]
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() or torch.compiler.is_compiling() else x._version
+
+
+def _of_side(options: dict[str, Any], role: str) -> dict[str, Any]:
+    """The options of the student or the teacher."""
+    sides = {name: value for name, value in options.items() if isinstance(value, Mapping)}
+    for name, value in sides.items():
+        if not set(value) <= {"student", "teacher"}:
+            raise ValueError(f"{name}: expected a mapping with the keys 'student' and 'teacher', got {list(value)}")
+    defaults = {"prefix_tokens": 0}
+    return options | {name: value.get(role, defaults.get(name)) for name, value in sides.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
+from ._hooks import warn_without_gradient
 from ._levels import Levels, as_list, like, match, per_level, valid_of_levels
 from ._ops import Distilled, distill_loss
 from .checkpoints import Source, load_masks
@@ -139,6 +140,7 @@ class MaskedDistillLoss(nn.Module):
                 if not learned.mask_token.is_meta:
                     tables.load_state_dict(learned.state_dict())
         self._fitting: set[Any] = set()
+        self._warned: set[str] = set()
         self._seen: tuple[Distilled, list[torch.Size], list[Any] | None, list[Tensor], bool] | None = None  # of the latest call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,6 +178,8 @@ class MaskedDistillLoss(nn.Module):
         keys = list(teacher) if isinstance(teacher, Mapping) else None
         if len(teachers) != len(self.channels):
             raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warn_without_gradient(students, labels, self._warned, stacklevel=4)  # through nn.Module's two functions
         if self.align is not None:
             for s, narrow, label in zip(students, self.student_channels, labels, strict=True):
                 check.features(s, f"student{label}", narrow)

@@ -1,11 +1,10 @@
 """Stage 1: receptive tokens and mask weights, learned on a frozen teacher."""
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
+from ._hooks import Hooked, Output, Target, Valid, Where, frozen, names_of
 from ._levels import Levels, as_list, labels, like, per_level, valid_of_levels
-from ._outputs import find_module, refuse_compiled, replace_levels
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
 from .tables import CONVOLUTIONS, MaskLevel, Tables, compose
-from .teacher import FrozenTeacher, named_modules
 
 
 class MaskModule(MaskLevel):
@@ -124,6 +122,26 @@ def _learn(
     )
 
 
+Seen = tuple[Tensor, Tensor, Tensor | None]  # masks, weights and valid pixels of a level
+Use = Callable[[int, list[Tensor], Any], tuple[list[Tensor], Tensor, Sequence[Seen]] | None]
+
+
+class _Call(NamedTuple):
+    """What one call of a teacher's module gave: levels from ``first`` on, none where it is left alone."""
+
+    first: int | None
+    levels: int
+    shapes: tuple[torch.Size, ...]
+    dice: Tensor | None
+    seen: dict[Any, Seen]
+
+
+class _Pass(NamedTuple):
+    """What a call of the learner itself gave: the same attribute as a teacher's :class:`Target`."""
+
+    parts: list[_Call]
+
+
 class MaskLearner(nn.Module):
     """Stage 1 for all feature levels of a frozen teacher: replaces its features by masked ones, keeps the Dice loss.
 
@@ -141,7 +159,7 @@ class MaskLearner(nn.Module):
 
     Shape:
         ``forward(features, valid=None)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``;
-        ``valid`` are the pixels that count in a padded batch (:meth:`set_valid`). :meth:`dice_loss` is then the sum of the
+        ``valid`` are the pixels that count in a padded batch (:meth:`attach`). :meth:`dice_loss` is then the sum of the
         levels' Dice losses of that call.
 
     The learner's parameters are the only ones to train; put ``learner.parameters()`` into the optimizer.
@@ -180,48 +198,20 @@ class MaskLearner(nn.Module):
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
         self.weight_mask = weight_mask
-        self._dice: Tensor | None = None
-        # masks, weights and valid pixels of the latest forward
-        self._seen: dict[Any, tuple[Tensor, Tensor, Tensor | None]] | None = None
-        self._valid: Any = None
+        self._latest: Sequence[Any] = []  # whose .parts are the calls of the latest pass
+        self._seen: dict[Any, Seen] = {}  # what was seen by the end of the latest attach block
         self._warned: set[Any] = set()
         self._attached = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is a learner that no teacher is attached to and that has seen nothing."""
-        return self.__dict__ | {"_dice": None, "_seen": None, "_valid": None, "_attached": False}
+        return self.__dict__ | {"_latest": [], "_seen": {}, "_attached": False}
 
     def forward(self, features: Levels, valid: Any = None) -> Levels:
-        return self._mask(features, "features", valid)
-
-    def set_valid(self, valid: Any) -> None:
-        """Inside an ``attach`` or ``calibrate`` block: the valid pixels of the padded batch that the teacher sees next.
-
-        They stay until they are set again, so set them for every batch; None: all pixels. Padding then counts neither in the
-        masks, their Dice loss and weights nor in the statistics. ``valid``: bool or integer ``[N, H0, W0]`` (transformers'
-        ``pixel_mask``), or an object with ``tensors`` and ``image_sizes`` (torchvision's ``ImageList``); errors are raised
-        when the teacher runs. RuntimeError outside a block.
-
-        Example:
-            >>> import torch
-            >>> from torch import nn
-            >>> from maskd_triton import MaskLearner
-            >>> teacher, learner = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 5, 1)), MaskLearner(16, 4)
-            >>> images, pixel_mask = torch.randn(2, 3, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool)
-            >>> pixel_mask[1, :, 4:] = False  # the second image is 8 by 4
-            >>> with learner.attach(teacher, "0"):
-            ...     learner.set_valid(pixel_mask)
-            ...     loss = teacher(images).mean() + learner.dice_loss()
-        """
-        if not self._attached:
-            raise RuntimeError("set_valid: the learner is not attached; call it inside the block, for every batch")
-        self._valid = valid
-
-    def _mask(self, features: Levels, name: str, valid: Any = None) -> Levels:
-        tensors, keys = self._checked(features, name)
+        tensors, keys = self._checked(features, "features")
         masked, dice, seen = _learn(self._modules_of_levels(), tensors, valid, self.impl)
-        self._dice = dice.sum()
-        self._seen = dict(zip(keys or range(len(seen)), seen, strict=True))
+        part = _Call(0, len(seen), (), dice.sum(), dict(zip(keys or range(len(seen)), seen, strict=True)))
+        self._latest = [_Pass([part])]
         return like(features, masked, keys)
 
     def _checked(self, features: Levels, name: str) -> tuple[list[Tensor], list[Any] | None]:
@@ -237,12 +227,29 @@ class MaskLearner(nn.Module):
         return [module for module in self.mask_modules if isinstance(module, MaskModule)]
 
     def dice_loss(self) -> Tensor:
-        """Sum over levels of the Dice losses of the latest forward; RuntimeError before it, and after an ``attach`` block."""
-        if self._dice is None:
+        """Sum over levels of the Dice losses of the latest pass.
+
+        RuntimeError before it, and after an ``attach`` block; inside of one also where not all levels have been seen, or where
+        the teacher ran without gradients although the learner is to be trained.
+        """
+        parts = [part for target in self._latest for part in target.parts if part.dice is not None]
+        if not parts:
             raise RuntimeError(
                 "dice_loss: no features seen yet in this block; run the teacher inside `with learner.attach(...)`"
             )
-        return self._dice
+        if (levels := sum(part.levels for part in parts)) != len(self.mask_modules):
+            raise RuntimeError(f"dice_loss: expected {len(self.mask_modules)} levels of the teacher, {levels} have been seen")
+        loss = parts[0].dice
+        for part in parts[1:]:
+            loss = loss + part.dice
+        trained = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if self._attached and trained and not loss.requires_grad:
+            raise RuntimeError(
+                "dice_loss: the teacher ran without gradients in this attach block, so the tokens get none: under "
+                "torch.no_grad() or inference_mode(), or in a reentrant activation checkpoint (use_reentrant=False). To "
+                "evaluate, call dice_loss() under torch.no_grad(), too"
+            )
+        return loss
 
     def diagnostics(self) -> dict[Any, LevelDiagnostics]:
         """Coverage, pairwise Dice, weights and their entropy of the latest forward's masks, for every level.
@@ -262,9 +269,10 @@ class MaskLearner(nn.Module):
             >>> learner.diagnostics()[1].coverage
             tensor([0.5000, 0.5000, 0.5000, 0.5000])
         """
-        if self._seen is None:
+        found = self._all_seen()
+        if not found:
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
-        levels = {name: describe(m, w if self.weight_mask else None, v) for name, (m, w, v) in self._seen.items()}
+        levels = {name: describe(m, w if self.weight_mask else None, v) for name, (m, w, v) in found.items()}
         for name, level in levels.items():
             reasons = collapsed(level, overlap=False) if name not in self._warned else []
             if reasons:
@@ -285,42 +293,104 @@ class MaskLearner(nn.Module):
             ...     MaskLearner([16, 16]).save(os.path.join(folder, "tokens.pt"))
             ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
         """
-        if self._seen is not None:
+        if self._all_seen():
             self.diagnostics()
         save_masks(self.mask_modules, path)
 
+    def _all_seen(self) -> dict[Any, Seen]:
+        """Masks, weights and valid pixels of the latest pass, by level."""
+        latest = {key: seen for target in self._latest for part in target.parts for key, seen in part.seen.items()}
+        return latest or self._seen
+
     @contextmanager
-    def attach(self, teacher: nn.Module, name: str, *, output: str | None = None) -> Iterator["MaskLearner"]:
-        """Mask the output of ``teacher``'s module ``name`` while the block lasts.
+    def attach(
+        self,
+        teacher: nn.Module,
+        names: str | Sequence[str],
+        *,
+        call: int | None = None,
+        output: Output | None = None,
+        layout: str | None = None,
+        grid: tuple[int, int] | None = None,
+        prefix_tokens: int = 0,
+        valid: Valid | None = None,
+    ) -> Iterator["MaskLearner"]:
+        """Mask what the teacher's modules ``names`` return while the block lasts.
 
         Inside the block all parameters of the teacher are frozen, and its normalisation, attention and drop layers (dropout,
         drop path, stochastic depth) are in eval mode, also if the teacher is switched to train mode, which torchvision's
         detectors need to return losses. Where a module with children is itself random in train mode, call
         ``teacher.eval()``. On exit, also by an exception, ``requires_grad``, training flags, hooks and buffers (statistics of
-        other layers, vectors of spectral norm) are as they were.
+        other layers, vectors of spectral norm) are as they were. ``backward()`` of a teacher with activation checkpointing
+        belongs into the block: it recomputes what is masked.
 
         Args:
-            teacher: the frozen model, on the learner's device; not yet compiled: ``torch.compile`` it inside the block.
-            name: dotted name of the module whose output is masked: a tensor, sequence or mapping of levels, or a
-                dataclass like transformers' ``BackboneOutput``.
-            output: field of that dataclass (or mapping) that holds the levels; None: ``"feature_maps"``.
+            teacher: the frozen model, on the learner's device; a :class:`FrozenTeacher` is looked through. A compiled module
+                may be in it, but not around what is masked: ``torch.compile`` the whole inside the block.
+            names: dotted name or names of modules whose outputs are masked. One gives all levels: a tensor, sequence or
+                mapping of them, or a dataclass like transformers' ``BackboneOutput``; or one level in every call of a head that
+                the levels share. Several give the same number of levels each.
+            call: which call of a module that runs several times in one pass, counted from 0; the others are left alone.
+                None: all of them, in order.
+            output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of
+                those; None: ``"feature_maps"`` of a dataclass, otherwise the output itself.
+            layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``); None: ``"nchw"``.
+            grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the teacher is called with.
+            prefix_tokens: class and register tokens in front, which pass through unchanged.
+            valid: the valid pixels of a padded batch: the name of an argument of the teacher's ``forward`` (``"pixel_mask"``),
+                or a function of its arguments; bool or integer ``[N, H0, W0]``, an ImageList or a NestedTensor. Padding then
+                counts neither in the masks, their Dice loss and weights nor in the statistics.
 
         Raises:
             AttributeError: the teacher has no such module; the message lists near matches.
             RuntimeError: the learner is attached already, or another one to the same module; the learner standardises and has
-                no statistics yet.
-            ValueError: the teacher is compiled; and, when it runs, levels, channels or fields that do not fit.
+                no statistics yet; ``backward()`` after the block recomputes the teacher.
+            ValueError: a module lies in a compiled one; levels that cannot be divided among the modules; and, when the teacher
+                runs, levels, channels, layouts or fields that do not fit.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from maskd_triton import MaskLearner
+            >>> class Detector(nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.p3, self.p4 = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 3, 2, 1)
+            ...     def forward(self, images, pixel_mask=None):
+            ...         return self.p4(self.p3(images)).mean()
+            >>> images, pixel_mask = torch.randn(2, 3, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool)
+            >>> pixel_mask[1, :, 4:] = False  # the second image is 8 by 4
+            >>> teacher, learner = Detector(), MaskLearner([16, 32], num_tokens=4)
+            >>> with learner.attach(teacher, ["p3", "p4"], valid="pixel_mask"):
+            ...     (teacher(images, pixel_mask=pixel_mask) + learner.dice_loss()).backward()
         """
         if self.standardize and any(module.pixels_seen == 0 for module in self._modules_of_levels()):
             raise RuntimeError(
                 "attach: standardize=True, but no statistics yet: run a few batches inside "
-                "`with learner.calibrate(teacher, name):` first"
+                "`with learner.calibrate(teacher, names):` first"
             )
-        with self._hooked("attach", teacher, name, output, lambda x, given: self._mask(x, given, self._valid)):
+        modules = self._modules_of_levels()
+
+        def mask(first: int, tensors: list[Tensor], valid: Any) -> tuple[list[Tensor], Tensor, Sequence[Seen]]:
+            return _learn(modules[first : first + len(tensors)], tensors, valid, self.impl)
+
+        where = Where(names_of(names), call, output, layout, grid, prefix_tokens)
+        with self._hooked("attach", teacher, where, valid, mask):
             yield self
 
     @contextmanager
-    def calibrate(self, teacher: nn.Module, name: str, *, output: str | None = None) -> Iterator["MaskLearner"]:
+    def calibrate(
+        self,
+        teacher: nn.Module,
+        names: str | Sequence[str],
+        *,
+        call: int | None = None,
+        output: Output | None = None,
+        layout: str | None = None,
+        grid: tuple[int, int] | None = None,
+        prefix_tokens: int = 0,
+        valid: Valid | None = None,
+    ) -> Iterator["MaskLearner"]:
         """Gather the statistics of ``standardize=True``: mean and deviation of every channel over all pixels of the block.
 
         Run the teacher on some batches inside the block, as with :meth:`attach`; a few hundred images are plenty. Nothing is
@@ -351,13 +421,13 @@ class MaskLearner(nn.Module):
             raise RuntimeError("calibrate: this learner has standardize=False, so no statistics to gather")
         statistics = [ChannelStatistics() for _ in self.channels]
 
-        def watch(features: Levels, given: str) -> Levels:
-            levels = self._checked(features, given)[0]
-            for i, (level, x) in enumerate(zip(statistics, levels, strict=True)):
-                level.add(x, valid_of_levels(self._valid, levels)[i] if self._valid is not None else None)
-            return features
+        def watch(first: int, tensors: list[Tensor], valid: Any) -> None:
+            pixels = valid_of_levels(valid, tensors)
+            for i, x in enumerate(tensors):
+                statistics[first + i].add(x, pixels[i] if pixels else None)
 
-        with self._hooked("calibrate", teacher, name, output, watch), torch.no_grad():
+        where = Where(names_of(names), call, output, layout, grid, prefix_tokens)
+        with self._hooked("calibrate", teacher, where, valid, watch), torch.no_grad():
             yield self
         for i, level in enumerate(statistics):
             level.check(f"calibrate: level {i}")
@@ -367,67 +437,119 @@ class MaskLearner(nn.Module):
             module.pixels_seen.fill_(level.pixels)
 
     @contextmanager
-    def _hooked(
-        self, caller: str, teacher: nn.Module, name: str, output: str | None, change: Callable[[Levels, str], Levels]
-    ) -> Iterator[None]:
-        """``teacher`` frozen, with the levels of one module's output replaced by ``change`` of them."""
+    def _hooked(self, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: Use) -> Iterator[None]:
+        """``teacher`` frozen, and ``use`` for the levels of every call of its modules."""
         if self._attached:
             raise RuntimeError(f"{caller}: this learner is attached already; leave that block first")
-        refuse_compiled(teacher, caller)
-        target = find_module(teacher, name, caller)
-        if any(isinstance(hook, _ReplaceOutput) for hook in target._forward_hooks.values()):
-            raise RuntimeError(f"{caller}: another learner is attached to the teacher's {name!r}; leave that block first")
-        modules = list(dict.fromkeys(module for _, module in named_modules(teacher)))
-        holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
-        training = [(m, m.training) for m in modules]
-        frozen = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
-        buffers = [(m, m._buffers.copy()) for m in modules]
-        values = [
-            (b, b.clone(), b._version) for m in modules for b in m._buffers.values() if b is not None and not b.is_inference()
-        ]
-        fixed = [m for m in modules if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
-        hooks = [m.register_forward_pre_hook(_to_eval) for m in fixed]
-        hooks.append(target.register_forward_hook(_ReplaceOutput(change, name, output)))
-        self._attached, self._dice, self._seen, self._valid = True, None, None, None
-        try:
-            for parameter, _ in frozen:
-                parameter.requires_grad_(False)
-            for layer in fixed:
-                layer.training = False
-            for holder, _ in holders:
-                holder.with_gradient = True
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for parameter, flag in frozen:
-                parameter.requires_grad_(flag)
-            for holder, flag in holders:
-                holder.with_gradient = flag
-            for module, flag in training:
-                module.training = flag
-            for module, held in buffers:
-                module._buffers.update(held)
-            with torch.no_grad():
-                for buffer, value, version in values:
-                    if buffer._version != version:  # a backward pass after the block may need the others untouched
-                        buffer.copy_(value)
-            self._attached, self._dice, self._valid = False, None, None
+        levels = _TeacherLevels(self, caller, teacher, where, valid, use)
+        with frozen(levels.hooked):
+            self._attached, self._latest, self._seen = True, levels.hooked.targets, {}
+            try:
+                with levels.hooked:
+                    yield
+            finally:
+                self._seen = self._all_seen()
+                self._attached, self._latest = False, []
 
 
-_FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
-_RANDOM = re.compile(r"Drop(?:Path|Block|out)|StochasticDepth")  # timm's, transformers' and torchvision's, by their names
+class _TeacherLevels:
+    """Which of a learner's levels the calls of a teacher's modules give, and what becomes of them."""
 
+    def __init__(
+        self, learner: MaskLearner, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: Use
+    ) -> None:
+        self.learner, self.caller, self.where, self.use = learner, caller, where, use
+        self.hooked = Hooked(caller, "teacher", teacher, where, self.act, valid, self.done, exclusive=True)
+        modules, count = [target.module for target in self.hooked.targets], len(learner.mask_modules)
+        if len(set(modules)) < len(modules):
+            raise ValueError(f"{caller}: names: expected every module once, got {list(where.names)}")
+        self.each, rest = divmod(count, len(modules))
+        if rest:
+            raise ValueError(f"{caller}: {count} levels cannot be divided among {len(modules)} modules, {list(where.names)}")
+        self.first = {target: i * self.each for i, target in enumerate(self.hooked.targets)}
+        self.recomputed, self.open = False, 0  # passes with valid pixels that backward has not recomputed
 
-def _to_eval(module: nn.Module, _inputs: Any) -> None:
-    module.training = False
+    def act(self, target: Target, result: Any, number: int | None) -> Any:
+        where = self.where
+        found, tensors, keys = where.find(result, target.label)
+        shapes = tuple(x.shape for x in tensors)
+        if number is None:
+            first = self._recomputed(target, shapes)
+        elif where.call not in (None, number):
+            target.parts.append(_Call(None, 0, shapes, None, {}))
+            return None
+        else:
+            first = self._next(target, tensors, isinstance(found, Tensor), number)
+        if first is None:
+            return None
+        maps = []
+        for x, c, label in zip(tensors, self.learner.channels[first:], labels(len(tensors), keys), strict=False):
+            maps.append(where.maps(x, f"{target.label}{label}", target.images, c))
+            check.features(maps[-1], f"{target.label}{label}", c)
+        used = self.use(first, maps, self._valid(target, number))
+        if used is None:
+            target.parts.append(_Call(first, len(maps), shapes, None, {}))
+            return None
+        masked, dice, seen = used
+        if number is not None:
+            own = dict(zip(keys or range(first, first + len(maps)), seen, strict=True))
+            target.parts.append(_Call(first, len(maps), shapes, dice.sum(), own))
+        else:
+            dice.sum()  # a recomputation does what the pass did
+        restored = [where.restored(y, x) for y, x in zip(masked, tensors, strict=True)]
+        return where.replaced(result, target.label, like(found, restored, keys))
 
+    def done(self, target: Target) -> None:
+        """A pass is over: it must have given all levels, or none."""
+        levels = sum(part.levels for part in target.parts)
+        if target.parts and not levels:
+            raise ValueError(
+                f"{target.label}: {target.calls} calls in one pass of the teacher, there is no call {self.where.call}"
+            )
+        if 0 < levels < self.each:
+            raise ValueError(f"{target.label}: expected {self.each} levels, got {levels} in {target.calls} calls of one pass")
 
-class _ReplaceOutput:
-    """Forward hook: the levels in a module's output, changed."""
+    def _next(self, target: Target, tensors: list[Tensor], single: bool, number: int) -> int:
+        """The learner's level that the call gives, the first if it gives several."""
+        before, given = sum(part.levels for part in target.parts), len(tensors)
+        if target.direct and before == self.each:
+            target.parts, before = [], 0  # a call of the module itself begins anew where the levels are complete
+        if not before and given != self.each and not (single and given < self.each):
+            raise ValueError(f"{target.label}: expected {self.each} levels, got {given}")
+        if before + given > self.each:
+            raise ValueError(
+                f"{target.label}: expected {self.each} levels, got {before + given} in {number + 1} calls of one pass; call= "
+                "picks one call"
+            )
+        return self.first[target] + before
 
-    def __init__(self, change: Callable[[Levels, str], Levels], module: str, field: str | None) -> None:
-        self.change, self.name, self.field = change, f"output of the teacher's {module!r}", field
+    def _recomputed(self, target: Target, shapes: tuple[torch.Size, ...]) -> int | None:
+        """The level of the call that backward recomputes, known by its shapes: the order is not that of the pass."""
+        levels = {part.first for part in target.parts if part.shapes == shapes}
+        if len(levels) != 1:
+            raise RuntimeError(
+                f"{self.caller}: backward() recomputes {target.name!r}, which ran {len(target.parts)} times in the latest "
+                f"pass, and the shapes {[list(shape) for shape in shapes]} do not tell which call it is; turn activation "
+                "checkpointing off"
+            )
+        return levels.pop()
 
-    def __call__(self, _module: nn.Module, _inputs: Any, result: Any) -> Any:
-        return replace_levels(result, self.field, self.name, lambda levels: self.change(levels, self.name))
+    def _valid(self, target: Target, number: int | None) -> Any:
+        if self.hooked.valid is None:
+            return None
+        if number is not None and not target.whole:
+            raise RuntimeError(
+                f"{self.caller}: valid= is read from the arguments of the teacher's call, but {target.name!r} ran outside of "
+                "one; call the teacher itself"
+            )
+        if number is None and self.open > 1 and target.valid is not None:
+            raise RuntimeError(
+                f"{self.caller}: backward() recomputes one of {self.open} passes, and it is not known which valid pixels are "
+                "its own; call backward() after every pass"
+            )
+        if number is None:
+            self.recomputed = True
+        elif number == 0 and self.first[target] == 0:
+            self.open = 1 if self.recomputed else self.open + 1
+            self.recomputed = False
+        return target.valid

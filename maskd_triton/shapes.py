@@ -20,7 +20,7 @@ def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
         >>> shapes.from_tokens(tokens[:, 1:], (14, 14)).shape
         torch.Size([2, 384, 14, 14])
     """
-    height, width = _size(size, "size")
+    height, width = pair(size, "size")
     if x.dim() != 3 or x.shape[1] != height * width:
         raise ValueError(
             f"x: expected tokens [N, {height * width}, C] for a grid of {height}x{width}, got shape {list(x.shape)} "
@@ -59,14 +59,15 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """
     if isinstance(sizes, Tensor) or not isinstance(sizes, Sequence) or not sizes:
         raise TypeError(f"sizes: expected pairs (H, W) of ints, one per level, got {type(sizes).__name__}")
-    pairs = [_size(size, f"sizes[{i}]") for i, size in enumerate(sizes)]
+    pairs = [pair(size, f"sizes[{i}]") for i, size in enumerate(sizes)]
     lengths = [height * width for height, width in pairs]
     if x.dim() != 3 or x.shape[1] != sum(lengths):
         raise ValueError(f"x: expected tokens [N, {sum(lengths)}, C] for levels {pairs}, got shape {list(x.shape)}")
     return [from_tokens(level, size) for level, size in zip(x.split(lengths, 1), pairs, strict=True)]
 
 
-def _size(size: Sequence[int], name: str) -> tuple[int, int]:
+def pair(size: Sequence[int], name: str) -> tuple[int, int]:
+    """``size`` as ``(H, W)``; TypeError or ValueError unless it is a pair of positive ints."""
     if (
         isinstance(size, Tensor)
         or not isinstance(size, Sequence)
@@ -96,9 +97,9 @@ def valid_pixels(
                 [[ True,  True, False],
                  [False, False, False]]])
     """
-    height, width = _size(size, "size")
+    height, width = pair(size, "size")
     for i, image in enumerate(image_sizes):
-        h, w = _size(image, f"image_sizes[{i}]")
+        h, w = pair(image, f"image_sizes[{i}]")
         if h > height or w > width:
             raise ValueError(f"image_sizes[{i}]: expected at most {(height, width)}, got {(h, w)}")
     ends = torch.tensor([tuple(image) for image in image_sizes], dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)

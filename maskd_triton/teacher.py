@@ -97,11 +97,18 @@ def _converted(fn: Any, x: Tensor) -> Tensor:
     return new.copy_(x) if new is not x and (new.shape, new.dtype) == (x.shape, x.dtype) else new
 
 
-def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules by all their names; what a :class:`FrozenTeacher` holds by the names that its model has for them."""
-    yield prefix, model
-    if isinstance(model, FrozenTeacher):
-        yield from named_modules(model.model, prefix)
+def named_paths(
+    model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
+    """All modules by all their names, each with the modules that hold it, from ``model`` to the module itself.
+
+    What a :class:`FrozenTeacher` holds, or ``torch.compile`` wraps, goes by the names that it has there.
+    """
+    path = (*above, model)
+    yield prefix, path
+    inner = model.model if isinstance(model, FrozenTeacher) else model._modules.get("_orig_mod")
+    if inner is not None:
+        yield from named_paths(inner, prefix, path)
     for name, child in model._modules.items():
-        if child is not None:
-            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
+        if child is not None and name != "_orig_mod":
+            yield from named_paths(child, f"{prefix}.{name}" if prefix else name, path)

@@ -186,32 +186,32 @@ def test_levels_see_the_nearest_pixel() -> None:
 
 @pytest.mark.parametrize("impl", ["eager"])
 def test_attached_learner(impl: str) -> None:
-    """``set_valid`` reaches masks, statistics and diagnostics, and is forgotten at the end of the block."""
+    """``valid=`` reads the teacher's arguments at every call and reaches masks, statistics and diagnostics."""
+
+    class Padded(nn.Sequential):
+        def forward(self, images: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
+            return super().forward(images)
+
     torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)).double()
+    teacher = Padded(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)).double()
     learner = MaskLearner(5, 3, standardize=True, impl=impl).double()
     images, valid = torch.randn(4, 3, *SIZE, dtype=torch.float64), valid_of(IMAGES, "cpu")
-    with learner.calibrate(teacher, "0"):
-        learner.set_valid(valid)
-        teacher(images)
-        learner.set_valid(~valid[:, :, :8])
-        teacher(images[:, :, :, :8])
+    with learner.calibrate(teacher, "0", valid=lambda images, pixel_mask: pixel_mask):
+        teacher(images, valid)
+        teacher(images[:, :, :, :8], pixel_mask=~valid[:, :, :8])
     x = teacher[0](images).detach()
     pixels = torch.cat([x.transpose(0, 1)[:, valid], x[..., :8].transpose(0, 1)[:, ~valid[:, :, :8]]], 1)
     module = learner.mask_modules[0]
     assert module.pixels_seen == pixels.shape[1]
     torch.testing.assert_close(module.channel_mean, pixels.mean(1), rtol=1e-12, atol=1e-14)
-    with learner.attach(teacher, "0"):
-        learner.set_valid(valid)
-        teacher(images)
+    with learner.attach(teacher, "0", valid="pixel_mask"):
+        teacher(images, valid)
         found = learner.dice_loss()
     m = module.masks(x) * valid[:, None]
     torch.testing.assert_close(found, F.dice_loss(m), rtol=1e-12, atol=0)
     level = learner.diagnostics()[0]
     torch.testing.assert_close(level.coverage, m.sum((0, 2, 3)) / valid.sum(), rtol=1e-12, atol=0)
-    with pytest.raises(RuntimeError, match="set_valid: the learner is not attached"):
-        learner.set_valid(valid)
-    with learner.attach(teacher, "0"):
+    with learner.attach(teacher, "0", valid="pixel_mask"):
         teacher(images)
         torch.testing.assert_close(learner.dice_loss(), F.dice_loss(module.masks(x)), rtol=1e-12, atol=0)
 

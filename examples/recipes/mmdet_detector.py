@@ -66,11 +66,11 @@ class LearnTokens(Hook):
 
     def before_train(self, runner: Runner) -> None:
         detector = runner.model
-        self.stack.enter_context(self.learner.attach(detector, self.module))
+        valid = lambda inputs, data_samples, mode: valid_of(inputs, data_samples)  # noqa: E731
+        self.stack.enter_context(self.learner.attach(detector, self.module, valid=valid))
         loss: Callable[..., dict[str, Tensor]] = detector.loss
 
         def with_dice(batch_inputs: Tensor, samples: list[Any]) -> dict[str, Tensor]:
-            self.learner.set_valid(valid_of(batch_inputs, samples))
             return loss(batch_inputs, samples) | {"loss_dice": self.learner.dice_loss()}
 
         detector.loss = with_dice

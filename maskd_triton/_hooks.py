@@ -1,0 +1,516 @@
+"""Reaching into a model: the levels that its named modules give, found in their outputs and replaced there.
+
+docs/reaching-into-models.md is the design of `attach`, `calibrate`, `FeatureCapture` and `capture.call`.
+"""
+
+import copy
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks as check
+from ._levels import Levels, as_list, sequence_like, tensor_of
+from .shapes import from_nhwc, from_tokens, pair
+from .teacher import FrozenTeacher, named_paths
+
+FIELD = "feature_maps"  # where transformers' backbones keep their levels
+LAYOUTS = ("nchw", "nhwc", "tokens")
+Output = str | int | tuple[str | int, ...]
+Valid = str | Callable[..., Any]
+
+
+def graph_task() -> int:
+    """The backward pass that is running now, -1 if none is: a module that runs inside of one is recomputed (checkpointing)."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+# Where, and in what layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Which modules, which of their calls, which part of their output, and how it is laid out."""
+
+    names: tuple[str, ...]
+    call: int | None = None
+    output: Output | None = None
+    layout: str | None = None
+    grid: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.call is not None:
+            check.count(self.call, "call")
+        if not isinstance(self.output, str | int | tuple | None):
+            raise TypeError(f"output: expected a field, a key, a position or a tuple of them, got {self.output!r}")
+        if self.layout is not None:
+            check.choice(self.layout, "layout", LAYOUTS)
+        if self.layout != "tokens" and (self.grid is not None or self.prefix_tokens != 0):
+            raise ValueError(f"grid, prefix_tokens: only layout='tokens' has them, got layout={self.layout!r}")
+        check.count(self.prefix_tokens, "prefix_tokens")
+        if self.grid is not None:
+            pair(self.grid, "grid")
+
+    def find(self, result: Any, name: str) -> tuple[Levels, list[Tensor], list[Any] | None]:
+        """The levels in what a module returned, in their container, as a list, and their keys; ``name`` is for errors."""
+        found = result
+        for key in self._path(result):
+            found = _part(found, key, name)
+        try:
+            return found, *as_list(found, name)
+        except TypeError as error:
+            if self.output is None and isinstance(found, Sequence | Mapping):
+                raise TypeError(f"{error} (output= names the part that holds the levels)") from None
+            raise
+
+    def replaced(self, result: Any, name: str, levels: Levels) -> Any:
+        """``result`` with ``levels`` in the place of those that :meth:`find` found; the type stays."""
+        return _with_part(result, self._path(result), name, levels)
+
+    def _path(self, result: Any) -> tuple[str | int, ...]:
+        if self.output is None:
+            return (FIELD,) if _is_record(result) else ()
+        return self.output if isinstance(self.output, tuple) else (self.output,)
+
+    def maps(self, x: Tensor, name: str, images: tuple[int, int] | None, channels: int | None = None) -> Tensor:
+        """``x`` as ``[N, C, H, W]``, a view; ValueError that names the layout which fits, where another does."""
+        if self.layout is None and channels is None:
+            return x
+        given = self.layout or "nchw"
+        fits = {layout: x.dim() == dim and channels in (None, x.shape[axis]) for layout, (dim, axis) in _AXES.items()}
+        others = " or ".join(f"layout={other!r}" for other, fit in fits.items() if fit)
+        if not fits[given] and (others or x.dim() != _AXES[given][0]):
+            expected = _SHAPES[given].replace("C", str(channels or "C"))
+            hint = f"; the shape fits {others}" if others else ""
+            raise ValueError(f"{name}: expected {expected} (layout={given!r}), got shape {list(x.shape)}{hint}")
+        if given == "nhwc":
+            return from_nhwc(x)
+        return from_tokens(x[:, self.prefix_tokens :], self._grid(x, name, images)) if given == "tokens" else x
+
+    def restored(self, y: Tensor, x: Tensor) -> Tensor:
+        """Maps ``y`` in the layout of ``x``, with its prefix tokens in front."""
+        if self.layout == "nhwc":
+            return y.permute(0, 2, 3, 1)
+        if self.layout != "tokens":
+            return y
+        tokens = y.flatten(2).transpose(1, 2)
+        return torch.cat([x[:, : self.prefix_tokens].to(y.dtype), tokens], 1) if self.prefix_tokens else tokens
+
+    def _grid(self, x: Tensor, name: str, images: tuple[int, int] | None) -> tuple[int, int]:
+        """The tokens' rows and columns: as given, or from square patches of the images."""
+        tokens = x.shape[1] - self.prefix_tokens
+        if self.grid is not None:
+            height, width = self.grid
+            if height * width != tokens:
+                more = x.shape[1] - height * width
+                hint = f"; prefix_tokens={more} would fit" if more > 0 else ""
+                raise ValueError(
+                    f"{name}: expected {self.prefix_tokens} + {height} * {width} tokens (prefix_tokens, grid), "
+                    f"got {x.shape[1]}{hint}"
+                )
+            return height, width
+        if images is None:
+            raise ValueError(f"{name}: no images [N, C, H, W] among the arguments of the model's call; give grid=(h, w)")
+        found = _square_patches(images, tokens)
+        if found is None:
+            prefix = next((n for n in range(1, 65) if _square_patches(images, x.shape[1] - n)), None)
+            hint = "" if prefix is None else f"; prefix_tokens={prefix} would fit"
+            raise ValueError(
+                f"{name}: {tokens} tokens are no grid of square patches of {images[0]}x{images[1]} images; "
+                f"give grid=(h, w){hint}"
+            )
+        return found
+
+
+_AXES = {"nchw": (4, 1), "nhwc": (4, 3), "tokens": (3, 2)}  # number of dimensions, and which of them is the channels
+_SHAPES = {"nchw": "[N, C, H, W]", "nhwc": "[N, H, W, C]", "tokens": "[N, L, C]"}
+
+
+def _square_patches(images: tuple[int, int], tokens: int) -> tuple[int, int] | None:
+    """The grid of ``tokens`` square patches that fill the images."""
+    if tokens < 1:
+        return None
+    side = math.isqrt(images[0] * images[1] // tokens)
+    if side < 1 or images[0] % side or images[1] % side:
+        return None
+    height, width = images[0] // side, images[1] // side
+    return (height, width) if height * width == tokens else None
+
+
+def _is_record(result: Any) -> bool:
+    return dataclasses.is_dataclass(result) and not isinstance(result, type)
+
+
+def _fields(result: Any) -> dict[Any, Any] | None:
+    """What ``result`` holds by name: a dataclass, mapping, namedtuple or plain object; None for what has no names."""
+    if _is_record(result):
+        return {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    if isinstance(result, Mapping):
+        return dict(result)
+    if hasattr(result, "_asdict"):
+        return result._asdict()
+    if isinstance(result, Tensor | Sequence):
+        return None
+    return vars(result) if hasattr(result, "__dict__") else None
+
+
+def _part(result: Any, key: str | int, name: str) -> Any:
+    fields = _fields(result)
+    if isinstance(key, int) and not (fields and key in fields):
+        held = result if isinstance(result, Sequence) else [v for v in (fields or {}).values() if v is not None]
+        if isinstance(result, Sequence) or fields is not None:
+            if not -len(held) <= key < len(held):
+                raise ValueError(f"{name}: expected a part at position {key} (output=), got {len(held)} of them")
+            return held[key]
+    if fields is None:
+        what = "sequence" if isinstance(key, int) else "mapping or dataclass with the field"
+        raise TypeError(f"{name}: expected a {what} {key!r}, got {type(result).__name__}")
+    if fields.get(key) is None:
+        held = ", ".join(f"{k!r} ({type(value).__name__})" for k, value in fields.items())
+        raise ValueError(f"{name}: expected levels in the field {key!r} (output=) of {type(result).__name__}, got {held}")
+    return fields[key]
+
+
+def _with_part(result: Any, path: tuple[str | int, ...], name: str, levels: Any) -> Any:
+    if not path:
+        return levels
+    key, *rest = path
+    value = _with_part(_part(result, key, name), tuple(rest), name, levels)
+    fields = _fields(result)
+    if isinstance(key, int) and isinstance(result, Sequence):
+        items = list(result)
+        items[key] = value
+        return sequence_like(result, items)
+    if isinstance(key, int) and fields is not None and key not in fields:
+        key = [k for k, held in fields.items() if held is not None][key]
+    if _is_record(result):
+        return dataclasses.replace(result, **{str(key): value})
+    if hasattr(result, "_replace"):
+        return result._replace(**{str(key): value})
+    result = copy.copy(result)
+    if isinstance(result, Mapping):
+        result[key] = value  # type: ignore[index]
+    else:
+        setattr(result, str(key), value)
+    return result
+
+
+# Whose, and when
+
+
+class _Hook:
+    """A hook of one module; a copy of that module, deep or by pickle, carries one that does nothing."""
+
+    def __init__(self, module: nn.Module | None = None, act: Callable[..., Any] | None = None) -> None:
+        self.module, self.act = module, act
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        return self.act(*arguments) if module is self.module and self.act is not None else None
+
+    def __deepcopy__(self, _memo: Any) -> "_Hook":
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Hook, ()
+
+
+class _Exclusive(_Hook):
+    """One that replaces its module's output."""
+
+
+class Target:
+    """A module whose levels are wanted, and its part of the pass that runs now or ran last.
+
+    A pass is the outermost call of a module that holds this one; a call of the module itself outside of those is ``direct``.
+    """
+
+    def __init__(self, name: str, role: str, chain: tuple[nn.Module, ...]) -> None:
+        self.name, self.label, self.chain = name, f"output of the {role}'s {name!r}", chain
+        self.module = chain[-1]
+        self.only: bool | None = None  # passes with (True) or without gradients (False) alone count
+        self.depth, self.skipped = 0, False
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls, self.direct, self.gradient = 0, False, True
+        self.images: tuple[int, int] | None = None
+        self.valid: Any = None
+        self.whole = False  # whether the pass is a call of the model itself
+        self.parts: list[Any] = []
+
+
+Act = Callable[[Target, Any, int | None], Any]
+
+
+class Hooked:
+    """Hooks on the modules that ``where`` names, while the block lasts; nothing of them acts on a copy of the model.
+
+    ``act(target, result, number)`` sees every call of a target, numbered from 0 in its pass, or None in a recomputation by a
+    backward pass; what it returns replaces the result, unless that is None. ``done(target)`` follows the end of a pass.
+    ``bounds=False``: the caller says where passes begin. ``exclusive``: RuntimeError for a module that has such a hook already.
+    """
+
+    def __init__(
+        self,
+        caller: str,
+        role: str,
+        model: nn.Module,
+        where: Where,
+        act: Act,
+        valid: Valid | None = None,
+        done: Callable[[Target], None] = lambda _target: None,
+        bounds: bool = True,
+        exclusive: bool = False,
+    ) -> None:
+        self.caller, self.role, self.model, self.where, self.act, self.done = caller, role, model, where, act, done
+        self.targets = [Target(name, role, _find(model, name, caller, role)) for name in where.names]
+        if not torch.compiler.is_compiling():
+            for target in self.targets:
+                _refuse_compiled(target, caller, role)
+        self.roots = [model]
+        while isinstance(self.roots[-1], FrozenTeacher):
+            self.roots.append(self.roots[-1].model)
+        self.valid = None if valid is None else _reader(valid, self.roots[-1])
+        self.task, self.bounds, self.exclusive = -1, bounds, exclusive
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Hooked":
+        self.task = graph_task()
+        for target in self.targets if self.exclusive else ():
+            if any(
+                isinstance(hook, _Exclusive) and hook.module is target.module for hook in target.module._forward_hooks.values()
+            ):
+                raise RuntimeError(
+                    f"{self.caller}: another learner is attached to the {self.role}'s {target.name!r}; leave that block first"
+                )
+        with ExitStack() as stack:  # removes hooks if one cannot be set
+            for target in self.targets:
+                kind = _Exclusive if self.exclusive else _Hook
+                hook = kind(target.module, functools.partial(self._output, target))
+                stack.callback(target.module.register_forward_hook(hook).remove)
+            bounds = {m: None for target in self.targets for m in target.chain if m is not target.module or m in self.roots}
+            for module in bounds if self.bounds else ():
+                inside = [target for target in self.targets if module in target.chain]
+                begin = _Hook(module, functools.partial(self._begin, module, inside))
+                end = _Hook(module, functools.partial(self._end, inside))
+                stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(end, always_call=True).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def start(self, target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A new pass, unless it is one that does not count."""
+        frozen = isinstance(module, FrozenTeacher) and not module.with_gradient
+        gradient = torch.is_grad_enabled() and not frozen
+        target.skipped = target.only not in (None, gradient)
+        if target.skipped:
+            return
+        target.clear()
+        target.gradient, target.whole = gradient, module in self.roots
+        if self.where.layout == "tokens" and self.where.grid is None:
+            target.images = _image_size([*args, *kwargs.values()])
+        if self.valid is not None and target.whole:
+            target.valid = self.valid(*args, **kwargs)
+
+    def _begin(self, module: nn.Module, inside: list[Target], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if graph_task() == self.task:
+            for target in inside:
+                if target.depth == 0:
+                    self.start(target, module, args, kwargs)
+                target.depth += 1
+
+    def _end(self, inside: list[Target], _inputs: Any, result: Any) -> None:
+        if graph_task() == self.task:
+            for target in inside:
+                target.depth -= 1
+                if target.depth == 0 and not target.skipped and result is not None:  # None: the model raised
+                    self.done(target)
+
+    def _output(self, target: Target, _inputs: Any, result: Any) -> Any:
+        if graph_task() != self.task:
+            return self.act(target, result, None)
+        if target.depth == 0 and not (target.direct and target.gradient == torch.is_grad_enabled()):
+            self.start(target, target.module, (), {})
+            target.direct = target.direct or not target.skipped
+        if target.skipped:
+            return None
+        number = target.calls
+        target.calls += 1
+        if self.where.call is not None and target.depth == 0:
+            raise RuntimeError(
+                f"{self.caller}: call={self.where.call} counts within a call of the {self.role}, but {target.name!r} ran "
+                f"outside of one; call the {self.role} itself"
+            )
+        return self.act(target, result, number)
+
+
+def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
+    """TypeError unless they are dotted names."""
+    given = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Sequence) else ()
+    if not given or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"names: expected dotted names of modules, got {names!r}")
+    return given
+
+
+def _find(model: nn.Module, name: str, caller: str, role: str) -> tuple[nn.Module, ...]:
+    """The model, ..., the submodule of that dotted name; AttributeError with the names that come near."""
+    chains = dict(named_paths(model))  # a shared module has several names
+    if name not in chains:
+        near = difflib.get_close_matches(name, chains, n=5, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {[n for n, _ in model.named_children()]}"
+        raise AttributeError(f"{caller}: the {role} {type(model).__name__} has no module {name!r}; {hint}")
+    return chains[name]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _refuse_compiled(target: Target, caller: str, role: str) -> None:
+    """ValueError for a module that runs inside of compiled code, which does not look for hooks that come later."""
+    compiled = next((m for m in target.chain if _is_compiled(m)), None)
+    if compiled is not None:
+        kind = type(getattr(compiled, "_orig_mod", compiled)).__name__
+        whole = f"the {role} is compiled already"
+        part = f"the {role}'s {target.name!r} lies inside of a {kind} that is compiled already"
+        raise ValueError(
+            f"{caller}: {whole if compiled is target.chain[0] else part}, and compiled code does not see hooks that are added "
+            "later; give the module as it was before torch.compile, and compile it inside the block"
+        )
+
+
+def _image_size(arguments: list[Any]) -> tuple[int, int] | None:
+    for x in map(tensor_of, arguments):
+        if isinstance(x, Tensor) and x.dim() == 4:
+            return x.shape[2], x.shape[3]
+    return None
+
+
+def _reader(valid: Valid, model: nn.Module) -> Callable[..., Any]:
+    """A function of the model's call arguments that gives the valid pixels."""
+    if not isinstance(valid, str):
+        if not callable(valid):
+            raise TypeError(
+                f"valid: expected the name of an argument of forward, or a function of them, got {type(valid).__name__}"
+            )
+        return valid
+    parameters = inspect.signature(model.forward).parameters
+    kinds = [p.kind for p in parameters.values()]
+    if valid not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise ValueError(f"valid: {type(model).__name__}.forward has no argument {valid!r}; it has {list(parameters)}")
+    place = list(parameters).index(valid) if valid in parameters else len(parameters)
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        return kwargs.get(valid, args[place] if place < len(args) else None)
+
+    return read
+
+
+def warn_without_gradient(features: Sequence[Tensor], names: Sequence[str], warned: set[str], stacklevel: int) -> None:
+    """UserWarning, once per level, for student features that no gradient goes through although they are to be trained."""
+    for x, name in zip(features, names, strict=True):
+        if not x.requires_grad and name not in warned:
+            warned.add(name)
+            warnings.warn(
+                f"student{name}: carries no gradient, so the student does not learn from it; usual causes are a detach(), "
+                "torch.no_grad(), or a reentrant activation checkpoint around the module (use_reentrant=False)",
+                stacklevel=stacklevel + 1,
+            )
+
+
+# Freezing
+
+
+_FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+_RANDOM = re.compile(r"Drop(?:Path|Block|out)|StochasticDepth")  # timm's, transformers' and torchvision's, by their names
+
+
+@contextmanager
+def frozen(hooked: Hooked) -> Iterator[None]:
+    """The model's parameters without gradients, its normalisation and random layers in eval mode; restored at the end."""
+    chains = [chain for _, chain in named_paths(hooked.model)]
+    modules = list(dict.fromkeys(chain[-1] for chain in chains))
+    fixed = [m for m in modules if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
+    deaf = {chain[-1] for chain in chains if any(_is_compiled(m) for m in chain)}  # they do not see hooks
+    holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
+    training = [(m, m.training) for m in modules]
+    parameters = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+    buffers = [(m, m._buffers.copy()) for m in modules]
+    held = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_inference()]
+    values = [(b, b.clone(), b._version) for b in held]
+    watch = _Watch(hooked)
+    for module in modules:
+        if module in deaf:
+            continue
+        layers = [m for m in fixed if m in deaf] if module in hooked.roots else [module] if module in fixed else []
+        if layers or module._parameters:
+            hook = _Hook(module, functools.partial(watch.before, layers))
+            watch.stack.callback(module.register_forward_pre_hook(hook).remove)
+    try:
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        for layer in fixed:
+            layer.training = False
+        for holder, _ in holders:
+            holder.with_gradient = True
+        yield
+        watch.left = watch.pending
+    finally:
+        if not watch.left:
+            watch.stack.close()
+        for parameter, flag in parameters:
+            parameter.requires_grad_(flag)
+        for holder, flag in holders:
+            holder.with_gradient = flag
+        for module, flag in training:
+            module.training = flag
+        for module, own in buffers:
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value, version in values:
+                if buffer._version != version:  # a backward pass after the block may need the others untouched
+                    buffer.copy_(value)
+
+
+class _Watch:
+    """Keeps layers in eval mode; and sees that a checkpointed model is recomputed only while it is frozen and masked."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        self.hooked, self.stack = hooked, ExitStack()
+        self.pending = False  # a backward pass will recompute
+        self.left = False
+
+    def before(self, layers: list[nn.Module], *_: Any) -> None:
+        again = graph_task() != self.hooked.task
+        if self.left:
+            if again:
+                raise RuntimeError(
+                    f"{self.hooked.caller}: backward() recomputes the checkpointed {self.hooked.role}, but the block in which "
+                    "it was frozen and masked has been left; call backward() inside the block, or turn activation "
+                    "checkpointing off"
+                )
+            self.stack.close()  # a new pass: the old one is done with
+            return
+        for layer in layers:
+            layer.training = False
+        if not torch.compiler.is_compiling():
+            self.pending = not again and (self.pending or self._checkpointed())
+
+    def _checkpointed(self) -> bool:
+        if not torch.is_grad_enabled():  # inside of a pass with gradients: a reentrant checkpoint
+            return any(target.depth and target.gradient for target in self.hooked.targets)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook")
