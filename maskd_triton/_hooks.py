@@ -273,10 +273,11 @@ class Hooked:
         exclusive: bool = False,
     ) -> None:
         self.caller, self.role, self.model, self.where, self.act, self.done = caller, role, model, where, act, done
-        self.targets = [Target(name, role, _find(model, name, caller, role)) for name in where.names]
+        self.chains = dict(named_paths(model))  # a shared module has several names
+        self.targets = [Target(name, role, self._chain(name)) for name in where.names]
         if not torch.compiler.is_compiling():
             for target in self.targets:
-                _refuse_compiled(target, caller, role)
+                self._refuse_compiled(target)
         self.roots = [model]
         while isinstance(self.roots[-1], FrozenTeacher):
             self.roots.append(self.roots[-1].model)
@@ -356,6 +357,28 @@ class Hooked:
             )
         return self.act(target, result, number)
 
+    def _chain(self, name: str) -> tuple[nn.Module, ...]:
+        """The model, ..., the submodule of that dotted name; AttributeError with the names that come near."""
+        if name not in self.chains:
+            near = difflib.get_close_matches(name, self.chains, n=5, cutoff=0.4)
+            own = [child for child in self.chains if child and "." not in child]
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {own}"
+            kind = type(self.model).__name__
+            raise AttributeError(f"{self.caller}: the {self.role} {kind} has no module {name!r}; {hint}")
+        return self.chains[name]
+
+    def _refuse_compiled(self, target: Target) -> None:
+        """ValueError for a module that runs inside of compiled code, which does not look for hooks that come later."""
+        compiled = next((m for m in target.chain if _is_compiled(m)), None)
+        if compiled is not None:
+            kind = type(getattr(compiled, "_orig_mod", compiled)).__name__
+            whole = f"the {self.role} is compiled already"
+            part = f"the {self.role}'s {target.name!r} lies inside of a {kind} that is compiled already"
+            raise ValueError(
+                f"{self.caller}: {whole if compiled is self.model else part}, and compiled code does not see hooks that are "
+                "added later; give the module as it was before torch.compile, and compile it inside the block"
+            )
+
 
 def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
     """TypeError unless they are dotted names."""
@@ -365,31 +388,8 @@ def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
     return given
 
 
-def _find(model: nn.Module, name: str, caller: str, role: str) -> tuple[nn.Module, ...]:
-    """The model, ..., the submodule of that dotted name; AttributeError with the names that come near."""
-    chains = dict(named_paths(model))  # a shared module has several names
-    if name not in chains:
-        near = difflib.get_close_matches(name, chains, n=5, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {[n for n, _ in model.named_children()]}"
-        raise AttributeError(f"{caller}: the {role} {type(model).__name__} has no module {name!r}; {hint}")
-    return chains[name]
-
-
 def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-def _refuse_compiled(target: Target, caller: str, role: str) -> None:
-    """ValueError for a module that runs inside of compiled code, which does not look for hooks that come later."""
-    compiled = next((m for m in target.chain if _is_compiled(m)), None)
-    if compiled is not None:
-        kind = type(getattr(compiled, "_orig_mod", compiled)).__name__
-        whole = f"the {role} is compiled already"
-        part = f"the {role}'s {target.name!r} lies inside of a {kind} that is compiled already"
-        raise ValueError(
-            f"{caller}: {whole if compiled is target.chain[0] else part}, and compiled code does not see hooks that are added "
-            "later; give the module as it was before torch.compile, and compile it inside the block"
-        )
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _image_size(arguments: list[Any]) -> tuple[int, int] | None:
@@ -441,10 +441,10 @@ _RANDOM = re.compile(r"Drop(?:Path|Block|out)|StochasticDepth")  # timm's, trans
 @contextmanager
 def frozen(hooked: Hooked) -> Iterator[None]:
     """The model's parameters without gradients, its normalisation and random layers in eval mode; restored at the end."""
-    chains = [chain for _, chain in named_paths(hooked.model)]
-    modules = list(dict.fromkeys(chain[-1] for chain in chains))
+    modules = list(dict.fromkeys(module for chain in hooked.chains.values() for module in chain))
     fixed = [m for m in modules if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
-    deaf = {chain[-1] for chain in chains if any(_is_compiled(m) for m in chain)}  # they do not see hooks
+    compiled = {m for m in modules if _is_compiled(m)}
+    deaf = {c[-1] for c in hooked.chains.values() if not compiled.isdisjoint(c)} if compiled else set()  # they see no hooks
     holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
     training = [(m, m.training) for m in modules]
     parameters = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]

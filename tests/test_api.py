@@ -113,7 +113,7 @@ def test_untrained_tokens_warn_once() -> None:
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        criterion(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+        criterion(torch.ones(1, 4, 2, 2, requires_grad=True), torch.zeros(1, 4, 2, 2))
         criterion_of()
 
 

@@ -1,9 +1,15 @@
 """Reaching into models, by the chapters of docs/reaching-into-models.md."""
 
+import contextlib
 import copy
 import dataclasses
+import gc
+import io
+import pickle
+import warnings
+import weakref
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
+from torch.utils.checkpoint import checkpoint
 
-from maskd_triton import MaskLearner, capture
+from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner, capture
 from maskd_triton.capture import FeatureCapture
 
 IMAGES = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
@@ -279,3 +286,697 @@ def test_parts_that_are_not_there(wrap: Any, output: Any, sentence: str) -> None
     with pytest.raises((TypeError, ValueError)) as caught:
         capture.call(Holder(wrap), "body", IMAGES, output=output)
     assert sentence in str(caught.value)
+
+
+# In what layout
+
+
+class Blocks(nn.Module):
+    """A backbone whose block gives maps, NHWC maps or tokens; and a head that takes either."""
+
+    def __init__(self, layout: str, prefix: int = 0) -> None:
+        super().__init__()
+        self.patch, self.block, self.layout, self.prefix = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 6), layout, prefix
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images).permute(0, 2, 3, 1)
+        if self.layout == "tokens":
+            x = x.flatten(1, 2)
+            x = torch.cat([x[:, : self.prefix] + 7, x], 1)
+        return self.block(x)
+
+    def maps(self, x: Tensor) -> Tensor:
+        if self.layout == "tokens":
+            return x[:, self.prefix :].transpose(1, 2).unflatten(2, (4, 6))
+        return x.permute(0, 3, 1, 2)
+
+
+LAYOUTS = [("nhwc", 0, {}), ("tokens", 0, {}), ("tokens", 0, {"grid": (4, 6)}), ("tokens", 3, {"prefix_tokens": 3})]
+
+
+@pytest.mark.parametrize(("layout", "prefix", "options"), LAYOUTS)
+def test_layouts(layout: str, prefix: int, options: dict[str, Any]) -> None:
+    teacher, options = seeded(lambda: Blocks(layout, prefix)), options | {"layout": layout}
+    plain = teacher(IMAGES)
+    want = teacher.maps(plain)
+
+    _, (level,) = capture.call(teacher, "block", IMAGES, **options)
+    assert torch.equal(level, want)
+    pupil, of_teacher = seeded(Yolo), {name: {"teacher": value} for name, value in options.items()}
+    with FeatureCapture(pupil, teacher, {"p3": "block"}, **of_teacher) as features:
+        pupil(IMAGES)
+        teacher(IMAGES)
+        (student,), (level,) = features.take()
+    assert student.shape == (2, 4, 8, 12)
+    assert torch.equal(level, want)
+
+    learner = learner_of(6, standardize=True)
+    with learner.calibrate(teacher, "block", **options):
+        teacher(IMAGES)
+    torch.testing.assert_close(learner.mask_modules[0].channel_mean, want.mean((0, 2, 3)))
+    with learner.attach(teacher, "block", **options):
+        got = teacher(IMAGES)
+        dice = learner.dice_loss()
+    assert got.shape == plain.shape
+    assert torch.equal(got[:, :prefix], plain[:, :prefix])
+    torch.testing.assert_close(teacher.maps(got), learner(want))
+    torch.testing.assert_close(dice, learner.dice_loss())
+    (got.square().sum() + dice).backward()
+    assert learner.mask_modules[0].mask_token.grad.abs().max() > 0
+
+
+class Given(nn.Module):
+    """Gives what it is given, as its block's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Identity()
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return self.block(x)
+
+
+WRONG_LAYOUTS: list[tuple[tuple[int, ...], dict[str, Any], str]] = [
+    ((2, 4, 6, 8), {}, "expected [N, 8, H, W] (layout='nchw'), got shape [2, 4, 6, 8]; the shape fits layout='nhwc'"),
+    ((2, 24, 8), {}, "expected [N, 8, H, W] (layout='nchw'), got shape [2, 24, 8]; the shape fits layout='tokens'"),
+    ((2, 8, 4, 6), {"layout": "nhwc"}, "expected [N, H, W, 8] (layout='nhwc'), got shape [2, 8, 4, 6]; the shape fits layout='nchw'"),
+    ((2, 8, 4, 6), {"layout": "tokens"}, "expected [N, L, 8] (layout='tokens'), got shape [2, 8, 4, 6]; the shape fits layout='nchw'"),
+    ((2, 24, 8), {"layout": "nhwc"}, "the shape fits layout='tokens'"),
+    ((2, 4, 6, 5), {}, "expected 8 channels, got 4"),
+    ((2, 25, 8), {"layout": "tokens", "grid": (4, 6)}, "expected 0 + 4 * 6 tokens (prefix_tokens, grid), got 25; prefix_tokens=1 would fit"),
+    ((2, 20, 8), {"layout": "tokens", "grid": (4, 6)}, "expected 0 + 4 * 6 tokens (prefix_tokens, grid), got 20"),
+    ((2, 24, 8), {"layout": "tokens"}, "no images [N, C, H, W] among the arguments of the model's call; give grid=(h, w)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", ["attach", "calibrate"])
+@pytest.mark.parametrize(("shape", "options", "sentence"), WRONG_LAYOUTS)
+def test_a_layout_that_fits_is_named(shape: tuple[int, ...], options: dict[str, Any], sentence: str, use: str) -> None:
+    learner = learner_of(8, standardize=use == "calibrate")
+    with pytest.raises(ValueError) as caught, getattr(learner, use)(model := Given(), "block", **options):  # noqa: PT011
+        model(torch.zeros(shape))
+    assert str(caught.value).startswith("output of the teacher's 'block'")
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "sentence"),
+    [
+        ((16, 24), 25, "25 tokens are no grid of square patches of 16x24 images; give grid=(h, w); prefix_tokens=1 would fit"),
+        ((15, 24), 24, "24 tokens are no grid of square patches of 15x24 images; give grid=(h, w)"),
+    ],
+)
+def test_grids_that_are_not_found(images: tuple[int, int], tokens: int, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        capture.call(Given(), "block", torch.zeros(1, tokens, 8), torch.zeros(1, 3, *images), layout="tokens")
+    assert sentence in str(caught.value)
+
+
+def test_tokens_before_an_in_place_layer() -> None:
+    """Masked tokens are views of an operator's output; a layer may still write to them."""
+    teacher, learner = seeded(lambda: nn.Sequential(Blocks("tokens"), nn.ReLU(inplace=True))), learner_of(6)
+    with learner.attach(teacher, "0", layout="tokens"):
+        (teacher(IMAGES).sum() + learner.dice_loss()).backward()
+    assert learner.mask_modules[0].mask_token.grad is not None
+
+
+# Whose
+
+
+def copies(model: nn.Module) -> Iterator[nn.Module]:
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    yield torch.load(file, weights_only=False)
+    yield torch.optim.swa_utils.AveragedModel(model)
+    yield nn.ModuleDict({name: copy.deepcopy(child) for name, child in model.named_children()}).p3
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_copies_carry_no_live_hook(kind: int) -> None:
+    student, teacher = seeded(Yolo), seeded(Yolo)
+    with FeatureCapture(student, teacher, "p3") as features:
+        student(IMAGES)
+        twin, twin_of_teacher = ([*copies(model)][kind] for model in (student, teacher))
+        with torch.no_grad():
+            teacher(IMAGES)
+            twin(IMAGES + 1)
+            twin_of_teacher(IMAGES + 1)
+        (s,), (t,) = features.take()
+        assert s.requires_grad
+        assert torch.equal(s, t)
+        twin(IMAGES)
+        with pytest.raises(RuntimeError, match="the student's 'p3' has not run"):
+            features.take()
+    learner = learner_of(4)
+    with learner.attach(teacher, "p3"):
+        plain = [*copies(seeded(Yolo))][kind](IMAGES)
+        found = [*copies(teacher)][kind](IMAGES)
+        for a, b in zip(found, plain, strict=True):
+            assert torch.equal(a, b)
+        with pytest.raises(RuntimeError, match="no features seen yet"):
+            learner.dice_loss()
+        with learner_of(4).attach(next(copies(teacher)), "p3"):  # nor does a copy count as attached
+            pass
+
+
+def test_a_copy_of_a_shallow_kind() -> None:
+    student, teacher = seeded(Yolo), seeded(Yolo)
+    with FeatureCapture(student, teacher, "p3") as features:
+        replica = copy.copy(student)
+        replica._modules = {"p3": copy.copy(student.p3), "p4": student.p4}  # as DataParallel makes them
+        student(IMAGES)
+        teacher(IMAGES)
+        replica(IMAGES + 1)
+        (s,), _ = features.take()
+        assert torch.equal(s, student.p3(IMAGES))
+
+
+@pytest.mark.parametrize("first", ["student", "teacher"])
+@pytest.mark.parametrize("teacher", ["no_grad", "frozen", "checkpointed"])
+def test_self_distillation(first: str, teacher: str) -> None:
+    """One model, two passes: with gradients the student's, without the teacher's, in any order."""
+    model = seeded(lambda: Checkpointed("reentrant") if teacher == "checkpointed" else Yolo())
+    name = "block" if teacher == "checkpointed" else "p3"
+    module = model.get_submodule(name)
+    other: nn.Module = FrozenTeacher(model) if teacher == "frozen" else model
+    model.requires_grad_(True)
+
+    def run(side: str) -> None:
+        if side == "student":
+            model(IMAGES)
+        else:
+            with contextlib.nullcontext() if teacher == "frozen" else torch.no_grad():
+                other(IMAGES + 1)
+
+    with FeatureCapture(model, other, name) as features:
+        for _ in range(2):
+            run(first)
+            run("teacher" if first == "student" else "student")
+            (s,), (t,) = features.take()
+            assert s.requires_grad == (teacher != "checkpointed")
+            assert not t.requires_grad
+            if name == "p3":
+                assert torch.equal(s, module(IMAGES))
+                assert torch.equal(t, module(IMAGES + 1))
+        run("student")
+        run("student")
+        with pytest.raises(
+            RuntimeError, match=r"the teacher's '\w+' has not run without gradients .* one model: run the teacher's"
+        ):
+            features.take()
+
+
+def test_levels_of_one_pass_of_one_model() -> None:
+    """The deep levels teach the shallow ones."""
+    model = seeded(Yolo)
+    with FeatureCapture(model, model, {"p3": "p4"}) as features:
+        found = model(IMAGES)
+        (s,), (t,) = features.take()
+        assert torch.equal(s, found[0])
+        assert torch.equal(t, found[1])
+        model(IMAGES)
+        with torch.no_grad():
+            model(IMAGES)
+        with pytest.raises(RuntimeError, match="one model, which ran both with and without gradients"):
+            features.take()
+
+
+def test_a_shared_backbone() -> None:
+    backbone = seeded(Yolo)
+    student, teacher = nn.Sequential(backbone), nn.Sequential(backbone, nn.Identity())
+    with FeatureCapture(student, teacher, "0.p3") as features:
+        student(IMAGES)
+        with torch.no_grad():
+            teacher(IMAGES + 1)
+        (s,), (t,) = features.take()
+    assert torch.equal(s, backbone.p3(IMAGES))
+    assert torch.equal(t, backbone.p3(IMAGES + 1))
+
+
+def test_a_teacher_inside_of_the_student() -> None:
+    student = seeded(lambda: nn.ModuleDict({"net": Yolo(), "teacher": FrozenTeacher(Yolo())}))
+    student.forward = lambda x: (student["net"](x), student["teacher"](x + 1))
+    with FeatureCapture(student, student, {"net.p3": "teacher.p3"}) as features:
+        student(IMAGES)
+        (s,), (t,) = features.take()
+    assert s.requires_grad
+    assert torch.equal(s, student["net"].p3(IMAGES))
+    assert torch.equal(t, student["teacher"].model.p3(IMAGES + 1))
+
+
+# When
+
+
+class Checkpointed(nn.Module):
+    """The block in a checkpointed segment with a batch norm behind it; the head in one of its own."""
+
+    def __init__(self, kind: str | None, head: bool = False) -> None:
+        super().__init__()
+        self.stem, self.block, self.norm, self.head = (
+            nn.Conv2d(3, 6, 1),
+            nn.Conv2d(6, 6, 1),
+            nn.BatchNorm2d(6),
+            nn.Conv2d(6, 2, 1),
+        )
+        self.kind, self.last, self.runs = kind, head, 0
+
+    def _segment(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.norm(self.block(x)).relu()
+
+    def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return part(x) if self.kind is None else checkpoint(part, x, use_reentrant=self.kind == "reentrant")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._segment(self.stem(x)) if self.last else self._run(self._segment, self.stem(x))
+        return self._run(lambda y: self.head(y).square(), x) if self.last else self.head(x)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_recomputation_is_not_captured(kind: str) -> None:
+    student, teacher = seeded(lambda: Checkpointed(kind)), seeded(lambda: Checkpointed(None))
+    with FeatureCapture(student, teacher, "block") as features:
+        scores = student(IMAGES)
+        with torch.no_grad():
+            teacher(IMAGES)
+        students, teachers = features.take()
+        want = students[0].detach().clone()
+        loss = scores.square().mean()
+        if kind == "non-reentrant":
+            loss = loss + (students[0] - teachers[0]).square().mean()
+        loss.backward()
+        assert student.runs == 2
+        with pytest.raises(RuntimeError, match="the student's 'block' has not run since"):
+            features.take()
+    assert torch.equal(students[0].detach(), want)
+    assert student.block.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_call_inside_of_what_is_recomputed(kind: str) -> None:
+    """Hooks that are set in the recomputation act in it."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        scores, (level,) = capture.call(model, "block", x)
+        return scores.square().mean() + level.square().mean()
+
+    found = []
+    for checkpointed in (False, True):
+        model, x = seeded(lambda: Checkpointed(None)).eval(), IMAGES.clone().requires_grad_()
+        value = checkpoint(loss, model, x, use_reentrant=kind == "reentrant") if checkpointed else loss(model, x)
+        value.backward()
+        found.append((x.grad, model.block.weight.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_attached_to_a_checkpointed_teacher(kind: str, head: bool) -> None:
+    """Inside the block: the gradients of the teacher without checkpoints, whichever part is checkpointed."""
+    results = []
+    for how in (None, kind):
+        teacher, learner = seeded(lambda how=how: Checkpointed(how, head)), learner_of(6)
+        x = IMAGES.clone().requires_grad_()
+        with learner.attach(teacher, "block"):
+            loss = teacher(x).square().mean()
+            if kind == "non-reentrant" or how is None or head:
+                dice = learner.dice_loss()
+            else:
+                with pytest.raises(
+                    RuntimeError, match=r"dice_loss: the teacher ran without gradients .* \(use_reentrant=False\)"
+                ):
+                    learner.dice_loss()
+                with torch.no_grad():
+                    dice = learner.dice_loss()
+            if kind == "non-reentrant" or head:
+                loss = loss + dice
+            results.append([*gradients(learner, loss), x.grad])
+            assert torch.equal(
+                learner.dice_loss() if dice.requires_grad else dice, dice
+            )  # the recomputation has not replaced it
+            levels = learner.diagnostics()
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in teacher.modules())
+        assert list(levels) == [0]
+        assert all(p.grad is None for p in teacher.parameters())
+        assert not teacher.norm.running_mean.any()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_backward_after_the_block(kind: str, head: bool) -> None:
+    teacher, learner = seeded(lambda: Checkpointed(kind, head)), learner_of(6)
+    before = copy.deepcopy(teacher.state_dict())
+    with learner.attach(teacher, "block"):
+        loss = teacher(IMAGES.clone().requires_grad_()).square().mean()
+    sentence = (
+        r"attach: backward\(\) recomputes the checkpointed teacher, but the block .* has been left; call backward\(\) inside"
+    )
+    with pytest.raises(RuntimeError, match=sentence):
+        loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    teacher(IMAGES).mean().backward()  # nothing of it stays
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in teacher.modules())
+    assert teacher.block.weight.grad is not None
+    with learner.attach(teacher, "block"):  # a block of its own again
+        gradients(learner, teacher(IMAGES.clone().requires_grad_()).square().mean())
+
+
+def test_recomputed_levels_of_a_shared_head() -> None:
+    """Segments are recomputed from the last to the first; levels go by their shapes."""
+
+    class Head(SharedHead):
+        def __init__(self, mode: bool | None) -> None:
+            super().__init__()
+            self.mode = mode
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            run = lambda y: self.tower(y).relu()  # noqa: E731
+            parts = [
+                run(y) if self.mode is None else checkpoint(run, y, use_reentrant=False) for y in (x, avg_pool2d(x, self.pool))
+            ]
+            return sum(part.square().mean() for part in parts)
+
+        pool = 2
+
+    results = []
+    for mode in (None, False):
+        teacher, learner = seeded(lambda mode=mode: Head(mode)), learner_of(4, 4)
+        with learner.attach(teacher, "tower"):
+            loss = teacher(IMAGES) + learner.dice_loss()
+            results.append(gradients(learner, loss))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    teacher.pool = 1
+    with (
+        learner.attach(teacher, "tower"),
+        pytest.raises(RuntimeError, match=r"recomputes 'tower', which ran 2 times .* do not tell"),
+    ):
+        (teacher(IMAGES) + learner.dice_loss()).backward()
+
+
+def test_nothing_stays_alive() -> None:
+    student, teacher, learner = seeded(Yolo), seeded(Yolo), learner_of(4)
+    alive: list[weakref.ref[Tensor]] = []
+    with FeatureCapture(student, teacher, "p3") as features:
+        for _ in range(2):
+            student(IMAGES)
+            with torch.no_grad():
+                teacher(IMAGES)
+            alive += [weakref.ref(x) for side in features.take() for x in side]
+    with learner.attach(teacher, "p3"):
+        for _ in range(2):
+            images = IMAGES.clone()
+            found = teacher(images)
+            gradients(learner, found[1].mean() + learner.dice_loss())
+            alive += [weakref.ref(x) for x in (images, *found)]
+            del images, found
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "inside"])
+def test_stage_1_without_gradients(how: str) -> None:
+    class Inner(Yolo):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x)
+
+    teacher, learner = seeded(Inner if how == "inside" else Yolo), learner_of(4)
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "inside": contextlib.nullcontext}
+    with learner.attach(teacher, "p3"):
+        with modes[how]():
+            teacher(IMAGES)
+        with pytest.raises(RuntimeError, match=r"dice_loss: the teacher ran without gradients .* torch\.no_grad\(\)"):
+            learner.dice_loss()
+        with torch.no_grad():
+            assert learner.dice_loss().isfinite()
+        learner.eval()
+        learner.dice_loss()
+
+
+def test_students_without_gradient_warn_once() -> None:
+    criterion = MaskedDistillLoss([4, 4], 3, student_channels=[4, 4], pretrained=learner_of(4, 4))
+    teachers = [torch.randn(2, 4, 3, 3) for _ in range(2)]
+    students = [torch.randn(2, 4, 3, 3).requires_grad_(), torch.randn(2, 4, 3, 3)]
+    with pytest.warns(UserWarning, match=r"student\[1\]: carries no gradient.*detach.*no_grad.*use_reentrant=False") as seen:
+        criterion(students, teachers)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(students, teachers)
+        fresh = MaskedDistillLoss([4, 4], 3, pretrained=learner_of(4, 4))
+        fresh.eval()(students, teachers)
+        with torch.no_grad():
+            fresh.train()(students, teachers)
+
+
+# Unchanged
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_features_that_are_overwritten(side: str) -> None:
+    def net(inplace: bool) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=inplace))
+
+    models = {name: net(name == side).eval() for name in ("student", "teacher")}
+    with FeatureCapture(models["student"], models["teacher"], "1") as features:
+        models["student"](IMAGES)
+        with torch.no_grad():
+            models["teacher"](IMAGES)
+        with pytest.raises(RuntimeError, match=f"a later layer has overwritten the features of the {side}'s '1' in place"):
+            features.take()
+    with pytest.raises(RuntimeError, match="overwritten the features of the model's '1'"):
+        capture.call(models[side], "1", IMAGES)
+    _, (level,) = capture.call(models[side], "2", IMAGES)
+    assert (level >= 0).all()
+
+
+def test_masked_features_before_an_in_place_layer() -> None:
+    results = []
+    for inplace in (False, True):
+        teacher = seeded(lambda inplace=inplace: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=inplace)))
+        learner = learner_of(4, standardize=True)
+        with learner.calibrate(teacher, "1"):
+            teacher(IMAGES)
+        with learner.attach(teacher, "1"):
+            results.append(
+                [learner.mask_modules[0].channel_mean, *gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())]
+            )
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_captured_in_compiled_code_before_an_in_place_layer() -> None:
+    torch._dynamo.reset()
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))).eval()
+    want = net[1](net[0](IMAGES))
+    _, (level,) = torch.compile(lambda x: capture.call(net, "1", x), backend="aot_eager")(IMAGES)
+    torch.testing.assert_close(level, want)
+
+
+# Compiled models
+
+
+class Regional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1)
+        )
+        self.neck = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(self.blocks(x))
+
+
+def compiled_blocks(in_place: bool) -> nn.Module:
+    net = seeded(Regional)
+    if in_place:
+        net.blocks[1].compile(backend="eager")
+    else:
+        net.blocks[1] = torch.compile(net.blocks[1], backend="eager")
+    return net
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_blocks_may_be_compiled(in_place: bool) -> None:
+    torch._dynamo.reset()
+    teacher, student, learner = compiled_blocks(in_place), compiled_blocks(in_place), learner_of(4)
+    teacher(IMAGES)
+    norm = teacher.blocks[1]._orig_mod[1] if not in_place else teacher.blocks[1][1]
+    before = norm.running_mean.clone()
+    for name in ("neck", "blocks.0", "blocks", "blocks.2"):
+        with FeatureCapture(student, teacher, name) as features:
+            student(IMAGES)
+            teacher.eval()(IMAGES)
+            assert features.take()[0][0].requires_grad
+        teacher.train()
+        with learner.attach(teacher, name):
+            teacher.train()  # the compiled norm stays in eval mode
+            gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
+        assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("name", ["blocks.1", "blocks.1.0"])
+def test_what_cannot_fire_is_refused(name: str, in_place: bool) -> None:
+    sentence = f"the \\w+'s '{name}' lies inside of a Sequential that is compiled already"
+    with pytest.raises(ValueError, match=f"attach: {sentence}"), learner_of(4).attach(compiled_blocks(in_place), name):
+        pass
+    with pytest.raises(ValueError, match=f"capture: {sentence}"):
+        FeatureCapture(compiled_blocks(in_place), seeded(Regional), name)
+    with pytest.raises(ValueError, match=f"capture: {sentence}"):
+        capture.call(compiled_blocks(in_place), name, IMAGES)
+    frozen = FrozenTeacher(torch.compile(seeded(Regional), backend="eager"))
+    with pytest.raises(ValueError, match="lies inside of a Regional that is compiled already"):
+        FeatureCapture(seeded(Regional), frozen, "neck")
+
+
+# Containers
+
+
+class NestedTensor:
+    """DETR's."""
+
+    def __init__(self, tensors: Tensor, mask: Tensor | None) -> None:
+        self.tensors, self.mask = tensors, mask
+
+
+class ImageList:
+    """torchvision's (``tensors``) or detectron2's (``tensor``)."""
+
+    def __init__(self, image_sizes: list[tuple[int, int]], **tensors: Tensor) -> None:
+        self.image_sizes = image_sizes
+        self.__dict__.update(tensors)
+
+
+WRAPPED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nested": (lambda x: NestedTensor(x, None), "tensors"),
+    "torchvision": (lambda x: ImageList([], tensors=x), "tensors"),
+    "detectron2": (lambda x: ImageList([], tensor=x), "tensor"),
+}
+
+
+@pytest.mark.parametrize(
+    "container", [lambda x: x, lambda x: [x], lambda x: (x,), lambda x: {"0": x}, lambda x: Record(None, {"0": x})]
+)
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_levels(kind: str, container: Callable[[Any], Any]) -> None:
+    wrap, field = WRAPPED[kind]
+    model, learner = seeded(lambda: Holder(lambda x: container(wrap(x)))), learner_of(4)
+    output = "levels" if isinstance(model(IMAGES), Record) else None
+
+    def level_of(result: Any) -> Any:
+        result = result.levels if isinstance(result, Record) else result
+        return result["0"] if isinstance(result, dict) else result[0] if isinstance(result, list | tuple) else result
+
+    plain = model(IMAGES)
+    x = getattr(level_of(plain), field)
+    _, (level,) = capture.call(model, "body", IMAGES, output=output)
+    assert torch.equal(level, x)
+    with learner.attach(model, "body", output=output):
+        masked = model(IMAGES)
+    assert type(masked) is type(plain)
+    assert type(level_of(masked)) is type(level_of(plain))
+    assert torch.equal(getattr(level_of(masked), field), learner(x))
+    assert torch.equal(getattr(level_of(learner(container(wrap(x)) if output is None else [wrap(x)])), field), learner(x))
+    criterion = MaskedDistillLoss(4, 3, pretrained=learner)
+    if output is None:
+        student = torch.randn_like(x).requires_grad_()
+        torch.testing.assert_close(
+            criterion(container(wrap(student)), container(wrap(x.detach()))), criterion(student, x.detach())
+        )
+
+
+@pytest.mark.parametrize("kind", ["nested", "nested without", "torchvision", "detectron2"])
+def test_forms_of_valid(kind: str) -> None:
+    mask = torch.ones(2, 8, 12, dtype=torch.bool)
+    mask[1, :, 6:] = False
+    sizes = [(8, 12), (8, 6)]
+    form = {
+        "nested": lambda: NestedTensor(IMAGES, ~mask),
+        "nested without": lambda: NestedTensor(IMAGES, None),
+        "torchvision": lambda: ImageList(sizes, tensors=IMAGES),
+        "detectron2": lambda: ImageList(sizes, tensor=IMAGES),
+    }[kind]()
+    x, learner = torch.randn(2, 4, 4, 6), learner_of(4)
+    want = learner(x, None if kind == "nested without" else mask)
+    assert torch.equal(learner(x, form), want)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Identity()
+
+        def forward(self, samples: Any, **_: Any) -> Tensor:
+            return self.body(x)
+
+    for valid in ("samples", lambda samples: samples):
+        with learner.attach(model := Model(), "body", valid=valid):
+            assert torch.equal(model(samples=form), want)
+
+
+# Valid pixels
+
+
+class Masked(nn.Module):
+    def __init__(self, kind: str | None = None) -> None:
+        super().__init__()
+        self.body, self.kind = nn.Conv2d(3, 4, 1), kind
+
+    def forward(self, images: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
+        return self.body(images) if self.kind is None else checkpoint(self.body, images, use_reentrant=self.kind == "reentrant")
+
+
+def test_valid_pixels_of_recomputations() -> None:
+    masks = [torch.rand(2, 8, 12, generator=torch.Generator().manual_seed(i)) > 0.4 for i in range(2)]
+    results = []
+    for kind in (None, "non-reentrant"):
+        teacher, learner = seeded(lambda kind=kind: Masked(kind)), learner_of(4)
+        with learner.attach(teacher, "body", valid="pixel_mask"):
+            for mask in masks:
+                results.append(gradients(learner, teacher(IMAGES, mask).square().mean() + learner.dice_loss()))
+    for a, b in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        torch.testing.assert_close(a, b)
+    with learner.attach(teacher, "body", valid="pixel_mask"):
+        losses = [teacher(IMAGES, mask).square().mean() for mask in masks]
+        with pytest.raises(
+            RuntimeError, match="recomputes one of 2 passes, and it is not known which valid pixels are its own"
+        ):
+            sum(losses).backward()
+
+
+@pytest.mark.parametrize(
+    ("valid", "error", "sentence"),
+    [
+        ("mask", ValueError, r"valid: Masked\.forward has no argument 'mask'; it has \['images', 'pixel_mask'\]"),
+        (
+            torch.ones(2, 8, 12),
+            TypeError,
+            "valid: expected the name of an argument of forward, or a function of them, got Tensor",
+        ),
+    ],
+)
+def test_wrong_valid(valid: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence), learner_of(4).attach(Masked(), "body", valid=valid):
+        pass
+
+
+def test_valid_needs_a_call_of_the_model() -> None:
+    teacher, learner = Masked(), learner_of(4)
+    with learner.attach(teacher, "body", valid="pixel_mask"):
+        with pytest.raises(
+            RuntimeError, match="valid= is read from the arguments of the teacher's call, but 'body' ran outside of"
+        ):
+            teacher.body(IMAGES)
+        with pytest.raises(ValueError, match="valid: expected shape"):
+            teacher(IMAGES, torch.ones(2, 3, 8, 12, dtype=torch.bool))
