@@ -1,7 +1,10 @@
 """Sentences for wrong arguments: each names the argument, what was expected and what was given."""
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,31 +20,71 @@ def choice(value: str, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def positive_int(value: int, name: str) -> int:
-    """``value``; TypeError or ValueError unless it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(value: Any) -> int | None:
+    """An int, numpy integer or integer scalar (tensor or array) as an int; None for anything else, bools among them."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # no number at all; a tensor of floats
+        return None
+
+
+def number(value: Any) -> float | None:
+    """A number, also numpy's, or a scalar array as a Python number; None for anything else, bools and tensors among them."""
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool | Tensor) or getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return None
+    return number(value.item())
+
+
+def positive_int(value: Any, name: str) -> int:
+    """``value`` as an int; TypeError or ValueError unless it is an integer of at least 1."""
+    whole = integer(value)
+    if whole is None:
         raise TypeError(f"{name}: expected a positive int, got {value!r}")
-    if value < 1:
+    if whole < 1:
         raise ValueError(f"{name}: expected a positive int, got {value!r}")
-    return value
+    return whole
 
 
-def count(value: int, name: str) -> int:
-    """``value``; TypeError or ValueError unless it is an int of at least 0 that int64 can hold."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def count(value: Any, name: str) -> int:
+    """``value`` as an int; TypeError or ValueError unless it is an integer of at least 0 that int64 can hold."""
+    whole = integer(value)
+    if whole is None:
         raise TypeError(f"{name}: expected an int of at least 0, got {value!r}")
-    if not 0 <= value < 2**63:
+    if not 0 <= whole < 2**63:
         raise ValueError(f"{name}: expected an int of at least 0 and below 2**63, got {value!r}")
-    return value
+    return whole
 
 
-def amount(value: float, name: str) -> float:
-    """``value``; TypeError or ValueError unless it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def amount(value: Any, name: str) -> float:
+    """``value`` as a Python number; TypeError or ValueError unless it is a finite number of at least 0."""
+    found = number(value)
+    if found is None:
         raise TypeError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    if not 0 <= value < math.inf:
+    if not 0 <= found < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    return found
+
+
+def scale(value: Any, name: str) -> float | Tensor:
+    """:func:`amount`, or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
+    if not isinstance(value, Tensor):
+        return amount(value, name)
+    if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{name}: expected a number or a scalar tensor, got {value.dtype} of shape {list(value.shape)}")
     return value
+
+
+def listed(value: Any) -> Any:
+    """An array or tensor with a dimension as a list (of lists); anything else as it is. Waits for a tensor's device."""
+    return value.tolist() if getattr(value, "ndim", 0) and hasattr(value, "tolist") else value
 
 
 def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:

@@ -13,19 +13,21 @@ from .shapes import valid_pixels
 Levels = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
 
 
-def per_level(value: int | Sequence[int], name: str, levels: int | None = None) -> list[int]:
+def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
     """``value`` as one positive int per level; an int is repeated ``levels`` times (None: it means one level)."""
-    if isinstance(value, int):
-        values = [value] * (levels or 1)
+    value = check.listed(value)
+    if (single := check.integer(value)) is not None:
+        values: list[int | None] = [single] * (levels or 1)
     elif isinstance(value, Sequence):
-        values = list(value)
+        values = [check.integer(v) for v in value]
     else:
         raise TypeError(f"{name}: expected a positive int or one per level, got {value!r}")
-    if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+    found = [v for v in values if v is not None and v >= 1]
+    if not values or len(found) < len(values):
         raise ValueError(f"{name}: expected a positive int or one per level, got {value!r}")
-    if levels is not None and len(values) != levels:
-        raise ValueError(f"{name}: expected one value for each of the {levels} levels, got {len(values)}: {value!r}")
-    return values
+    if levels is not None and len(found) != levels:
+        raise ValueError(f"{name}: expected one value for each of the {levels} levels, got {len(found)}: {value!r}")
+    return found
 
 
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
@@ -116,7 +118,7 @@ def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -
     if valid is None:
         return []
     if hasattr(valid, "image_sizes") and _tensor_in(valid):
-        valid = valid_pixels([(int(h), int(w)) for h, w in valid.image_sizes], tensor_of(valid).shape[-2:], levels[0].device)
+        valid = valid_pixels(valid.image_sizes, tensor_of(valid).shape[-2:], levels[0].device)
     elif hasattr(valid, "mask") and _tensor_in(valid):
         if valid.mask is None:
             return []

@@ -149,7 +149,7 @@ def suggest_loss_weight(
     task_losses: Sequence[float | Tensor],
     distill_losses: Sequence[float | Tensor],
     *,
-    loss_weight: float = 1.0,
+    loss_weight: float | Tensor = 1.0,
     share: float = 0.5,
 ) -> float:
     r"""A ``loss_weight`` with which distillation makes up ``share`` of the whole loss.
@@ -183,4 +183,4 @@ def suggest_loss_weight(
         medians.append(statistics.median(map(float, losses)))
         if not 0 < medians[-1] < math.inf:
             raise ValueError(f"{name}: expected a positive, finite median, got {medians[-1]}")
-    return loss_weight * share / (1 - share) * medians[0] / medians[1]
+    return float(loss_weight) * float(share) / (1 - float(share)) * medians[0] / medians[1]

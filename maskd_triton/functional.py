@@ -43,7 +43,7 @@ def masked_distill_loss(
     custom_mask: bool = False,
     warmup_step: Tensor | None = None,
     custom_mask_warmup: int = 0,
-    loss_weight: float = 1.0,
+    loss_weight: float | Tensor = 1.0,
     eps: float = 1e-12,
     reduction: str = "sum",
     impl: str = "auto",
@@ -78,7 +78,7 @@ def masked_distill_loss(
         warmup_step: int64 scalar tensor; masks are customised once it has reached ``custom_mask_warmup`` (decided on
             the device, without a sync). None: from the start.
         custom_mask_warmup: see ``warmup_step``.
-        loss_weight: factor on the loss.
+        loss_weight: factor on the loss: a number, or a scalar tensor, whose value is not looked at.
         eps: added to the mask areas; 0 reproduces the 0/0 of the original for empty masks.
         reduction: ``"sum"`` over levels, or ``"none"`` for one value per level.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
@@ -105,11 +105,11 @@ def masked_distill_loss(
     """
     check.choice(reduction, "reduction", REDUCTIONS)
     check.choice(impl, "impl", IMPLS)
-    check.amount(loss_weight, "loss_weight")
-    check.amount(eps, "eps")
-    check.count(custom_mask_warmup, "custom_mask_warmup")
+    loss_weight = check.scale(loss_weight, "loss_weight")
+    eps = check.amount(eps, "eps")
+    custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
     students, teachers, labels = _levels.match(student, teacher)
-    check_power(mask_power)
+    mask_power = check_power(mask_power)
     for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
         check.per_level(given, name, len(students))
     if (tokens is None) == (masks is None):
@@ -149,9 +149,10 @@ def masked_distill_loss(
 
 def check_power(mask_power: int) -> int:
     """``mask_power``; ValueError unless it is 1 or 2."""
-    if isinstance(mask_power, bool) or mask_power not in (1, 2):
+    power = check.integer(mask_power)
+    if power not in (1, 2):
         raise ValueError(f"mask_power: expected 1 or 2, got {mask_power!r}")
-    return mask_power
+    return power
 
 
 def given_levels(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class MaskedDistillLoss(nn.Module):
         student_channels: channels of the student's features if it needs aligning: then a biased 1x1 convolution per
             level, ``align.{i}``, belongs to the criterion's parameters and must be trained with the student. None: no
             align, equal channels required.
+        align: modules of one's own in their place, one per level (a sequence or ``ModuleList``, or one module for a single
+            level): ``[N, C', H, W]`` to ``[N, C, H, W]``, trained with the student. Called as they are, so hooks, adapters,
+            pruning, FSDP per module work; half features under autocast of their dtype.
         weight_mask: weigh masks per image by the mask weighting module; False: a mean over tokens.
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
             and ``pretrained`` holds; masks and weights see the same. Off by default, as published.
@@ -42,7 +46,8 @@ class MaskedDistillLoss(nn.Module):
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
             ``advance=False`` do not count.
         loss_weight: factor on the loss (1 for two-stage detectors, 7 RetinaNet, 10 FCOS and RepPoints; 0.5 reproduces
-            the segmentation code).
+            the segmentation code). ``criterion.loss_weight = x``, a number or scalar tensor, changes it at any time, also of
+            a compiled criterion; reading gives the buffer, so nothing waits for the device.
         eps: added to the mask areas (1e-5 reproduces the segmentation code, 0 the detection code with its 0/0).
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see :func:`maskd_triton.checkpoints.mask_state`.
             None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE (unless a state dict is
@@ -60,9 +65,9 @@ class MaskedDistillLoss(nn.Module):
 
     Tokens and mask weights are frozen: ``mask_modules`` holds a :class:`maskd_triton.tables.LevelTables` per level, buffers in
     the default dtype, composed once in float64 when they are loaded. State dicts hold these; a learner's entries in their place
-    are taken, too. ``warmup_step``, the number of training-mode calls so far, is a buffer in the state dict; whether masks are
-    customised is decided on the device. Features are summed in float32; ``align`` runs in the student's dtype, as a convolution
-    under autocast would.
+    are taken, too. ``loss_weight`` and ``warmup_step``, the number of training-mode calls so far, are buffers; whether masks
+    are customised is decided on the device. A call that activation checkpointing repeats in the backward pass counts once.
+    Features are summed in float32.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
@@ -81,6 +86,7 @@ class MaskedDistillLoss(nn.Module):
     """
 
     warmup_step: Tensor
+    loss_weight: Tensor
 
     def __init__(
         self,
@@ -88,6 +94,7 @@ class MaskedDistillLoss(nn.Module):
         num_tokens: int | None = 6,
         *,
         student_channels: int | Sequence[int] | None = None,
+        align: nn.Module | Sequence[nn.Module] | None = None,
         weight_mask: bool = True,
         standardize: bool = False,
         custom_mask: bool = True,
@@ -108,35 +115,39 @@ class MaskedDistillLoss(nn.Module):
         self.resize = resize
         self.mask_power = F.check_power(mask_power)
         self.channels = per_level(channels, "channels")
-        self.num_tokens = num_tokens
+        self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask and num_tokens is not None
         self.standardize = standardize
         self.custom_mask = custom_mask and num_tokens is not None
         self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
-        self.loss_weight = check.amount(loss_weight, "loss_weight")
         self.eps = check.amount(eps, "eps")
         self.impl = impl
         self.mask_modules = nn.ModuleList()
-        if num_tokens is not None:
-            self.mask_modules.extend(LevelTables(c, num_tokens, weight_mask, standardize) for c in self.channels)
-        self.student_channels = self.channels
+        if self.num_tokens is not None:
+            self.mask_modules.extend(LevelTables(c, self.num_tokens, weight_mask, standardize) for c in self.channels)
+        if align is not None and student_channels is not None:
+            raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
         self.align: nn.ModuleList | None = None
-        if student_channels is not None:
-            self.student_channels = per_level(student_channels, "student_channels", len(self.channels))
-            pairs = zip(self.student_channels, self.channels, strict=True)
-            self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in pairs)
+        if align is not None:
+            self.align = _modules(align, len(self.channels))
+        elif student_channels is not None:
+            narrow = per_level(student_channels, "student_channels", len(self.channels))
+            self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True))
         with torch.inference_mode(False):  # also when it is made inside of such a block, a training step counts
             self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("loss_weight", torch.ones(()))
+        self.loss_weight = loss_weight  # type: ignore[assignment]
+        self._unwritten_loss_weight = loss_weight if self.loss_weight.is_meta else None
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
-        elif num_tokens is not None:
+        elif self.num_tokens is not None:
             warnings.warn(
                 "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and "
                 "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
                 stacklevel=2,
             )
             for tables, c in zip(self.mask_modules, self.channels, strict=True):
-                learned = MaskModule(c, num_tokens, weight_mask, standardize=standardize)
+                learned = MaskModule(c, self.num_tokens, weight_mask, standardize=standardize)
                 if not learned.mask_token.is_meta:
                     tables.load_state_dict(learned.state_dict())
         self._fitting: set[Any] = set()
@@ -147,11 +158,34 @@ class MaskedDistillLoss(nn.Module):
         """A copy has seen nothing."""
         return self.__dict__ | {"_seen": None}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A new ``loss_weight`` is written into the buffer: a compiled or captured step reads it there."""
+        buffer = self._buffers["loss_weight"] if name == "loss_weight" and "loss_weight" in self._buffers else None
+        if buffer is None:
+            return super().__setattr__(name, value)
+        value = check.scale(value, name)
+        if buffer.is_meta and isinstance(value, Tensor):  # load_state_dict(assign=True)
+            self._buffers[name] = value.detach()
+            return None
+        with torch.no_grad():
+            buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
+        return None
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """State dicts without a ``loss_weight`` leave the present one; made on the meta device, that of the constructor."""
+        if f"{prefix}loss_weight" not in state_dict:
+            given = self._unwritten_loss_weight
+            value = self.loss_weight if given is None else torch.as_tensor(given, dtype=self.loss_weight.dtype)
+            state_dict = {**state_dict, f"{prefix}loss_weight": value}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._unwritten_loss_weight = None
+
     def extra_repr(self) -> str:
+        loss_weight = "meta" if self.loss_weight.is_meta else float(f"{self.loss_weight.item():.6g}")
         return (
             f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, standardize={self.standardize}, "
             f"custom_mask={self.custom_mask}, custom_mask_warmup={self.custom_mask_warmup}, "
-            f"loss_weight={self.loss_weight}, eps={self.eps}, mask_power={self.mask_power}, resize={self.resize!r}, "
+            f"loss_weight={loss_weight}, eps={self.eps}, mask_power={self.mask_power}, resize={self.resize!r}, "
             f"impl={self.impl!r}"
         )
 
@@ -173,7 +207,8 @@ class MaskedDistillLoss(nn.Module):
         warm-up; with gradient accumulation, pass it for every batch but the last before an optimiser step.
         """
         check.choice(reduction, "reduction", F.REDUCTIONS)
-        check.amount(self.loss_weight, "loss_weight")
+        again = not torch.compiler.is_compiling() and _in_backward()
+        counts = self.training and advance
         students, teachers, labels = match(student, teacher)
         keys = list(teacher) if isinstance(teacher, Mapping) else None
         if len(teachers) != len(self.channels):
@@ -181,9 +216,7 @@ class MaskedDistillLoss(nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warn_without_gradient(students, labels, self._warned, stacklevel=4)  # through nn.Module's two functions
         if self.align is not None:
-            for s, narrow, label in zip(students, self.student_channels, labels, strict=True):
-                check.features(s, f"student{label}", narrow)
-            students = [_align(conv, s) for conv, s in zip(self.align, students, strict=True)]
+            students = self._aligned(students, labels)
         if self.resize is not None:
             students, teachers = self._resized(students, teachers, labels)
         self._check_levels(students, teachers, labels)
@@ -195,7 +228,8 @@ class MaskedDistillLoss(nn.Module):
         for token in tokens:
             check.on_device(token, "tokens", device)
         check.on_device(self.warmup_step, "warmup_step", device)
-        self._seen = None  # what it holds is free for this call
+        if not again:
+            self._seen = None  # what it holds is free for this call
         weighting = [level.weighting for level in levels if level.weighting is not None] if mask_weights is None else []
         standards = [level.standardization for level in levels if level.standardization is not None]
         pixels = valid_of_levels(valid, teachers) if valid is not None else []
@@ -204,13 +238,13 @@ class MaskedDistillLoss(nn.Module):
             given = F.given_levels(masks, mask_weights, tokens, teachers, teacher)
         loss, distilled = distill_loss(
             students, teachers, tokens, weighting or None, standards, pixels, *given,
-            self.custom_mask and masks is None, self.warmup_step, self.custom_mask_warmup, self.mask_power, self.loss_weight,
-            self.eps, reduction, F.resolve_impl(self.impl, device),
+            self.custom_mask and masks is None, self.warmup_step, min(self.custom_mask_warmup + (again and counts), 2**63 - 1),
+            self.mask_power, self.loss_weight, self.eps, reduction, F.resolve_impl(self.impl, device),
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not again:
             weighed = bool(weighting) or mask_weights is not None
             self._seen = distilled, [t.shape for t in teachers], keys, pixels, weighed
-        if self.training and advance:
+        if counts and not again:
             self.warmup_step.add_(1)
         return loss
 
@@ -266,6 +300,31 @@ class MaskedDistillLoss(nn.Module):
             result[keys[i] if keys else i] = DistillDiagnostics(**vars(level), loss=distilled.per_image[i].sum())
         return result
 
+    def _aligned(self, students: list[Tensor], labels: list[str]) -> list[Tensor]:
+        """Every level's module called as it is; half features may have left the autocast region that their student ran in."""
+        assert self.align is not None
+        outputs = []
+        for module, x, c, label in zip(self.align, students, self.channels, labels, strict=True):
+            check.features(x, f"student{label}", module.in_channels if isinstance(module, nn.Conv2d) else None)
+            half = x.dtype.itemsize == 2 and torch.amp.is_autocast_available(x.device.type)
+            try:
+                with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+                    y = module(x)
+            except RuntimeError as error:
+                dtypes = {p.dtype for p in module.parameters()}
+                if not dtypes or x.dtype in dtypes:
+                    raise
+                names = ", ".join(sorted(map(str, dtypes)))
+                raise TypeError(
+                    f"align{label}: its parameters are {names}, the student's features {x.dtype}; cast one of them, or call "
+                    "the criterion under torch.autocast"
+                ) from error
+            if not isinstance(y, Tensor) or y.dim() != 4 or y.shape[1] != c:
+                got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+                raise ValueError(f"align{label}: expected an output [N, {c}, H, W], got {got}")
+            outputs.append(y)
+        return outputs
+
     def _resized(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> tuple[list[Tensor], list[Tensor]]:
         students, teachers = list(students), list(teachers)
         for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
@@ -308,7 +367,20 @@ class MaskedDistillLoss(nn.Module):
         return levels
 
 
-def _align(conv: Any, x: Tensor) -> Tensor:
-    """The 1x1 convolution in the dtype of ``x``, as autocast would run it: features may leave an autocast region in half."""
-    weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
-    return nn.functional.conv2d(x, weight, bias)
+def _modules(align: Any, levels: int) -> nn.ModuleList:
+    """``align=`` as one module per level."""
+    sequence = isinstance(align, nn.ModuleList) or not isinstance(align, nn.Module)
+    if sequence and (isinstance(align, str) or not isinstance(align, Sequence | nn.ModuleList)):
+        raise TypeError(f"align: expected an nn.Module per level, got {type(align).__name__}")
+    modules = list(align) if sequence else [align]
+    if len(modules) != levels:
+        raise ValueError(f"align: expected one module for each of the {levels} levels, got {len(modules)}")
+    for i, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
+    return nn.ModuleList(modules)
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is running: then activation checkpointing repeats a call, which was counted the first time."""
+    return torch._C._current_graph_task_id() != -1

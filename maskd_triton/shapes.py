@@ -1,9 +1,12 @@
 """Features in other shapes as ``[N, C, H, W]``, views, never copies; and which pixels of a padded batch are valid."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import _checks as check
 
 
 def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,7 +50,7 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Tokens of all scales one after the other, ``[N, sum H_i W_i, C]`` (deformable DETR's encoder), as a list of levels
     ``[N, C, H_i, W_i]``; views.
 
-    ``sizes``: ``(H_i, W_i)`` of each level as ints; a tensor of spatial shapes has ``.tolist()``, which waits for its device.
+    ``sizes``: ``(H_i, W_i)`` of each level, also as an array or tensor ``[levels, 2]`` (a tensor waits for its device).
 
     Raises TypeError for sizes that are no pairs of ints, ValueError for another number of dimensions or tokens.
 
@@ -57,7 +60,8 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         >>> [level.shape for level in shapes.from_packed(torch.randn(2, 8 * 8 + 4 * 4, 256), [(8, 8), (4, 4)])]
         [torch.Size([2, 256, 8, 8]), torch.Size([2, 256, 4, 4])]
     """
-    if isinstance(sizes, Tensor) or not isinstance(sizes, Sequence) or not sizes:
+    sizes = check.listed(sizes)
+    if not isinstance(sizes, Sequence) or not sizes:
         raise TypeError(f"sizes: expected pairs (H, W) of ints, one per level, got {type(sizes).__name__}")
     pairs = [pair(size, f"sizes[{i}]") for i, size in enumerate(sizes)]
     lengths = [height * width for height, width in pairs]
@@ -66,18 +70,15 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [from_tokens(level, size) for level, size in zip(x.split(lengths, 1), pairs, strict=True)]
 
 
-def pair(size: Sequence[int], name: str) -> tuple[int, int]:
+def pair(size: Any, name: str) -> tuple[int, int]:
     """``size`` as ``(H, W)``; TypeError or ValueError unless it is a pair of positive ints."""
-    if (
-        isinstance(size, Tensor)
-        or not isinstance(size, Sequence)
-        or not all(isinstance(n, int) for n in size)
-        or len(size) != 2
-    ):
+    size = check.listed(size)
+    sides = [check.integer(n) for n in size] if isinstance(size, Sequence) else []
+    if len(sides) != 2 or sides[0] is None or sides[1] is None:
         raise TypeError(f"{name}: expected a pair (H, W) of ints, got {size!r}")
-    if min(size) < 1:
+    if min(sides[0], sides[1]) < 1:
         raise ValueError(f"{name}: expected a pair (H, W) of positive ints, got {size!r}")
-    return size[0], size[1]
+    return sides[0], sides[1]
 
 
 def valid_pixels(
@@ -85,7 +86,8 @@ def valid_pixels(
 ) -> Tensor:
     """Which pixels of a batch, padded at the bottom and on the right to ``size`` ``(H0, W0)``, belong to images: ``valid=``.
 
-    Args: ``image_sizes``: ``(h, w)`` of every image before padding. Returns bool ``[N, H0, W0]``.
+    Args: ``image_sizes``: ``(h, w)`` of every image before padding, also as an array or tensor ``[N, 2]``.
+    Returns bool ``[N, H0, W0]``.
     Raises TypeError for sizes that are no pairs of ints; ValueError for an image that is larger than ``size``.
 
     Example:
@@ -98,10 +100,10 @@ def valid_pixels(
                  [False, False, False]]])
     """
     height, width = pair(size, "size")
-    for i, image in enumerate(image_sizes):
-        h, w = pair(image, f"image_sizes[{i}]")
+    sizes = [pair(image, f"image_sizes[{i}]") for i, image in enumerate(check.listed(image_sizes))]
+    for i, (h, w) in enumerate(sizes):
         if h > height or w > width:
             raise ValueError(f"image_sizes[{i}]: expected at most {(height, width)}, got {(h, w)}")
-    ends = torch.tensor([tuple(image) for image in image_sizes], dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
+    ends = torch.tensor(sizes, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
     rows, columns = torch.arange(height, device=ends.device), torch.arange(width, device=ends.device)
     return (rows < ends[:, :1])[:, :, None] & (columns < ends[:, 1:])[:, None, :]

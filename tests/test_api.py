@@ -5,7 +5,10 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import default_dtype
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
 from maskd_triton import functional as F
+from maskd_triton.diagnostics import suggest_loss_weight
 
 SHAPES = [(2, 4, 6, 5), (2, 3, 3, 2)]
 CHANNELS = [4, 3]
@@ -117,6 +121,35 @@ def test_untrained_tokens_warn_once() -> None:
         criterion_of()
 
 
+INTS: list[Callable[[int], Any]] = [np.int64, np.uint8, np.array, torch.tensor]
+NUMBERS: list[Callable[[float], Any]] = [np.float32, np.float64, np.float16, np.array, Fraction]
+
+
+@pytest.mark.parametrize("kind", INTS)
+def test_ints_of_other_kinds(kind: Callable[[int], Any]) -> None:
+    assert MaskLearner(kind(8), kind(3)).mask_modules[0].mask_token.shape == (3, 8)
+    assert MaskLearner([kind(8), kind(16)]).channels == MaskLearner(np.array([8, 16])).channels == [8, 16]
+    assert MaskModule(kind(8), kind(3)).num_tokens == 3
+    options = {"student_channels": kind(2), "custom_mask_warmup": kind(7), "mask_power": kind(1)}
+    criterion = MaskedDistillLoss(kind(8), kind(3), pretrained=MaskLearner(8, 3), **options)
+    assert (criterion.num_tokens, criterion.custom_mask_warmup, criterion.mask_power) == (3, 7, 1)
+    assert all(
+        type(n) is int for n in (criterion.num_tokens, criterion.custom_mask_warmup, criterion.mask_power, *criterion.channels)
+    )
+    x = torch.zeros(1, 8, 2, 2)
+    F.masked_distill_loss(x, x, [torch.zeros(3, 8)], custom_mask_warmup=kind(7), mask_power=kind(1))
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_other_kinds(kind: Callable[[float], Any]) -> None:
+    criterion = criterion_of(loss_weight=kind(2.5), eps=kind(0.5))
+    want = criterion_of(loss_weight=2.5, eps=0.5)(S, T)
+    assert torch.equal(criterion(S, T), want)
+    assert type(criterion.eps) is float
+    assert F.masked_distill_loss(X, X + 1, [torch.zeros(6, 4)], loss_weight=kind(2.5), eps=kind(0.5)) > 0
+    assert suggest_loss_weight([kind(2.0)], [kind(0.5)], loss_weight=kind(1.0), share=kind(0.5)) == 4
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 4, 3, 3)
@@ -138,6 +171,14 @@ WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskedDistillLoss(4, loss_weight="1"), TypeError, "loss_weight: expected a finite number of at least 0, got '1'"),
     (lambda: MaskedDistillLoss(4, loss_weight=float("inf")), ValueError, "loss_weight: expected a finite number of at least 0, got inf"),
     (lambda: MaskedDistillLoss(4, eps=None), TypeError, "eps: expected a finite number of at least 0, got None"),
+    (lambda: MaskedDistillLoss(4, np.bool_(True)), TypeError, "num_tokens: expected a positive int"),
+    (lambda: MaskedDistillLoss(np.array([4, 0])), ValueError, "channels: expected a positive int or one per level, got [4, 0]"),
+    (lambda: MaskedDistillLoss(np.array([4.0])), ValueError, "channels: expected a positive int or one per level, got [4.0]"),
+    (lambda: MaskedDistillLoss(4, loss_weight=True), TypeError, "loss_weight: expected a finite number of at least 0, got True"),
+    (lambda: MaskedDistillLoss(4, loss_weight=np.array([1.0])), TypeError, "loss_weight: expected a finite number of at least 0"),
+    (lambda: MaskedDistillLoss(4, eps=np.float32("nan")), ValueError, "eps: expected a finite number of at least 0, got"),
+    (lambda: MaskedDistillLoss(4, eps=torch.tensor(1.0)), TypeError, "eps: expected a finite number of at least 0, got tensor"),
+    (lambda: MaskedDistillLoss(4, custom_mask_warmup=np.float64(3)), TypeError, "custom_mask_warmup: expected an int of at least 0"),
     (lambda: MaskModule(4)([X]), TypeError, "x: expected a tensor [N, C, H, W], got list"),
     (lambda: MaskModule(4).to("meta").masks(X), ValueError, "tokens: expected the device of the features, cpu, got meta"),
     (lambda: MaskModule(4).to("meta").weights(X), ValueError, "weighting rows: expected the device of the features, cpu, got meta"),

@@ -119,7 +119,7 @@ def test_integrations_run() -> None:
     names = program("integrations.md")
     assert names["loss"].isfinite()
     assert set(names["student_alone"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert names["criterion"].loss_weight == pytest.approx(0.3 / 0.7 / 2.05)
+    assert names["criterion"].loss_weight.item() == pytest.approx(0.3 / 0.7 / 2.05)
     recipes = {path.name for path in (ROOT / "examples/recipes").glob("*.py")} - {"__init__.py", "tiny.py"}
     page = (ROOT / "docs/integrations.md").read_text()
     assert set(re.findall(r"\(\.\./examples/recipes/(\w+\.py)\)", page)) == recipes

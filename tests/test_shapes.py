@@ -1,12 +1,16 @@
 """Tokens, NHWC and packed scales: views with the right values, and losses and gradients that equal those of [N, C, H, W]."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, shapes
+from maskd_triton._levels import valid_of_levels
 
 SIZES = [(4, 6), (2, 3)]
 
@@ -92,9 +96,20 @@ TOKENS = torch.zeros(2, 24, 8)
             "x: expected tokens [N, 22, C] for levels [(4, 4), (2, 3)]",
         ),
         (
-            lambda: shapes.from_packed(TOKENS, torch.tensor([[4, 6]])),
+            lambda: shapes.from_packed(TOKENS, torch.tensor(4)),
             TypeError,
             "sizes: expected pairs (H, W) of ints, one per level, got Tensor",
+        ),
+        (
+            lambda: shapes.valid_pixels([(2, True)], (4, 4)),
+            TypeError,
+            "image_sizes[0]: expected a pair (H, W) of ints, got (2, True)",
+        ),
+        (lambda: shapes.valid_pixels([2, 3], (4, 4)), TypeError, "image_sizes[0]: expected a pair (H, W) of ints, got 2"),
+        (
+            lambda: shapes.valid_pixels(np.array([[2.0, 3.0]]), (4, 4)),
+            TypeError,
+            "image_sizes[0]: expected a pair (H, W) of ints",
         ),
         (lambda: shapes.from_packed(TOKENS, [(4, 6, 1)]), TypeError, "sizes[0]: expected a pair (H, W) of ints, got (4, 6, 1)"),
     ],
@@ -103,3 +118,27 @@ def test_errors(call: Any, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error) as caught:
         call()
     assert sentence in str(caught.value)
+
+
+SIZE_FORMS: list[Callable[[list[tuple[int, int]]], Any]] = [
+    lambda sizes: [tuple(np.array(size)) for size in sizes],
+    lambda sizes: [list(size) for size in sizes],
+    lambda sizes: [torch.Size(size) for size in sizes],
+    lambda sizes: [torch.tensor(size) for size in sizes],
+    np.array,
+    torch.tensor,
+]
+
+
+@pytest.mark.parametrize("form", SIZE_FORMS)
+def test_sizes_of_other_kinds(form: Callable[[list[tuple[int, int]]], Any]) -> None:
+    images = [(2, 3), (4, 1)]
+    want = shapes.valid_pixels(images, (4, 4))
+    assert torch.equal(shapes.valid_pixels(form(images), (4, 4)), want)
+    assert torch.equal(shapes.valid_pixels(images, form([(4, 4)])[0]), want)
+    image_list = SimpleNamespace(tensors=torch.zeros(2, 3, 4, 4), image_sizes=form(images))
+    (found,) = valid_of_levels(image_list, [torch.zeros(2, 1, 4, 4)])
+    assert torch.equal(found.view(2, 4, 4) != 0, want)
+    levels = shapes.from_packed(TOKENS, form([(4, 5), (2, 2)]))
+    assert [x.shape[2:] for x in levels] == [(4, 5), (2, 2)]
+    assert shapes.from_tokens(TOKENS, form([(4, 6)])[0]).shape == (2, 8, 4, 6)
