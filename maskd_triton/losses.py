@@ -171,6 +171,14 @@ class MaskedDistillLoss(nn.Module):
             buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
         return None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
+        super()._apply(fn, recurse)
+        if self._unwritten_loss_weight is not None and not self.loss_weight.is_meta:  # to_empty, of a criterion made on meta
+            self.warmup_step.zero_()
+            self.loss_weight = self._unwritten_loss_weight  # type: ignore[assignment]
+            self._unwritten_loss_weight = None
+        return self
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """State dicts without a ``loss_weight`` leave the present one; made on the meta device, that of the constructor."""
         if f"{prefix}loss_weight" not in state_dict:
