@@ -6,6 +6,7 @@ import re
 import secrets
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,9 @@ _KEY = re.compile(r"(?:^|.*\.)(mask_modules\.\d+\..+)$")
 _STATISTIC = re.compile(r"\.(?:channel_mean|channel_std|statistics)$")
 _BARE = COMPOSED | PUBLISHED | {"mask_token"}
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
+
+# How torch.load names what weights_only=True refuses
+_REFUSED = re.compile(r"GLOBAL (\S+\.\S+) was not an allowed|allowlisted via `add_safe_globals`, but got <class '(.+?)'>")
 
 # What torch.load is seen to raise for files that are no checkpoint: its unpickler trusts the bytes it follows.
 _DAMAGE = (
@@ -49,7 +53,8 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: a file that cannot be loaded safely; no mask entries; one entry under two prefixes.
+        ValueError: a file that cannot be loaded safely, with the names of what torch refuses and two ways on; no mask entries;
+            one entry under two prefixes.
         TypeError: any other kind of source.
         ModuleNotFoundError: a ``.safetensors`` file without the safetensors package.
     """
@@ -224,13 +229,28 @@ def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except _DAMAGE as error:
-            raise ValueError(
-                f"pretrained: {path} cannot be loaded safely (weights_only=True): it is damaged, or holds more than "
-                "tensors and plain containers"
-            ) from error
+            unsafe = f"pretrained: {path} cannot be loaded safely (weights_only=True): it "
+            if refused := _refused(path, error):
+                raise ValueError(
+                    f"{unsafe}holds more than tensors and plain containers: {', '.join(refused)}. If you trust where it comes "
+                    "from, load it once with torch.load(..., weights_only=False) and save its state dict alone, or allow these "
+                    f"while it is read: with torch.serialization.safe_globals([{', '.join(refused)}]): ..."
+                ) from error
+            raise ValueError(f"{unsafe}is damaged, or no checkpoint") from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"pretrained: expected {path} to hold a state dict, got {type(loaded).__name__}")
     return loaded, str(path)
+
+
+def _refused(path: Path, error: Exception) -> list[str]:
+    """Dotted names of what torch would not make while it read ``path``; none where the file is damaged."""
+    first = _REFUSED.search(str(error))
+    if not isinstance(error, pickle.UnpicklingError) or first is None:
+        return []
+    names = {next(filter(None, first.groups()))}
+    with suppress(*_DAMAGE):  # all others at once; of files in torch's older format the first alone
+        names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    return sorted(names)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,15 +1,20 @@
 """Learned tokens from every source users have, and one clear sentence for every file that cannot be one."""
 
+import argparse
 import copy
+import datetime
 import os
 import pickle
+import pydoc
+import re
 import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -371,6 +376,45 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+class Config:
+    """What a training framework puts beside the weights."""
+
+
+STRANGE: dict[str, tuple[Any, str]] = {
+    "numpy_scalar": (np.float64(0.4), "numpy._core.multiarray.scalar"),
+    "array": (np.zeros(3), "numpy._core.multiarray._reconstruct"),
+    "namespace": (argparse.Namespace(lr=0.1), "argparse.Namespace"),
+    "path": (PurePosixPath("runs"), "pathlib.PurePosixPath"),
+    "date": (datetime.date(2026, 11, 25), "datetime.date"),
+    "class": (Config(), f"{__name__}.Config"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("value", "name"), STRANGE.values(), ids=STRANGE)
+def test_what_is_refused_and_the_two_ways_on(value: Any, name: str, zipped: bool, tmp_path: Path) -> None:
+    learner = learned()
+    state = {"state_dict": learner.state_dict(), "meta": {"best": [value]}}
+    path = saved(state, tmp_path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded safely \(weights_only=True\): it holds more than tensors"
+    ) as caught:
+        mask_state(path)
+    assert name in str(caught.value)
+    allowed: dict[str, Any] = {}
+    while True:  # as a reader of the sentences would
+        try:
+            with torch.serialization.safe_globals(list(allowed.values())):
+                assert_equal_entries(learner, MaskLearner(CHANNELS, TOKENS, pretrained=path))
+            break
+        except ValueError as error:
+            names = re.search(r"safe_globals\(\[(.+)\]\)", str(error))[1].split(", ")
+            assert not allowed.keys() >= set(names)
+            allowed |= {n: pydoc.locate(n) for n in names}
+    torch.save(torch.load(path, weights_only=False)["state_dict"], tmp_path / "plain.pt")
+    assert_equal_entries(learner, MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "plain.pt"))
+
+
 def test_whole_module_in_a_file(tmp_path: Path) -> None:
     path = saved(learned(), tmp_path)
     assert_refused(path.read_bytes(), path)
@@ -390,7 +434,7 @@ def test_criterion_round_trip(student_channels: list[int] | None, weight_mask: b
         criterion(student, teacher)
     levels = range(len(CHANNELS))
     entries = ["mask_token", *(("pool_rows", "pool_bias") if weight_mask else ())]
-    documented = {f"mask_modules.{i}.{entry}" for i in levels for entry in entries} | {"warmup_step"}
+    documented = {f"mask_modules.{i}.{entry}" for i in levels for entry in entries} | {"warmup_step", "loss_weight"}
     if student_channels:
         documented |= {f"align.{i}.{p}" for i in levels for p in ("weight", "bias")}
     state = criterion.state_dict()
