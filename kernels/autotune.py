@@ -19,10 +19,11 @@ DTYPES = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
 def candidates(key: Key) -> list[Config]:
     """The default first, then every tile with 8 to 32 elements a thread and runs of at least 128 contiguous bytes."""
     stages = (2, 3, 4) if key.kernel in tuning.READING else (1,)
-    found = [tuning.default(key)]
+    default = tuning.default(key)
+    found = [default]
     for c, p, threads, n in itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (128, 256), stages):
         run = (c if key.layout == "nhwc" else p) * key.bits // 8
-        config = Config(c, p, threads, n)
+        config = Config(c, p, threads, n, default.registers)
         if 8 <= c * p // threads <= 32 and run >= 128 and config not in found:
             found.append(config)
     return found

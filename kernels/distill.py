@@ -429,7 +429,7 @@ def _forward_numbers(
         "GIVEN": options.given, "VALID": options.valid, "POWER": options.mask_power,
         "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
-        "BLOCK_C": config.block_c, "STAGES": config.num_stages, "num_warps": config.num_warps, **group.constants, **common,
+        "BLOCK_C": config.block_c, "STAGES": config.num_stages, **config.program, **group.constants, **common,
     }  # fmt: skip
     finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
     finish_constants = {
@@ -511,6 +511,6 @@ def _backward_numbers(
         "POWER": mask_power, "STANDARD": standard,
         "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
-        "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, "num_warps": config.num_warps, **group.constants,
+        "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **group.constants,
     }  # fmt: skip
     return programs, tables, constants

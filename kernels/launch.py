@@ -19,7 +19,6 @@ from .tiles import CHANNELS, PIXELS, sigmoid
 from .tuning import Config
 
 INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
-PYRAMIDS = hasattr(tl, "tuple")  # Triton 3.2 takes no tuples: there, every level is a launch of its own
 
 
 def check_device(x: Tensor) -> None:
@@ -161,8 +160,8 @@ def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ())
     for i, level in enumerate(zip(*maps, strict=True)):
         dtypes = *(x.dtype for x in level), *(each[i].dtype for each in parameters if each)
         fast = tuple(each[i] for each in axes)
-        found.setdefault((dtypes, None if PYRAMIDS else i, fast, _wide(*level)), []).append(i)
-    return [_group(levels, maps, fast, wide) for (_, _, fast, wide), levels in found.items()]
+        found.setdefault((dtypes, fast, _wide(*level)), []).append(i)
+    return [_group(levels, maps, fast, wide) for (_, fast, wide), levels in found.items()]
 
 
 def planned(

@@ -642,7 +642,7 @@ def forward(
                 *group.strides(features, written), weights, grams, n,
                 VALID=len(valid) > 0, BIASED=len(token_bias) > 0, TP=tuning.token_rows(t), SPLIT=launch.split(x[0]),
                 FAST=group.fast[0], Y_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
-                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
+                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, **config.program,
                 **group.constants, **common,
             )  # fmt: skip
             launch.run(
@@ -670,7 +670,7 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
             *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
             *group.strides(features, written), weights, n,
             T=t, TP=tuning.power_of_2(t), FAST=group.fast[0], Y_FAST=group.fast[1],
-            BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
+            BLOCK_C=config.block_c, BLOCK_P=config.block_p, **config.program, **group.constants,
         )  # fmt: skip
 
 
@@ -723,7 +723,7 @@ def backward(
                 *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
                 *group.strides(features, grads), weights, pairs, grad_dice, shares, grad_dice.stride(0), n,
                 SPLIT=launch.split(x[0]), FAST=group.fast[0], G_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
-                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, num_warps=config.num_warps,
+                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, **config.program,
                 **group.constants, **common,
             )  # fmt: skip
             for i, start, k in zip(group.levels, first, tiles, strict=True) if to_weights else ():
@@ -772,6 +772,6 @@ def _feature_gradient(
             launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),
             weights, pairs, grad_dice, grad_dice.stride(0), n,
             WEIGHTED=len(to_sums) > 0, T=t, TP=tuning.power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],
-            BLOCK_C=config.block_c, BLOCK_P=config.block_p, num_warps=config.num_warps, **group.constants,
+            BLOCK_C=config.block_c, BLOCK_P=config.block_p, **config.program, **group.constants,
         )  # fmt: skip
     launch.written_to(result, written)

@@ -20,34 +20,38 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from .tiles import CHANNELS
 
 ONLINE = "MASKD_TRITON_AUTOTUNE"
 FOLDER = "MASKD_TRITON_CONFIGS"
 READING = ("forward_kernel", "mask_kernel", "token_gradient_kernel")  # a program takes all channels of its pixels
-_LEAST_ROWS = 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6) else 8
 WRITING = ("backward_kernel", "gate_kernel", "feature_gradient_kernel")  # a program takes one tile
 
 
 @dataclass(frozen=True)
 class Config:
-    """Channels and pixels of a tile, threads of a program, stages of the load pipeline."""
+    """Channels and pixels of a tile, threads of a program, stages of the load pipeline, registers of a thread.
+
+    Where ``registers`` is 0, NVIDIA's assembler chooses how many. For one more program per multiprocessor it then spills a few
+    of them, which Triton's versions do in different kernels; where it is told how many there may be, it does not.
+    """
 
     block_c: int
     block_p: int
     threads: int
     num_stages: int = 1
+    registers: int = 0
 
     @property
-    def num_warps(self) -> int:
-        return self.threads // warp_size()
+    def program(self) -> dict[str, int]:
+        """Warps and registers as a launch takes them."""
+        return {"num_warps": self.threads // warp_size(), **most_registers(self.registers)}
 
 
 class Key(NamedTuple):
@@ -81,13 +85,18 @@ def power_of_2(n: int) -> int:
 
 
 def token_rows(num_tokens: int) -> int:
-    """Rows that tokens are padded to in a matrix product: a power of 2, at least 8, or the 16 that Triton before 3.6 takes."""
-    return max(_LEAST_ROWS, power_of_2(num_tokens))
+    """Rows that tokens are padded to in a matrix product: a power of 2, at least 8."""
+    return max(8, power_of_2(num_tokens))
 
 
 def warp_size() -> int:
     """Threads in a warp: 64 on AMD's CDNA GPUs."""
     return 64 if torch.version.hip else 32
+
+
+def most_registers(registers: int) -> dict[str, int]:
+    """The argument of a launch that bounds the registers of a thread; AMD's compiler takes none."""
+    return {"maxnreg": registers} if registers and warp_size() == 32 else {}
 
 
 def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_tokens: int) -> Config:
@@ -156,6 +165,10 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
 
 def default(key: Key) -> Config:
     """The configuration where nothing was measured."""
+    return replace(_default_tile(key), registers=_default_registers(key))
+
+
+def _default_tile(key: Key) -> Config:
     if key.kernel in WRITING:
         if key.bits == 64:
             return Config(64, 16, 256) if key.layout == "nhwc" else Config(16, 64, 256)
@@ -170,6 +183,17 @@ def default(key: Key) -> Config:
     if key.layout == "nhwc":
         return Config(32, 64, 256, 2) if key.bits == 32 else Config(64, 64, 256, 3)
     return Config(16, 64, 128, 3) if key.bits == 32 else Config(16, 128, 128, 4 if masks else 3)
+
+
+def _default_registers(key: Key) -> int:
+    """Enough for the kernels that were seen to spill when NVIDIA's assembler chose; 0 for all others."""
+    if key.kernel not in ("forward_kernel", "mask_kernel", "feature_gradient_kernel"):
+        return 0
+    if key.bits == 64:
+        return 255
+    if key.kernel == "forward_kernel":
+        return 255 if key.tokens > 8 else 0
+    return 128 if key.kernel == "mask_kernel" else 168
 
 
 def choose(key: Key, gpu: str) -> Config:
@@ -244,8 +268,8 @@ def share_blocks(rows: int, itemsize: int) -> dict[str, int]:
 
 
 def _parameter_block(rows: int, itemsize: int) -> dict[str, int]:
-    """Channels of a block that holds pool rows of all strips and tokens in registers, and the warps that these take."""
-    return {"BLOCK_C": max(4, min(64, 1024 // (rows * itemsize))), "num_warps": itemsize}
+    """Channels of a block that holds pool rows of all strips and tokens in registers, and what a program takes: few run."""
+    return {"BLOCK_C": max(4, min(64, 1024 // (rows * itemsize))), "num_warps": itemsize, **most_registers(255)}
 
 
 def pool_blocks(itemsize: int) -> dict[str, int]:
