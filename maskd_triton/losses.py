@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
-from ._hooks import warn_without_gradient
+from ._hooks import graph_task, warn_without_gradient
 from ._levels import Levels, as_list, like, match, per_level, valid_of_levels
 from ._ops import Distilled, distill_loss
 from .checkpoints import Source, load_masks
@@ -215,7 +215,7 @@ class MaskedDistillLoss(nn.Module):
         warm-up; with gradient accumulation, pass it for every batch but the last before an optimiser step.
         """
         check.choice(reduction, "reduction", F.REDUCTIONS)
-        again = not torch.compiler.is_compiling() and _in_backward()
+        again = graph_task() != -1  # activation checkpointing repeats a call, which was counted the first time
         counts = self.training and advance
         students, teachers, labels = match(student, teacher)
         keys = list(teacher) if isinstance(teacher, Mapping) else None
@@ -387,8 +387,3 @@ def _modules(align: Any, levels: int) -> nn.ModuleList:
         if not isinstance(module, nn.Module):
             raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
     return nn.ModuleList(modules)
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass is running: then activation checkpointing repeats a call, which was counted the first time."""
-    return torch._C._current_graph_task_id() != -1
