@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from .._records import Distilled, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables, flat
 from . import tuning
 from .tuning import Config, Key
 
@@ -65,7 +66,8 @@ def tune(
 def _launch(key: Key, device: torch.device) -> Callable[[], object]:
     """A call that launches the key's kernel over one level with about as many pixels; whatever else it launches costs the same
     with every candidate."""
-    from .. import _ops
+    from .._ops.distill import distill_backward, masked_distill
+    from .._ops.learn import learn_backward, masked_learn
 
     dtype = DTYPES[key.bits]
     n = min(4, 2**key.log2_pixels)
@@ -86,24 +88,25 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
     if key.kernel in ("forward_kernel", "backward_kernel"):
         step = torch.zeros((), dtype=torch.int64, device=device)
 
-        def forward() -> tuple[Tensor, Tensor, Tensor]:
-            nothing: list[list[Tensor]] = [[] for _ in range(5)]
-            return _ops.distill(student, teacher, tokens, rows, bias, *nothing, None, True, step, 0, 2, 1e-12, "triton")
+        options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True)
+
+        def forward() -> Distilled:
+            return masked_distill(student, teacher, options, "triton")
 
         if key.kernel == "forward_kernel":
             return forward
-        loss, masks, coefficients = forward()
-        return lambda: _ops.distill_backward(loss, student, teacher, masks, coefficients, [], 2, "triton")
+        loss, _, coefficients, masks = forward()
+        return lambda: distill_backward(student, teacher, "triton", loss, coefficients, masks, [], options.mask_power)
 
     student, teacher = [student[0].flatten(2)], [teacher[0].flatten(2)]
+    parameters_of_level = LearnTables(tokens, pool_rows=rows, pool_bias=bias)
 
-    def learn() -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        return _ops.learn(teacher, tokens, [], rows, bias, [], [], [height], "triton")
+    def learn() -> tuple[list[Tensor], Tensor, LearnKept]:
+        return masked_learn(teacher, LearnOptions(parameters_of_level, (), (), [height]), "triton")
 
     if key.kernel in ("mask_kernel", "gate_kernel"):
         return learn
     _, dice, kept = learn()
     need_features = key.kernel == "feature_gradient_kernel"
-    return lambda: _ops.learn_backward(
-        student, dice, teacher, tokens, [], rows, bias, [], kept, [height], need_features, "triton"
-    )
+    tables = flat(parameters_of_level)
+    return lambda: learn_backward(teacher, "triton", tables, [], [height], student, dice, *kept, need_features)

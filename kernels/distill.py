@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._records import Distilled, DistillOptions
 from . import launch, tuning
 from .tiles import (
     add_projection,
@@ -214,7 +215,7 @@ def finish_kernel(
     first, Cs, Hs, Ws, indices,
     # of all
     part_ptr,  # [programs, 3, T]
-    weight_ptr,  # [levels, N, T]: weights where WEIGHTS
+    weight_ptr,  # [levels, N, T], written unless WEIGHTS
     loss_ptr,  # [levels, N], written
     coefficient_ptr,  # [levels, N, T], written
     N, eps_high, eps_low,
@@ -258,6 +259,8 @@ def finish_kernel(
         weight = tl.load(weight_ptr + out * T + token, mask=real, other=0.0).to(ACC)
     else:
         weight = tl.full((TP,), 1.0, ACC) / T
+    if not WEIGHTS:
+        tl.store(weight_ptr + out * T + token, weight, mask=real)
     # a float argument arrives as float32: float64 takes it in two parts
     area = tl.sum(b, axis=0) + eps_high + eps_low
     share = tl.where(real, weight / N / C / area, 0.0)
@@ -326,43 +329,23 @@ def backward_kernel(
             tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    pool_rows: Sequence[Tensor],
-    pool_bias: Sequence[Tensor],
-    raw_tokens: Sequence[Tensor],
-    raw_bias: Sequence[Tensor],
-    affine: Sequence[Tensor],
-    valid: Sequence[Tensor],
-    given: Sequence[Tensor],
-    weights: Tensor | None,
-    custom_mask: bool,
-    warmup_step: Tensor | None,
-    custom_mask_warmup: int,
-    mask_power: int,
-    eps: float,
-    loss: Tensor,
-    masks: Sequence[Tensor],
-    coefficients: Tensor,
-) -> None:
-    """Fill ``loss [levels, N]``, ``masks`` (one ``[N, T, P]`` per level) and ``coefficients [levels, N, T]``."""
+def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, outputs: Distilled) -> None:
+    """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``."""
+    loss, weights, coefficients, masks = outputs
     launch.check_device(loss)
     n, num_tokens = coefficients.shape[1:]
     if n == 0:
         return
-    weighted, standard = len(pool_rows) > 0, len(affine) > 0
-    tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine = (
-        [x.contiguous() for x in each] for each in (tokens, pool_rows, pool_bias, raw_tokens, raw_bias, affine)
-    )
-    raw_tokens = raw_tokens if standard else tokens
-    options = _Options(
-        num_tokens, weighted, standard, custom_mask, warmup_step is not None,
-        len(given) > 0, len(valid) > 0, weights is not None, mask_power,
+    if options.weights is not None:
+        weights.copy_(options.weights)
+    tokens, rows, bias, teacher_tokens, token_bias, statistics = [[x.contiguous() for x in field] for field in options.tables]
+    teacher_tokens = teacher_tokens or tokens
+    variant = _Variant(
+        num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.step is not None,
+        len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power,
     )  # fmt: skip
-    parameters = tokens, raw_tokens, pool_rows, pool_bias, given
-    in_place, launches = launch.planned("forward", options, (student, teacher), parameters, _plan_forward)
+    parameters = tokens, teacher_tokens, rows, bias, options.masks
+    in_place, launches = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
     if not in_place:
         student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
     with launch.device_of(loss):
@@ -370,19 +353,20 @@ def forward(
             part = loss.new_empty((programs, 3, num_tokens))
             launch.run(
                 forward_kernel, programs,
-                *group.addresses(student, teacher, tokens, raw_tokens, raw_bias, affine, pool_rows, given, valid, masks),
-                *tables,
-                warmup_step if warmup_step is not None else loss, part, custom_mask_warmup, **constants,
+                *group.addresses(
+                    student, teacher, tokens, teacher_tokens, token_bias, statistics, rows, options.masks, options.valid, masks
+                ),
+                *tables, loss if options.step is None else options.step, part, options.warmup, **constants,
             )  # fmt: skip
             launch.run(
                 finish_kernel, images,
-                *group.addresses(pool_bias or masks), *finish_tables, part, weights if weights is not None else loss,
-                loss, coefficients, n, *launch.two_parts(eps), **finish_constants,
+                *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, n,
+                *launch.two_parts(options.eps), **finish_constants,
             )  # fmt: skip
 
 
-class _Options(NamedTuple):
-    """What a forward pass computes: ``given`` masks, ``valid`` pixels, given ``weights``."""
+class _Variant(NamedTuple):
+    """What a forward pass is compiled for."""
 
     num_tokens: int
     weighted: bool
@@ -396,13 +380,13 @@ class _Options(NamedTuple):
 
 
 def _plan_forward(
-    options: _Options, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
+    variant: _Variant, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, list[tuple[launch.Group, launch.Numbers, launch.Numbers]]]:
     """Whether the maps can be read in place; groups, numbers of the forward kernel and of the finishing kernel."""
     heights = [s.shape[2] for s in maps[0]]
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
-    launches = [(group, *_forward_numbers(group, student, teacher, heights, options)) for group in groups]
+    launches = [(group, *_forward_numbers(group, student, teacher, heights, variant)) for group in groups]
     return all(map(launch.in_place, maps)), launches
 
 
@@ -411,10 +395,10 @@ def _forward_numbers(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     heights: Sequence[int],
-    options: _Options,
+    variant: _Variant,
 ) -> tuple[launch.Numbers, launch.Numbers]:
     s, n = group.own(student), student[0].shape[0]
-    num_tokens, weighted = options.num_tokens, options.weighted
+    num_tokens, weighted = variant.num_tokens, variant.weighted
     hs = group.own(heights)
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
@@ -425,16 +409,16 @@ def _forward_numbers(
         *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws), *group.strides(student, teacher),
     ]  # fmt: skip
     constants = {
-        "CUSTOM": options.custom_mask, "WARMUP": options.warmup, "STANDARD": options.standard,
-        "GIVEN": options.given, "VALID": options.valid, "POWER": options.mask_power,
+        "CUSTOM": variant.custom_mask, "WARMUP": variant.warmup, "STANDARD": variant.standard,
+        "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power,
         "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
         "BLOCK_C": config.block_c, "STAGES": config.num_stages, **config.program, **group.constants, **common,
     }  # fmt: skip
     finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
     finish_constants = {
-        "LEVELS": len(s), "STANDARD": weighted and options.standard, "WEIGHTS": options.weights,
-        "EMPTY": options.given or options.valid, "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
+        "LEVELS": len(s), "STANDARD": weighted and variant.standard, "WEIGHTS": variant.weights,
+        "EMPTY": variant.given or variant.valid, "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
     }  # fmt: skip
     return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
 
@@ -446,12 +430,12 @@ def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config)
 
 
 def backward(
-    grad: Tensor,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    grad: Tensor,
     coefficients: Tensor,
-    affine: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    statistics: Sequence[Tensor],
     mask_power: int,
 ) -> list[Tensor]:
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
@@ -460,9 +444,9 @@ def backward(
     grads = [torch.empty_like(s) for s in student]
     if n == 0:
         return grads
-    affine = [x.contiguous() for x in affine]
-    options = num_tokens, len(affine) > 0, mask_power
-    in_place, launches = launch.planned("backward", options, (student, teacher), (grads,), _plan_backward)
+    statistics = [x.contiguous() for x in statistics]
+    variant = num_tokens, len(statistics) > 0, mask_power
+    in_place, launches = launch.planned("backward", variant, (student, teacher), (grads,), _plan_backward)
     written: Sequence[Tensor] = grads
     if not in_place:
         student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
@@ -471,7 +455,7 @@ def backward(
         for group, (programs, tables, constants) in launches:
             launch.run(
                 backward_kernel, programs,
-                *group.addresses(student, teacher, masks, affine, written), *tables, grad, coefficients, *grad.stride(), n,
+                *group.addresses(student, teacher, masks, statistics, written), *tables, grad, coefficients, *grad.stride(), n,
                 **constants,
             )  # fmt: skip
     return grads if in_place else launch.written_to(grads, written)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._eager import DICE_EPS
+from .._records import LearnKept, LearnOptions, LearnTables
 from . import launch, tuning
 from .tiles import (
     add_projection,
@@ -588,42 +590,24 @@ def feature_gradient_kernel(
             tl.store(d_at, d.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(
-    features: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    token_bias: Sequence[Tensor],
-    pool_rows: Sequence[Tensor],
-    pool_bias: Sequence[Tensor],
-    given_weights: Sequence[Tensor],
-    valid: Sequence[Tensor],
-    heights: Sequence[int],
-    masks: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    weights: Tensor,
-    pairs: Tensor,
-    dice: Tensor,
-) -> list[Tensor]:
-    """Masked features, in the dtype and, where they are dense, the strides of ``features``.
-
-    Filled: ``masks`` (one ``[N, T, P]`` per level), ``sums`` (``[N, 9, C]`` each, with mask weights),
-    ``weights [levels, N, T]``, ``pairs [levels, N, T, T]``, ``dice [levels, N]``.
-    """
+def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
+    """Masked features in the dtype and, where they are dense, the strides of ``features``; fills ``dice [levels, N]``
+    and ``kept``."""
+    (weights, pairs, masks, sums), valid = kept, options.valid
     launch.check_device(dice)
     n, t = weights.shape[1:]
     masked = [torch.empty_like(x) for x in features]
     if n == 0:
         return masked
-    weighted = len(pool_rows) > 0
-    for kept, weight in zip(weights, given_weights, strict=False):
-        kept.copy_(weight)
+    for used, given in zip(weights, options.weights, strict=False):
+        used.copy_(given)
     features, written = [launch.addressable(x) for x in features], [launch.writable(y) for y in masked]
-    tokens, token_bias, pool_rows, pool_bias = (
-        [x.contiguous() for x in each] for each in (tokens, token_bias, pool_rows, pool_bias)
-    )
-    sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
+    tokens, token_bias, pool_rows, pool_bias = ([x.contiguous() for x in field] for field in options.tables)
+    weighted = len(pool_rows) > 0
+    sizes = [(height, x.shape[2] // height) for x, height in zip(features, options.heights, strict=True)]
     border = BORDER if weighted else 0
     common = {
-        "WEIGHTED": weighted, "WEIGHTS": len(given_weights) > 0, "ACC": launch.acc_type(masks[0]), "T": t, "BORDER": border,
+        "WEIGHTED": weighted, "WEIGHTS": len(options.weights) > 0, "ACC": launch.acc_type(masks[0]), "T": t, "BORDER": border,
     }  # fmt: skip
     with launch.device_of(dice):
         for group in launch.groups(features, written, parameters=[tokens, token_bias, pool_rows, pool_bias]):
@@ -649,7 +633,7 @@ def forward(
                 finish_kernel, len(x) * n,
                 launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias),
                 *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
-                grams, weights, pairs, dice, n, *launch.two_parts(2e-12),
+                grams, weights, pairs, dice, n, *launch.two_parts(DICE_EPS),
                 LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=tuning.power_of_2(t),
                 TILE=config.block_p, **tuning.add_blocks(tuning.power_of_2(t), dice.dtype.itemsize), **common,
             )  # fmt: skip
@@ -675,36 +659,31 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
 
 
 def backward(
+    features: Sequence[Tensor],
+    options: LearnOptions,
     grads: Sequence[Tensor],
     grad_dice: Tensor,
-    features: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    pool_rows: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    weights: Tensor,
-    pairs: Tensor,
-    heights: Sequence[int],
-    to_tokens: Sequence[Tensor],
-    to_token_bias: Sequence[Tensor],
-    to_rows: Sequence[Tensor],
-    to_bias: Sequence[Tensor],
+    kept: LearnKept,
+    to_tables: LearnTables,
     to_weights: Sequence[Tensor],
     need_features: bool,
 ) -> list[Tensor]:
-    """Gradients of ``features``, if needed; those of the parameters, ``to_...``, are filled."""
+    """Gradients of ``features``, if needed; fills ``to_tables`` and ``to_weights``."""
+    weights, pairs, masks, sums = kept
     launch.check_device(weights)
     n, t = weights.shape[1:]
     result = [torch.empty_like(x) for x in features] if need_features else []
     if n == 0:
-        for each in (to_tokens, to_token_bias, to_rows, to_bias, to_weights):
+        for each in (*to_tables, to_weights):
             for gradient in each:
                 gradient.zero_()
         return result
+    tokens, _, pool_rows, _ = options.tables
+    to_tokens, to_token_bias, to_rows, to_bias = to_tables
     weighted = len(pool_rows) > 0
     grads, features = [launch.addressable(g) for g in grads], [launch.addressable(x) for x in features]
     tokens, pool_rows = [x.contiguous() for x in tokens], [x.contiguous() for x in pool_rows]
-    sizes = [(height, x.shape[2] // height) for x, height in zip(features, heights, strict=True)]
+    sizes = [(height, x.shape[2] // height) for x, height in zip(features, options.heights, strict=True)]
     gx = [weights.new_empty((n, x.shape[2])) for x in features if need_features]
     to_sums = [torch.empty_like(s) for s in sums if need_features]
     common = {"X_GRAD": need_features, "ACC": launch.acc_type(weights), "T": t, "TP": tuning.token_rows(t)}

@@ -6,13 +6,16 @@ float64 features.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._records import Distilled, DistillOptions, LearnKept, LearnOptions, LearnTables
+
+DICE_EPS = 2e-12  # added to the sum of a pair's areas, as published
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -37,10 +40,11 @@ def _full_precision(function: Function) -> Function:
     """Autocast would run the products of an autocast region in half precision."""
 
     @functools.wraps(function)
-    def run(x: Tensor, *args: object) -> object:
-        if not torch.amp.is_autocast_available(x.device.type):
+    def run(x: Tensor | Sequence[Tensor], *args: object) -> object:
+        device = (x if isinstance(x, Tensor) else x[0]).device.type
+        if not torch.amp.is_autocast_available(device):
             return function(x, *args)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return function(x, *args)
 
     return run  # type: ignore[return-value]
@@ -208,69 +212,68 @@ def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> T
 
 
 @_full_precision
-def distill_forward(
-    student: Tensor,
-    teacher: Tensor,
-    tokens: Tensor | None,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    standard: Standardization | None,
-    valid: Tensor | None,
-    given: Tensor | None,
-    given_weights: Tensor | None,
-    customised: Tensor | bool,
-    mask_power: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One level ``[N, C, H, W]`` of stage 2: losses ``[N]``, masks ``[N, T, P]`` and gradient coefficients ``[N, T]``.
+def distill_forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, outputs: Distilled) -> None:
+    """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``."""
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        _distill_level(s, t, options, i, outputs)
 
-    ``grad_student = grad_loss[n] * (s - t) * sum_t coefficients[n, t] * masks[n, t, p]**mask_power``, ``t`` standardised if
-    asked. ``given``: masks instead of those of ``tokens``, which are None then; ``valid [N, P]``: pixels that count.
-    """
+
+def _of_level(tensors: Sequence[Tensor], i: int) -> Any:
+    return tensors[i] if tensors else None
+
+
+def _distill_level(student: Tensor, teacher: Tensor, options: DistillOptions, i: int, outputs: Distilled) -> None:
+    tokens, rows, bias, teacher_tokens, token_bias, statistics = (_of_level(field, i) for field in options.tables)
+    valid, given, m = _of_level(options.valid, i), _of_level(options.masks, i), outputs.masks[i]
     n, c, height, width = student.shape
     student, teacher = student.flatten(2), teacher.flatten(2)
     if given is not None:
-        m = given.to(acc_dtype(teacher.dtype))
-    elif tokens is not None:
-        m = masks(teacher, tokens) if standard is None else masks(teacher, standard.tokens, standard.token_bias)
-    if customised is not False and tokens is not None:
-        followed = m * masks(student, tokens)
-        m = followed if customised is True else torch.where(customised, followed, m)
+        m.copy_(given)
+    else:
+        m.copy_(masks(teacher, tokens if teacher_tokens is None else teacher_tokens, token_bias))
+    if options.custom_mask:
+        own = masks(student, tokens)
+        m.mul_(own if options.step is None else torch.where(options.step >= options.warmup, own, 1))
     if valid is not None:
-        m = m * (valid != 0)[:, None]
-    affine = None if standard is None else standard.affine
-    difference = _difference(student, teacher, affine, torch.empty_like(student, dtype=m.dtype))
+        m.mul_((valid != 0)[:, None])
+    difference = _difference(student, teacher, statistics, torch.empty_like(student, dtype=m.dtype))
     d = difference.mul_(difference).sum(1)
-    a = (m * d[:, None]).mul_(m if mask_power == 2 else 1).sum(2)  # a matrix product would add up 67200 pixels one by one
-    area = m.sum(2) + eps
-    if rows is not None and bias is not None:
+    # a matrix product would add up 67200 pixels one by one
+    a = (m * d[:, None]).mul_(m if options.mask_power == 2 else 1).sum(2)
+    area = m.sum(2) + options.eps
+    if rows is not None:
         w = weights(teacher, rows, bias, height, width)
     else:
-        w = area.new_full((), 1.0 / m.shape[1]) if given_weights is None else given_weights
+        w = area.new_full((), 1.0 / m.shape[1]) if options.weights is None else options.weights[i]
     share = w / (max(n, 1) * c) / area
     if valid is not None or given is not None:  # an image without valid pixels counts nothing also without eps
         share = torch.where(area == 0, 0, share)
-    return (share * a).sum(1), m, 2 * share
+    outputs.per_image[i] = (share * a).sum(1)
+    outputs.weights[i] = w
+    outputs.coefficients[i] = 2 * share
 
 
 @_full_precision
 def distill_backward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
     grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    m: Tensor,
     coefficients: Tensor,
-    affine: Tensor | None,
+    masks: Sequence[Tensor],
+    statistics: Sequence[Tensor],
     mask_power: int,
-) -> Tensor:
-    """Gradient of one level's per-image losses for ``student``, in its dtype and (dense) strides."""
-    factors = coefficients * grad[:, None]
-    scale = torch.einsum("ntp,ntp,nt->np", m, m, factors) if mask_power == 2 else torch.einsum("ntp,nt->np", m, factors)
-    scale = scale.unflatten(1, student.shape[2:])
-    out = torch.empty_like(student)
-    precise = out if out.dtype == m.dtype else torch.empty_like(student, dtype=m.dtype)
-    _difference(student, teacher, affine, precise).mul_(scale[:, None])
-    return out if precise is out else out.copy_(precise)
+) -> list[Tensor]:
+    """Gradients of the per-image losses for every level of the student, in its dtype and (dense) strides."""
+    product = "ntp,ntp,nt->np" if mask_power == 2 else "ntp,nt->np"
+    results = []
+    for i, (s, t, m) in enumerate(zip(student, teacher, masks, strict=True)):
+        factors = coefficients[i] * grad[i][:, None]
+        scale = torch.einsum(product, *[m] * mask_power, factors).unflatten(1, s.shape[2:])
+        out = torch.empty_like(s)
+        precise = out if out.dtype == m.dtype else torch.empty_like(s, dtype=m.dtype)
+        _difference(s, t, _of_level(statistics, i), precise).mul_(scale[:, None])
+        results.append(out if precise is out else out.copy_(precise))
+    return results
 
 
 def _difference(student: Tensor, teacher: Tensor, affine: Tensor | None, out: Tensor) -> Tensor:
@@ -296,71 +299,79 @@ def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     n, t, _ = gram.shape
     area = torch.diagonal(gram, dim1=1, dim2=2)
     others = 1 - torch.eye(t, dtype=gram.dtype, device=gram.device)
-    share = others / (area[:, :, None] + area[:, None, :] + 2e-12) / max(n * t * (t - 1), 1)
+    areas = area[:, :, None] + area[:, None, :] + DICE_EPS
+    share = others / areas / max(n * t * (t - 1), 1)
     dice = 2 * share * gram
     # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
-    falling = (dice / (area[:, :, None] + area[:, None, :] + 2e-12)).sum(2)
+    falling = (dice / areas).sum(2)
     return dice.sum((1, 2)), 4 * share - 4 * torch.diag_embed(falling)
 
 
 @_full_precision
-def learn_forward(
-    x: Tensor,
-    tokens: Tensor,
-    token_bias: Tensor | None,
-    weighting: tuple[Tensor, Tensor] | None,
-    given_weights: Tensor | None,
-    valid: Tensor | None,
-    height: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """One level of stage 1: masked features, Dice loss ``[N]``, masks ``[N, T, P]``, mask weights ``[N, T]``, strip sums
-    ``[N, 9, C]`` (None without weighting) and Dice pairs ``[N, T, T]``."""
-    m = masks(x, tokens, token_bias)
-    if valid is not None:
-        m = m * (valid != 0)[:, None]
-    dice, pairs = dice_of_gram(gram(m))
-    if weighting is None:
-        sums, w = None, m.new_ones(m.shape[:2]) if given_weights is None else given_weights.to(m.dtype)
-    else:
-        width = x.shape[2] // height
-        sums = strip_sums(x, height, width)
-        w = weights_of_sums(sums, *weighting, height, width)
-    return gate(x, m, w), dice, m, w, sums, pairs
+def learn_forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
+    """Stage 1 of all levels ``[N, C, P]``: masked features; fills ``dice [levels, N]`` and ``kept``."""
+    masked = []
+    for i, (x, height, m) in enumerate(zip(features, options.heights, kept.masks, strict=True)):
+        tokens, token_bias, rows, bias = (_of_level(field, i) for field in options.tables)
+        m.copy_(masks(x, tokens, token_bias))
+        if options.valid:
+            m.mul_((options.valid[i] != 0)[:, None])
+        dice[i], kept.pairs[i] = dice_of_gram(gram(m))
+        if rows is None:
+            kept.weights[i] = options.weights[i] if options.weights else 1
+        else:
+            width = x.shape[2] // height
+            kept.sums[i].copy_(strip_sums(x, height, width))
+            kept.weights[i] = weights_of_sums(kept.sums[i], rows, bias, height, width)
+        masked.append(gate(x, m, kept.weights[i]))
+    return masked
 
 
 @_full_precision
 def learn_backward(
-    grad: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    weighting: tuple[Tensor, Tensor, Tensor] | None,
-    m: Tensor,
-    w: Tensor,
-    pairs: Tensor,
-    height: int,
-    need_x: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of tokens ``[T, C]``, token biases ``[T]``, pool rows and bias, mask weights ``[N, T]``, and ``x``.
+    features: Sequence[Tensor],
+    options: LearnOptions,
+    grad_masked: Sequence[Tensor],
+    grad_dice: Tensor,
+    kept: LearnKept,
+    to_tables: LearnTables,
+    to_weights: Sequence[Tensor],
+    need_features: bool,
+) -> list[Tensor]:
+    """Gradients of ``features``, if needed; fills ``to_tables`` and ``to_weights``."""
+    to_features = []
+    for i, (x, grad, height, m) in enumerate(zip(features, grad_masked, options.heights, kept.masks, strict=True)):
+        w, pairs, pixels = kept.weights[i], kept.pairs[i] * grad_dice[i], x.shape[2]
+        gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
+        dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)
+        # an einsum over images and pixels would copy x
+        to_tables.tokens[i].copy_(torch.bmm(dl, x.to(m.dtype).transpose(1, 2)).sum(0))
+        if to_tables.token_bias:
+            to_tables.token_bias[i].copy_(dl.sum((0, 2)))
+        of_weights, strips = torch.einsum("ntp,np->nt", m, gx), None
+        if to_weights:
+            to_weights[i].copy_(of_weights)
+        if to_tables.pool_rows:
+            to_scores = w * (of_weights - (w * of_weights).sum(1, keepdim=True))
+            to_tables.pool_rows[i].copy_(torch.einsum("nt,nsc->stc", to_scores / pixels, kept.sums[i]))
+            to_bias = to_scores.sum(0)
+            if to_tables.pool_bias[i].dim() == 2:
+                corners = to_bias / pixels
+                to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), corners, corners])
+            to_tables.pool_bias[i].copy_(to_bias)
+            strips = torch.einsum("nt,stc->nsc", to_scores / pixels, options.tables.pool_rows[i].to(m.dtype))
+        if need_features:
+            to_features.append(_feature_gradient(grad, x, dl, m, w, options.tables.tokens[i], strips, height))
+    return to_features
 
-    ``weighting``: rows, bias, strip sums. ``pairs`` is already multiplied by the gradient of the Dice loss.
-    """
-    gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
-    dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)
-    to_tokens = torch.bmm(dl, x.to(m.dtype).transpose(1, 2)).sum(0)  # an einsum over images and pixels would copy x
-    to_rows = to_bias = strips = None
-    to_weights = torch.einsum("ntp,np->nt", m, gx)
-    if weighting is not None:
-        rows, bias, sums = weighting
-        pixels = x.shape[2]
-        to_scores = w * (to_weights - (w * to_weights).sum(1, keepdim=True))
-        to_rows = torch.einsum("nt,nsc->stc", to_scores / pixels, sums)
-        to_bias = to_scores.sum(0)
-        if bias.dim() == 2:
-            corners = to_bias / pixels
-            to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), corners, corners])
-        strips = torch.einsum("nt,stc->nsc", to_scores / pixels, rows.to(sums.dtype))
-    to_x = _feature_gradient(grad, x, dl, m, w, tokens, strips, height) if need_x else None
-    return to_tokens, dl.sum((0, 2)), to_rows, to_bias, to_weights, to_x
+
+@_full_precision
+def pool_forward(features: Sequence[Tensor], valid: Sequence[Tensor], heights: Sequence[int], sums: Sequence[Tensor]) -> None:
+    """Fills ``sums [N, 9, C + 1]``: strip sums over valid pixels, and their numbers."""
+    for out, x, v, height in zip(sums, features, valid, heights, strict=True):
+        strips = strips_of(v, height).to(out.dtype)
+        torch.bmm(strips, x.to(out.dtype).transpose(1, 2), out=out[:, :, :-1])
+        torch.sum(strips, 2, out=out[:, :, -1])
 
 
 def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._eager import acc_dtype, gram
+from ._eager import DICE_EPS, acc_dtype, gram
 
 # On the demo's scenes, useful tokens have coverages of .3 to .7, pairwise Dice up to .92 and weights up to .5; collapsed ones
 # (raw features) .0 to .01 or .987 and more, with .99 and more of the weight also where the favoured mask covers .90.
@@ -135,7 +135,7 @@ def _pairwise_dice(masks: Tensor) -> Tensor:
     """``[N, T, H, W]`` -> ``[N, T, T]``."""
     shared = gram(masks.flatten(2))
     area = torch.diagonal(shared, dim1=1, dim2=2)
-    return 2 * shared / (area[:, :, None] + area[:, None, :] + 2e-12)
+    return 2 * shared / (area[:, :, None] + area[:, None, :] + DICE_EPS)
 
 
 def _named(tokens: list[int]) -> str:

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _eager, _levels, _ops
+from . import _eager, _levels
 from ._eager import Standardization, compose_standardization, compose_weighting
 from ._levels import Levels
+from ._ops.distill import masked_distill
+from ._ops.learn import masked_learn
+from ._ops.pool import valid_weights
+from ._records import Distilled, DistillOptions, DistillTables, LearnOptions, LearnTables
 
 __all__ = [
     "Standardization",
@@ -139,12 +143,49 @@ def masked_distill_loss(
             check.frozen(part, f"standardize[{i}].{name}")
     check.step(warmup_step, "warmup_step", first.device)
     given_masks, given_weights = given_levels(masks, mask_weights, tokens, teachers, teacher)
-    loss, _ = _ops.distill_loss(
-        students, teachers, tokens or (), weighting, standardize, _levels.valid_of_levels(valid, teachers), given_masks,
-        given_weights, custom_mask, warmup_step, custom_mask_warmup, mask_power, loss_weight, eps, reduction,
-        resolve_impl(impl, first.device),
-    )  # fmt: skip
-    return loss
+    options = DistillOptions(
+        tables=distill_tables(tokens or (), weighting, standardize),
+        valid=_levels.valid_of_levels(valid, teachers),
+        masks=given_masks,
+        weights=given_weights,
+        step=warmup_step,
+        custom_mask=custom_mask,
+        warmup=custom_mask_warmup,
+        mask_power=mask_power,
+        eps=eps,
+    )
+    return distill(students, teachers, options, loss_weight, reduction, resolve_impl(impl, first.device))[0]
+
+
+def distill_tables(
+    tokens: Sequence[Tensor],
+    weighting: Sequence[tuple[Tensor, Tensor]] | None,
+    standardize: Sequence[Standardization] | None,
+) -> DistillTables:
+    """The tables of all levels from those of each."""
+    pool = zip(*weighting, strict=True) if weighting else ((), ())
+    standard = zip(*standardize, strict=True) if standardize else ((), (), ())
+    return DistillTables(tokens, *pool, *standard)
+
+
+def distill(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    options: DistillOptions,
+    loss_weight: float | Tensor,
+    reduction: str,
+    impl: str,
+) -> tuple[Tensor, Distilled]:
+    """:func:`masked_distill_loss` of validated arguments, and the outputs that it was made of, without gradient."""
+    tables = options.tables
+    if options.valid and tables.pool_rows:
+        flat, weighting = [t.flatten(2) for t in teachers], list(zip(tables.pool_rows, tables.pool_bias, strict=True))
+        weights = valid_weights(flat, weighting, options.valid, [t.shape[2] for t in teachers], impl)
+        options = options._replace(tables=tables._replace(pool_rows=(), pool_bias=()), weights=torch.stack(weights))
+    outputs = masked_distill(students, teachers, options, impl)
+    per_image = outputs.per_image * loss_weight
+    loss = per_image.sum() if reduction == "sum" else per_image.sum(1)
+    return loss, Distilled(per_image.detach(), *outputs[1:])
 
 
 def check_power(mask_power: int) -> int:
@@ -325,20 +366,10 @@ def learn(
     flat, heights = [x.flatten(2) for x in features], [x.shape[2] for x in features]
     given_weights: list[Tensor] = []
     if pixels and weighting is not None:
-        given_weights, weighting = _ops.valid_weights(flat, weighting, pixels, heights, impl), None
-    masked, dice, kept = _ops.learn(
-        flat,
-        list(tokens),
-        list(token_bias or ()),
-        [rows for rows, _ in weighting or ()],
-        [bias for _, bias in weighting or ()],
-        given_weights,
-        pixels,
-        heights,
-        impl,
-    )
+        given_weights, weighting = valid_weights(flat, weighting, pixels, heights, impl), None
+    tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
+    masked, dice, kept = masked_learn(flat, LearnOptions(tables, given_weights, pixels, heights), impl)
     sizes = [x.shape[2:] for x in features]
-    masks, weights = kept[: len(features)], kept[-2]
     maps = [v.unflatten(1, size) for v, size in zip(pixels, sizes, strict=True)] if pixels else [None] * len(features)
-    seen = [(m.unflatten(2, size), w, v) for m, w, v, size in zip(masks, weights, maps, sizes, strict=True)]
+    seen = [(m.unflatten(2, size), w, v) for m, w, v, size in zip(kept.masks, kept.weights, maps, sizes, strict=True)]
     return [y.unflatten(2, size) for y, size in zip(masked, sizes, strict=True)], dice, seen

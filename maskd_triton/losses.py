@@ -13,7 +13,8 @@ from . import functional as F
 from ._eager import acc_dtype
 from ._hooks import graph_task, warn_without_gradient
 from ._levels import Levels, as_list, like, match, per_level, valid_of_levels
-from ._ops import Distilled, distill_loss
+from ._ops.library import outside_transforms
+from ._records import Distilled, DistillOptions
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
@@ -244,16 +245,25 @@ class MaskedDistillLoss(nn.Module):
         given: tuple[list[Tensor], Tensor | None] = ([], None)
         if masks is not None or mask_weights is not None:
             given = F.given_levels(masks, mask_weights, tokens, teachers, teacher)
-        loss, distilled = distill_loss(
-            students, teachers, tokens, weighting or None, standards, pixels, *given,
-            self.custom_mask and masks is None, self.warmup_step, min(self.custom_mask_warmup + (again and counts), 2**63 - 1),
-            self.mask_power, self.loss_weight, self.eps, reduction, F.resolve_impl(self.impl, device),
-        )  # fmt: skip
+        options = DistillOptions(
+            tables=F.distill_tables(tokens, weighting or None, standards),
+            valid=pixels,
+            masks=given[0],
+            weights=given[1],
+            step=self.warmup_step,
+            custom_mask=self.custom_mask and masks is None,
+            warmup=min(self.custom_mask_warmup + (again and counts), 2**63 - 1),
+            mask_power=self.mask_power,
+            eps=self.eps,
+        )
+        impl = F.resolve_impl(self.impl, device)
+        loss, distilled = F.distill(students, teachers, options, self.loss_weight, reduction, impl)
         if not torch.compiler.is_compiling() and not again:
             weighed = bool(weighting) or mask_weights is not None
             self._seen = distilled, [t.shape for t in teachers], keys, pixels, weighed
         if counts and not again:
-            self.warmup_step.add_(1)
+            with outside_transforms(self.warmup_step):
+                self.warmup_step.add_(1)
         return loss
 
     def masks(self, features: Levels) -> Levels:
@@ -297,13 +307,9 @@ class MaskedDistillLoss(nn.Module):
         if self._seen is None:
             raise RuntimeError("diagnostics: no call to look at; call the criterion first, outside torch.compile")
         distilled, shapes, keys, valid, weighed = self._seen
-        num_tokens = distilled.coefficients.shape[2]
-        sizes = [n * num_tokens * h * w for n, _, h, w in shapes]
         result = {}
-        for i, (masks, (n, _, h, w)) in enumerate(zip(distilled.level_masks(sizes), shapes, strict=True)):
-            m = masks.view(n, num_tokens, h, w)
-            weights = distilled.coefficients[i] * (m.sum((2, 3)) + self.eps)
-            weights = weights / weights.sum(1, keepdim=True)
+        for i, (masks, weights, (n, _, h, w)) in enumerate(zip(distilled.masks, distilled.weights, shapes, strict=True)):
+            m = masks.view(n, -1, h, w)
             level = describe(m, weights if weighed else None, valid[i].view(n, h, w) if valid else None)
             result[keys[i] if keys else i] = DistillDiagnostics(**vars(level), loss=distilled.per_image[i].sum())
         return result

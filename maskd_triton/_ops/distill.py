@@ -1,0 +1,91 @@
+"""Stage 2: the operators ``distill`` and ``distill_backward``, and the function that joins them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _eager
+from .._records import Distilled, DistillOptions, DistillTables, flat, tables_of
+from .library import Function, call, in_lists, kernels, needs_dispatcher, once_differentiable, operator
+
+
+def _new(student: Sequence[Tensor], options: DistillOptions) -> Distilled:
+    first, levels, t = student[0], len(student), options.num_tokens
+    n, acc = first.shape[0], _eager.acc_dtype(first.dtype)
+    return Distilled(
+        first.new_empty((levels, n), dtype=acc),
+        first.new_empty((levels, n, t), dtype=acc),
+        first.new_empty((levels, n, t), dtype=acc),
+        [first.new_empty((n, t, s.shape[2] * s.shape[3]), dtype=acc) for s in student],
+    )
+
+
+def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> DistillOptions:
+    return DistillOptions(tables_of(DistillTables, tables, len(student)), *others)
+
+
+@operator(
+    "(Tensor[] student, Tensor[] teacher, str impl, Tensor[] tables, Tensor[] valid, Tensor[] masks, Tensor? weights, "
+    "Tensor? step, bool custom_mask, int warmup, int mask_power, float eps) -> (Tensor, Tensor, Tensor, Tensor[])",
+    fake=lambda student, teacher, impl, *options: _new(student, _options(student, *options)),
+)
+def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) -> Distilled:
+    """``student``, ``teacher``: ``[N, C_i, H_i, W_i]`` of every level, any strides; ``options``: a :class:`DistillOptions`, its
+    tables flat. Returns a :class:`Distilled`."""
+    return _distill(student, teacher, impl, _options(student, *options))
+
+
+def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
+    outputs = _new(student, options)
+    forward = kernels("distill").forward if impl == "triton" else _eager.distill_forward
+    forward(student, teacher, options, outputs)
+    return outputs
+
+
+@operator(
+    "(Tensor[] student, Tensor[] teacher, str impl, Tensor grad, Tensor coefficients, Tensor[] masks, Tensor[] statistics, "
+    "int mask_power) -> Tensor[]",
+    fake=lambda student, *_: [torch.empty_like(s) for s in student],
+)
+def distill_backward(student: list[Tensor], teacher: list[Tensor], impl: str, *others: Any) -> list[Tensor]:
+    """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones."""
+    backward = kernels("distill").backward if impl == "triton" else _eager.distill_backward
+    return backward(student, teacher, *others)
+
+
+class _Distill(Function):
+    @staticmethod
+    def forward(impl: str, teacher: list[Tensor], options: DistillOptions, *student: Tensor) -> tuple[Tensor, ...]:
+        if needs_dispatcher((*student, *teacher)):
+            outputs = distill(list(student), teacher, impl, flat(options.tables), *options[1:])
+        else:
+            outputs = _distill(student, teacher, impl, options)
+        per_image, weights, coefficients, masks = outputs
+        return per_image, weights, coefficients, *masks
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.impl, teacher, options, *student = inputs
+        statistics = options.tables.statistics
+        ctx.mask_power, ctx.lengths = options.mask_power, (len(student), len(student), len(student), len(statistics))
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
+        ctx.save_for_backward(output[2], *student, *teacher, *output[3:], *statistics)
+
+    @staticmethod
+    @once_differentiable("distill_backward")
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (3 + ctx.lengths[0])
+        coefficients, *levels = ctx.saved_tensors
+        student, teacher, masks, statistics = in_lists(levels, ctx.lengths)
+        arguments = student, teacher, ctx.impl, grad, coefficients, masks, statistics, ctx.mask_power
+        return None, None, None, *call(distill_backward, levels, *arguments)
+
+
+def masked_distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:
+    """Stage 2, differentiable in ``student``; but for the losses, the outputs have no gradient."""
+    outputs = _Distill.call((*student, *teacher), impl, list(teacher), options, *student)
+    return Distilled(outputs[0], outputs[1], outputs[2], outputs[3:])

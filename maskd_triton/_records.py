@@ -1,0 +1,132 @@
+"""What an operator, its launcher and its eager twin hand to each other, as one object: a new option is a new field here."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+
+
+class DistillTables(NamedTuple):
+    """What kernels of stage 2 read beside features: of every level a tensor, or none where the loss does without.
+
+    Attributes:
+        tokens: ``[T, C]``, for the student.
+        pool_rows, pool_bias: mask weighting, ``[9, T, C]`` and ``[T]`` or ``[5, T]``.
+        teacher_tokens, token_bias, statistics: a ``Standardization``: ``[T, C]``, ``[T]`` and ``[2, C]``.
+    """
+
+    tokens: Tensors = ()
+    pool_rows: Tensors = ()
+    pool_bias: Tensors = ()
+    teacher_tokens: Tensors = ()
+    token_bias: Tensors = ()
+    statistics: Tensors = ()
+
+
+class LearnTables(NamedTuple):
+    """The parameters of stage 1, of every level: ``[T, C]``, ``[T]``, ``[9, T, C]`` and ``[T]`` or ``[5, T]``."""
+
+    tokens: Tensors = ()
+    token_bias: Tensors = ()
+    pool_rows: Tensors = ()
+    pool_bias: Tensors = ()
+
+
+# An operator takes its tables as one list, field after field. Their number per level says which fields there are.
+_FIELDS: dict[type, dict[int, Sequence[int]]] = {
+    DistillTables: {0: (), 1: (0,), 3: (0, 1, 2), 4: (0, 3, 4, 5), 6: (0, 1, 2, 3, 4, 5)},
+    LearnTables: {1: (0,), 2: (0, 1), 3: (0, 2, 3), 4: (0, 1, 2, 3)},
+}
+
+
+def flat(tables: Sequence[Tensors]) -> list[Tensor]:
+    """The tensors of ``tables`` as an operator takes them."""
+    return [x for field in tables for x in field]
+
+
+def tables_of(kind: Any, tensors: Tensors, levels: int) -> Any:
+    """``kind`` (:class:`DistillTables` or :class:`LearnTables`) of what :func:`flat` gave."""
+    fields: list[Tensors] = [()] * len(kind._fields)
+    for i, field in enumerate(_FIELDS[kind][len(tensors) // levels]):
+        fields[field] = tensors[i * levels : (i + 1) * levels]
+    return kind(*fields)
+
+
+class DistillOptions(NamedTuple):
+    """All that stage 2 depends on, but for the features.
+
+    Attributes:
+        tables: see there.
+        valid: bytes ``[N, P_i]`` of every level, pixels that count; none: all.
+        masks: ``[N, T, P_i]`` of every level in place of those of the tokens; none: those of the tokens.
+        weights: ``[levels, N, T]`` in place of the weighting.
+        step: int64 scalar; masks follow the student once it has reached ``warmup``. None: from the start.
+        custom_mask: masks follow the student at all.
+        warmup: see ``step``.
+        mask_power: power of the mask in front of the squared difference, 2 or 1.
+        eps: added to mask areas.
+    """
+
+    tables: DistillTables
+    valid: Tensors = ()
+    masks: Tensors = ()
+    weights: Tensor | None = None
+    step: Tensor | None = None
+    custom_mask: bool = False
+    warmup: int = 0
+    mask_power: int = 2
+    eps: float = 1e-12
+
+    @property
+    def num_tokens(self) -> int:
+        return self.masks[0].shape[1] if self.masks else self.tables.tokens[0].shape[0]
+
+
+class Distilled(NamedTuple):
+    """The outputs of stage 2.
+
+    Attributes:
+        per_image: losses ``[levels, N]``, already divided by ``N``.
+        weights: mask weights ``[levels, N, T]``, also uniform or given ones.
+        coefficients: ``[levels, N, T]``: ``grad_student = grad (s - t) sum_t coefficients m^mask_power``.
+        masks: ``[N, T, P_i]`` of every level, as the loss used them.
+    """
+
+    per_image: Tensor
+    weights: Tensor
+    coefficients: Tensor
+    masks: Tensors
+
+
+class LearnOptions(NamedTuple):
+    """All that stage 1 depends on, but for the features.
+
+    Attributes:
+        tables: see there.
+        weights: mask weights ``[N, T]`` of every level in place of the weighting; none: no given ones.
+        valid: bytes ``[N, P_i]`` of every level, pixels that count; none: all.
+        heights: of every level.
+    """
+
+    tables: LearnTables
+    weights: Tensors
+    valid: Tensors
+    heights: Sequence[int]
+
+
+class LearnKept(NamedTuple):
+    """What stage 1 keeps for its backward pass and for diagnostics.
+
+    Attributes:
+        weights: mask weights ``[levels, N, T]``.
+        pairs: ``[levels, N, T, T]``: the gradient of the Dice loss for the masks is ``pairs @ m``.
+        masks: ``[N, T, P_i]`` of every level.
+        sums: strip sums ``[N, 9, C_i]`` of every level with weighting.
+    """
+
+    weights: Tensor
+    pairs: Tensor
+    masks: Tensors
+    sums: Tensors
