@@ -30,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from maskd_triton._records import Distilled, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables
 from maskd_triton.kernels import distill, launch, learn, pool, tuning
 
 TARGETS = {
@@ -170,21 +171,21 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     if case.valid:  # their mask weights come from the pool kernel
         rows, bias, sums = [], [], []
     given, own_weights = masks if case.given else [], [*weights] if case.valid else []
+    tables = DistillTables([] if given else tokens, rows, bias, tokens if case.standard else [], token_bias, affine)
+    options = DistillOptions(
+        tables, valid, given, weights if valid else None, torch.zeros((), dtype=torch.int64), case.custom,
+        warmup=1000, mask_power=1 if given else 2,
+    )  # fmt: skip
+    outputs, kept = Distilled(loss, weights, weights, masks), LearnKept(weights, pairs, masks, sums)
+    parameters_of_learn = LearnTables(tokens, token_bias, rows, bias)
+    learn_options = LearnOptions(parameters_of_learn, own_weights, valid, heights)
     forced = tuning.forced(*case.shipped) if case.shipped else contextlib.nullcontext()
     with _compiling_for(TARGETS[target]) as compiled, forced:
-        step = torch.zeros((), dtype=torch.int64)
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
-        power = 1 if given else 2
-        distill.forward(
-            student, teacher, [] if given else tokens, rows, bias, tokens if case.standard else [], token_bias, affine,
-            valid, given, weights if valid else None, case.custom, step, 1000, power, 1e-12, loss, masks, weights,
-        )  # fmt: skip
-        distill.backward(loss, student, teacher, masks, weights, affine, power)
-        parameters_of_learn = tokens, token_bias, rows, bias, own_weights
-        learn.forward(t, *parameters_of_learn, valid, heights, masks, sums, weights, pairs, loss)
-        learn.backward(
-            s, loss[:, 0], t, tokens, rows, masks, sums, weights, pairs, heights, *parameters_of_learn, True
-        )  # fmt: skip
+        distill.forward(student, teacher, options, outputs)
+        distill.backward(student, teacher, loss, weights, masks, affine, options.mask_power)
+        learn.forward(t, learn_options, loss, kept)
+        learn.backward(t, learn_options, s, loss[:, 0], kept, parameters_of_learn, own_weights, True)
         if valid:
             pool.forward(t, valid, heights, [torch.empty(n, 9, c + 1, dtype=acc) for _ in t])
         if not case.weighted:

@@ -5,8 +5,10 @@ import torch
 from helpers import BATCH_LAST, LAYOUTS, default_dtype, in_layout, moved, rounding
 from torch import Tensor
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, _ops, reference
+from maskd_triton import MaskedDistillLoss, MaskLearner, reference
 from maskd_triton import functional as F
+from maskd_triton._ops.distill import masked_distill
+from maskd_triton._records import DistillOptions, flat
 
 Target = tuple[str, str]
 Shape = tuple[int, int, int, int]
@@ -129,21 +131,19 @@ def test_error_is_that_of_the_dtype(shape: Shape, dtype: torch.dtype, layout: st
     close(got_grads[0], grads[0], rounding(dtype, target) + 2e-6 if dtype in HALF else 1e-6)
 
 
-def op_arguments(problem: Problem, target: Target, custom: bool = False) -> tuple[list[Tensor], tuple]:
+def op_arguments(
+    problem: Problem, target: Target, custom: bool = False
+) -> tuple[list[Tensor], list[Tensor], DistillOptions, str]:
     impl, device = target
     student = [s.detach().to(device).requires_grad_() for s in problem.student]
-    composed = problem.composed(device) or []
-    return student, (
-        [t.to(device) for t in problem.teacher], problem.placed_tokens(device),
-        [rows for rows, _ in composed], [bias for _, bias in composed], [], [], [],
-        [], [], None, custom, None, 0, 2, 1e-12, impl,
-    )  # fmt: skip
+    tables = F.distill_tables(problem.placed_tokens(device), problem.composed(device), None)
+    return student, [t.to(device) for t in problem.teacher], DistillOptions(tables, custom_mask=custom), impl
 
 
 @pytest.mark.parametrize("form", ["contiguous", "transposed", "expanded", "strided", "expanded over levels"])
 def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
     problem = Problem([(3, 5, 2, 3), (3, 4, 1, 3)], 2)
-    student, rest = op_arguments(problem, target)
+    student, *rest = op_arguments(problem, target)
     device = target[1]
     values = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -4.0]], dtype=torch.float64, device=device)
     up = {
@@ -153,7 +153,7 @@ def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
         "strided": torch.stack([values, values * 100], dim=2)[..., 0],
         "expanded over levels": values[:1].expand(2, 3),
     }[form]
-    losses = _ops.distill(student, *rest)[0]
+    losses = masked_distill(student, *rest).per_image
     losses.backward(up)
     for i, (s, t) in enumerate(zip(problem.student, problem.teacher, strict=True)):
         for n in range(3):  # the literal gradient of one image: a batch of one, so 3 times too large
@@ -194,8 +194,8 @@ def test_sum_is_the_sum_of_levels(target: Target) -> None:
 def test_one_backward_only(target: Target) -> None:
     """Second derivatives are not offered: an error rather than a silent zero."""
     problem = Problem([(1, 2, 1, 2)], 2)
-    student, rest = op_arguments(problem, target)
-    (grad,) = torch.autograd.grad(_ops.distill(student, *rest)[0].sum(), student, create_graph=True)
+    student, *rest = op_arguments(problem, target)
+    (grad,) = torch.autograd.grad(masked_distill(student, *rest).per_image.sum(), student, create_graph=True)
     penalty = student[0].sum() + grad.square().sum()
     with pytest.raises(RuntimeError, match="maskd_triton::distill_backward has no derivative"):
         penalty.backward()
@@ -350,10 +350,11 @@ def test_views(name: str, target: Target) -> None:
 
 def test_inputs_are_never_written(target: Target) -> None:
     problem = Problem([(2, 6, 3, 4), (2, 3, 1, 2)], 3)
-    student, rest = op_arguments(problem, target, custom=True)
-    tensors = [*student, *rest[0], *rest[1], *rest[2], *rest[3]]
+    student, *rest = op_arguments(problem, target, custom=True)
+    teacher, options, _ = rest
+    tensors = [*student, *teacher, *flat(options.tables)]
     kept, versions = [x.detach().clone() for x in tensors], [x._version for x in tensors]
-    _ops.distill(student, *rest)[0].sum().backward()
+    masked_distill(student, *rest).per_image.sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
     assert [x._version for x in tensors] == versions
 

@@ -7,8 +7,11 @@ import torch
 from helpers import BATCH_LAST, LAYOUTS, in_layout, moved, rounding
 from torch import Tensor
 
-from maskd_triton import MaskLearner, MaskModule, _ops, reference
+from maskd_triton import MaskLearner, MaskModule, reference
 from maskd_triton import functional as F
+from maskd_triton._ops.learn import learn, learn_backward, masked_learn
+from maskd_triton._ops.library import in_lists
+from maskd_triton._records import LearnKept, LearnOptions, LearnTables, flat
 
 Target = tuple[str, str]
 HALF = (torch.float16, torch.bfloat16)
@@ -230,7 +233,7 @@ def test_only_the_dice_loss_is_used(target: Target) -> None:
 KINDS = pytest.mark.parametrize("kind", ["plain", "weighted", "biased", "weighted biased", "valid"])
 
 
-def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = True) -> tuple:
+def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = True) -> tuple[list[Tensor], LearnOptions, str]:
     impl, device = target
     torch.manual_seed(0)
 
@@ -247,33 +250,36 @@ def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = Tr
     bias = [leaf(5, 3) if token_bias else leaf(3) for _ in rows]
     weights = [leaf(2, 3), leaf(2, 3)] if "valid" in kind else []
     valid = [moved(torch.rand(2, p) > 0.4, device).byte() for p in (12, 6) if weights]
-    return [features(5, 12), features(2, 6)], [leaf(3, 5), leaf(3, 2)], token_bias, rows, bias, weights, valid, [3, 2], impl
+    tables = LearnTables([leaf(3, 5), leaf(3, 2)], token_bias, rows, bias)
+    return [features(5, 12), features(2, 6)], LearnOptions(tables, weights, valid, [3, 2]), impl
 
 
 @pytest.mark.parametrize("layout", ["ncl", "nlc"])
 @KINDS
 def test_opcheck(kind: str, layout: str, target: Target) -> None:
-    args = op_arguments(kind, target, layout)
-    torch.library.opcheck(_ops.learn, args)
-    *tensors, valid, heights, impl = op_arguments(kind, target, layout, grad=False)
-    masked, dice, kept = _ops.learn(*tensors, valid, heights, impl)
+    features, options, impl = op_arguments(kind, target, layout, grad=False)
+    given = {"features": features, "impl": impl} | options._asdict() | {"tables": flat(options.tables)}
+    torch.library.opcheck(learn, (), given)
+    masked, dice, *kept = learn(**given)
+    del given["valid"]
+    given |= {"grad_masked": [y + 1 for y in masked], "grad_dice": torch.ones_like(dice)}
+    given |= dict(zip(("used_weights", *LearnKept._fields[1:]), kept, strict=True))
     for need in (True, False):
-        back = ([y + 1 for y in masked], torch.ones_like(dice), *tensors, kept, heights, need, impl)
-        torch.library.opcheck(_ops.learn_backward, back)
+        torch.library.opcheck(learn_backward, (), given | {"need_features": need})
 
 
 @KINDS
 def test_gradcheck(kind: str, target: Target) -> None:
-    *sequences, valid, heights, impl = op_arguments(kind, target)
-    sizes = [len(sequence) for sequence in sequences]
+    features, options, impl = op_arguments(kind, target)
+    lists = features, *options.tables, options.weights
+    sizes = [len(each) for each in lists]
 
     def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-        lists = [list(part) for part in torch.split(torch.arange(len(tensors)), sizes)]
-        masked, dice, _ = _ops.learn(*([tensors[i] for i in part] for part in lists), valid, heights, impl)
+        features, *tables, weights = in_lists(tensors, sizes)
+        masked, dice, _ = masked_learn(features, options._replace(tables=LearnTables(*tables), weights=weights), impl)
         return (*masked, dice)
 
-    leaves = [x for sequence in sequences for x in sequence]
-    assert torch.autograd.gradcheck(outputs, leaves, fast_mode=impl == "triton")
+    assert torch.autograd.gradcheck(outputs, [x for each in lists for x in each], fast_mode=impl == "triton")
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

@@ -6,14 +6,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, _ops
+from maskd_triton import MaskedDistillLoss, MaskLearner
+from maskd_triton._ops.distill import distill, distill_backward, masked_distill
+from maskd_triton._records import DistillOptions, DistillTables, flat
 
 FULLEST = "weighted standard"
 KINDS = ["plain", "weighted", "standard", FULLEST, "weighted valid", "given"]
 
 
-def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype = torch.float32) -> tuple:
-    """Arguments of the forward op: two levels of different sizes and channels."""
+def problem(
+    layout: str, kind: str, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor], DistillOptions]:
+    """Student, teacher and options: two levels of different sizes and channels."""
     torch.manual_seed(0)
 
     def features(c: int, h: int, w: int, grad: bool) -> Tensor:
@@ -26,19 +30,28 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
         return torch.randn(*shape).to(device, dtype)
 
     student, teacher = ([features(5, 3, 4, grad), features(7, 2, 3, grad)] for grad in (True, False))
-    tokens = [frozen(3, 5), frozen(3, 7)]
-    rows, bias, standard = [], [], ([], [], [])
+    options = DistillOptions(
+        DistillTables([frozen(3, 5), frozen(3, 7)]),
+        valid=[(frozen(2, p) > 0).byte() for p in (12, 6)] if "valid" in kind else [],
+        step=torch.tensor(5, device=device),
+        custom_mask=True,
+        warmup=3,
+    )
+    tables = options.tables
     if "weighted" in kind:
-        rows, bias = [frozen(9, 3, 5), frozen(9, 3, 7)], [frozen(3), frozen(3)]
+        bias = [frozen(5, 3) if "standard" in kind else frozen(3) for _ in range(2)]
+        tables = tables._replace(pool_rows=[frozen(9, 3, 5), frozen(9, 3, 7)], pool_bias=bias)
     if "standard" in kind:
-        standard = [frozen(3, 5), frozen(3, 7)], [frozen(3), frozen(3)], [frozen(2, 5), frozen(2, 7)]
-        bias = [frozen(5, 3) for _ in bias]
-    valid = [(frozen(2, p) > 0).byte() for p in (12, 6)] if "valid" in kind else []
-    given, weights = [], None
+        tables = tables._replace(
+            teacher_tokens=[frozen(3, 5), frozen(3, 7)],
+            token_bias=[frozen(3), frozen(3)],
+            statistics=[frozen(2, 5), frozen(2, 7)],
+        )
     if "given" in kind:
-        tokens, given, weights = [], [frozen(2, 3, p).abs() for p in (12, 6)], frozen(2, 2, 3)
-    step, power = torch.tensor(5, device=device), 1 if given else 2
-    return student, teacher, tokens, rows, bias, *standard, valid, given, weights, not given, step, 3, power, 1e-12, impl
+        masks, weights = [frozen(2, 3, p).abs() for p in (12, 6)], frozen(2, 2, 3)
+        options = options._replace(masks=masks, weights=weights, custom_mask=False, mask_power=1)
+        tables = DistillTables()
+    return student, teacher, options._replace(tables=tables)
 
 
 # every kind in one layout and every layout of one kind: what the fakes say of one does not depend on the other
@@ -46,25 +59,27 @@ def arguments(layout: str, kind: str, impl: str, device: str, dtype: torch.dtype
     ("layout", "kind"), [*(("nchw", kind) for kind in KINDS), *((layout, FULLEST) for layout in ("nhwc", "chwn", "ncwh"))]
 )
 def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
-    args = arguments(layout, kind, *target)
-    torch.library.opcheck(_ops.distill, args)
-    loss, masks, coefficients = (x.detach() for x in _ops.distill(*args))
-    student = [s.detach() for s in args[0]]
-    back = (torch.rand_like(loss), student, args[1], masks, coefficients, args[7], args[-3], target[0])
-    torch.library.opcheck(_ops.distill_backward, back)
+    impl, device = target
+    student, teacher, options = problem(layout, kind, device)
+    maps = {"student": [s.detach() for s in student], "teacher": teacher, "impl": impl}
+    forward = maps | options._asdict() | {"tables": flat(options.tables)}
+    torch.library.opcheck(distill, (), forward)
+    loss, _, coefficients, masks = distill(**forward)
+    kept = {"coefficients": coefficients, "masks": masks, "statistics": options.tables.statistics}
+    torch.library.opcheck(distill_backward, (), maps | kept | {"grad": torch.rand_like(loss), "mask_power": options.mask_power})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
-    student, *frozen = arguments("nchw", kind, *target, torch.float64)
-    frozen[10] = False
+    impl, device = target
+    student, teacher, options = problem("nchw", kind, device, torch.float64)
 
     def loss(*levels: Tensor) -> Tensor:
         # masks that follow the student are constants for the gradient, so only uncustomised ones can be checked
-        return _ops.distill(list(levels), *frozen)[0]
+        return masked_distill(levels, teacher, options._replace(custom_mask=False), impl).per_image
 
     # every element of one kind in eager torch; a random projection, which is faster, misses no wrong gradient either
-    assert torch.autograd.gradcheck(loss, student, fast_mode=target[0] == "triton" or kind != FULLEST)
+    assert torch.autograd.gradcheck(loss, student, fast_mode=impl == "triton" or kind != FULLEST)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -132,7 +147,7 @@ def test_modes_see_the_operators(target: tuple[str, str]) -> None:
     """Without a mode their functions are called directly; the results are the same bits."""
     impl, device = target
     criterion = MaskedDistillLoss([5, 7], 3, pretrained=MaskLearner([5, 7], 3), impl=impl).to(device)
-    student, teacher, *_ = arguments("nchw", "plain", impl, device)
+    student, teacher, _ = problem("nchw", "plain", device)
     direct = criterion(student, teacher)
     direct_grads = torch.autograd.grad(direct, student)
     with Recorder() as mode:
@@ -146,7 +161,7 @@ def test_modes_see_the_operators(target: tuple[str, str]) -> None:
 def test_fake_tensors(target: tuple[str, str]) -> None:
     criterion = MaskedDistillLoss([5, 7], 3, pretrained=MaskLearner([5, 7], 3), impl=target[0]).to(target[1]).eval()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student, teacher, *_ = arguments("nhwc", "plain", *target)
+        student, teacher, _ = problem("nhwc", "plain", target[1])
         loss = criterion(student, teacher)
         grads = torch.autograd.grad(loss, student)
     assert all(isinstance(x, FakeTensor) for x in (loss, *grads))

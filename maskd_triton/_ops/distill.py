@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _eager
 from .._records import Distilled, DistillOptions, DistillTables, flat, tables_of
-from .library import Function, call, in_lists, kernels, needs_dispatcher, once_differentiable, operator
+from .library import Function, call, differentiable, in_lists, kernels, needs_dispatcher, once_differentiable, operator
 
 
 def _new(student: Sequence[Tensor], options: DistillOptions) -> Distilled:
@@ -28,7 +28,7 @@ def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> D
 
 @operator(
     "(Tensor[] student, Tensor[] teacher, str impl, Tensor[] tables, Tensor[] valid, Tensor[] masks, Tensor? weights, "
-    "Tensor? step, bool custom_mask, int warmup, int mask_power, float eps) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "Tensor? step, bool custom_mask, SymInt warmup, SymInt mask_power, float eps) -> (Tensor, Tensor, Tensor, Tensor[])",
     fake=lambda student, teacher, impl, *options: _new(student, _options(student, *options)),
 )
 def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) -> Distilled:
@@ -46,7 +46,7 @@ def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, op
 
 @operator(
     "(Tensor[] student, Tensor[] teacher, str impl, Tensor grad, Tensor coefficients, Tensor[] masks, Tensor[] statistics, "
-    "int mask_power) -> Tensor[]",
+    "SymInt mask_power) -> Tensor[]",
     fake=lambda student, *_: [torch.empty_like(s) for s in student],
 )
 def distill_backward(student: list[Tensor], teacher: list[Tensor], impl: str, *others: Any) -> list[Tensor]:
@@ -89,3 +89,8 @@ def masked_distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options
     """Stage 2, differentiable in ``student``; but for the losses, the outputs have no gradient."""
     outputs = _Distill.call((*student, *teacher), impl, list(teacher), options, *student)
     return Distilled(outputs[0], outputs[1], outputs[2], outputs[3:])
+
+
+differentiable(
+    distill, lambda student, teacher, impl, *options: masked_distill(student, teacher, _options(student, *options), impl)
+)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _eager
 from .._records import LearnKept, LearnOptions, LearnTables, flat, tables_of
-from .library import Function, call, in_lists, kernels, once_differentiable, operator
+from .library import Function, call, differentiable, in_lists, kernels, once_differentiable, operator
 
 
 def _new(features: Sequence[Tensor], tables: LearnTables) -> LearnKept:
@@ -22,13 +22,17 @@ def _new(features: Sequence[Tensor], tables: LearnTables) -> LearnKept:
     )
 
 
+def _options(features: Sequence[Tensor], tables: list[Tensor], *others: Any) -> LearnOptions:
+    return LearnOptions(tables_of(LearnTables, tables, len(features)), *others)
+
+
 def _fake(features: list[Tensor], impl: str, tables: list[Tensor], *_: Any) -> tuple[Any, ...]:
     kept = _new(features, tables_of(LearnTables, tables, len(features)))
     return [torch.empty_like(x) for x in features], kept.weights.new_empty(len(features)), *kept
 
 
 @operator(
-    "(Tensor[] features, str impl, Tensor[] tables, Tensor[] weights, Tensor[] valid, int[] heights) "
+    "(Tensor[] features, str impl, Tensor[] tables, Tensor[] weights, Tensor[] valid, SymInt[] heights) "
     "-> (Tensor[], Tensor, Tensor, Tensor, Tensor[], Tensor[])",
     fake=_fake,
 )
@@ -37,7 +41,7 @@ def learn(features: list[Tensor], impl: str, tables: list[Tensor], *others: Any)
 
     ``features``: ``[N, C_i, P_i]`` of every level, any strides; the rest is a :class:`LearnOptions`, its tables flat.
     """
-    options = LearnOptions(tables_of(LearnTables, tables, len(features)), *others)
+    options = _options(features, tables, *others)
     kept = _new(features, options.tables)
     dice = kept.weights.new_empty(kept.weights.shape[:2])
     forward = kernels("learn").forward if impl == "triton" else _eager.learn_forward
@@ -55,8 +59,8 @@ def _fake_backward(
 
 
 @operator(
-    "(Tensor[] features, str impl, Tensor[] tables, Tensor[] weights, int[] heights, Tensor[] grad_masked, Tensor grad_dice, "
-    "Tensor used_weights, Tensor pairs, Tensor[] masks, Tensor[] sums, bool need_features) -> Tensor[]",
+    "(Tensor[] features, str impl, Tensor[] tables, Tensor[] weights, SymInt[] heights, Tensor[] grad_masked, "
+    "Tensor grad_dice, Tensor used_weights, Tensor pairs, Tensor[] masks, Tensor[] sums, bool need_features) -> Tensor[]",
     fake=_fake_backward,
 )
 def learn_backward(
@@ -72,7 +76,7 @@ def learn_backward(
     """Gradients of ``tables`` and ``weights``, in their order, and of ``features``, if needed, at the end."""
     *saved, need_features = kept
     levels = len(features)
-    options = LearnOptions(tables_of(LearnTables, tables, levels), weights, (), heights)
+    options = _options(features, tables, weights, (), heights)
     to_tables, to_weights = _new_gradients(tables), _new_gradients(weights)
     backward = kernels("learn").backward if impl == "triton" else _eager.learn_backward
     to_features = backward(
@@ -129,3 +133,11 @@ def masked_learn(features: Sequence[Tensor], options: LearnOptions, impl: str) -
     levels = len(features)
     masked, (dice, used, pairs), masks, sums = in_lists(outputs, (levels, 3, levels, len(tables.pool_rows)))
     return masked, dice, LearnKept(used, pairs, masks, sums)
+
+
+def _differentiable(features: list[Tensor], impl: str, *options: Any) -> tuple[Any, ...]:
+    masked, dice, kept = masked_learn(features, _options(features, *options), impl)
+    return masked, dice, *kept
+
+
+differentiable(learn, _differentiable)

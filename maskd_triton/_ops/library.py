@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -29,6 +30,7 @@ class _Registry:
         self.library = torch.library.Library("maskd_triton", "DEF")
         self.functions: dict[str, Implementation] = {}
         self.fakes: dict[str, Implementation] = {}
+        self.derivatives: dict[str, Implementation] = {}
 
 
 def _registry() -> _Registry:
@@ -63,6 +65,22 @@ def operator(signature: str, fake: Implementation) -> Callable[[Implementation],
 
 
 _FUNCTIONS: dict[Any, Implementation] = {}
+
+
+def differentiable(operator: Any, function: Implementation) -> None:
+    """In an exported graph only the operator is left: there, ``function`` of the same arguments gives it its gradient."""
+    name, registry = operator.name().split("::")[1], _registry()
+    new = name not in registry.derivatives
+    registry.derivatives[name] = function
+
+    def dispatch(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors_in(args)):
+            return registry.derivatives[name](*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    if new:
+        registry.library.impl(name, dispatch, "Autograd")
 
 
 def _one_by_one(operator: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -111,7 +129,7 @@ class Function(torch.autograd.Function):
             # without gradients, dynamo would take the first argument of this forward for a context
             wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             return cls.apply(*args) if wanted else cls.forward(*args)
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in _tensors_in(args)):
+        if forward_ad._current_level >= 0 and _in_forward_mode(args):
             raise NotImplementedError(
                 "maskd_triton: forward-mode derivatives (jvp, jacfwd, hessian, forward_ad) are not supported; use backward(), "
                 "torch.autograd.grad, or torch.func.grad, vjp or jacrev"
@@ -124,6 +142,12 @@ class Function(torch.autograd.Function):
 
 def _tensors_in(args: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+
+
+def _in_forward_mode(args: Any) -> bool:
+    if any(level.key() == TransformType.Jvp for level in retrieve_all_functorch_interpreters()):
+        return True
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in _tensors_in(args))
 
 
 class _DifferentiableOnce(Function):

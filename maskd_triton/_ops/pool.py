@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from .. import _eager
-from .library import Function, call, kernels, once_differentiable, operator
+from .library import Function, call, differentiable, kernels, once_differentiable, operator
 
 
 def _new(features: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty((x.shape[0], 9, x.shape[1] + 1), dtype=_eager.acc_dtype(x.dtype)) for x in features]
 
 
-@operator("(Tensor[] features, Tensor[] valid, int[] heights, str impl) -> Tensor[]", fake=lambda features, *_: _new(features))
+@operator(
+    "(Tensor[] features, Tensor[] valid, SymInt[] heights, str impl) -> Tensor[]", fake=lambda features, *_: _new(features)
+)
 def pool(features: list[Tensor], valid: list[Tensor], heights: list[int], impl: str) -> list[Tensor]:
     """Strip sums ``[N, 9, C_i + 1]`` over the valid pixels of ``features [N, C_i, P_i]``; the last column counts pixels.
 
@@ -63,3 +65,6 @@ def valid_weights(
     """Mask weights ``[N, T]`` of every level's valid pixels, differentiable in features and weighting."""
     sums = strip_sums(features, valid, heights, impl)
     return [_eager.weights_of_valid(each, rows, bias) for each, (rows, bias) in zip(sums, weighting, strict=True)]
+
+
+differentiable(pool, strip_sums)

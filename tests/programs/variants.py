@@ -7,7 +7,10 @@ import sys
 import torch
 
 from bench import inspect
-from maskd_triton import _ops
+from maskd_triton._ops.distill import distill_backward, masked_distill
+from maskd_triton._ops.learn import learn_backward, masked_learn
+from maskd_triton._ops.pool import pool
+from maskd_triton._records import DistillOptions, DistillTables, LearnOptions, LearnTables, flat
 
 
 def main(dtype_name: str, layout: str) -> None:
@@ -24,13 +27,13 @@ def main(dtype_name: str, layout: str) -> None:
             heights, step = [a for a, _ in sizes], torch.zeros((), dtype=torch.int64)
             student = [m.unflatten(2, size) for m, size in zip(maps, sizes, strict=True)]
             teacher = [torch.empty_like(m) for m in student]
-            loss, masks, weights = _ops.distill(
-                student, teacher, tokens, rows, bias, [], [], [], [], [], None, True, step, 1000, 2, 1e-12, "triton"
-            )
-            _ops.distill_backward(loss, student, teacher, masks, weights, [], 2, "triton")
-            y, dice, kept = _ops.learn(maps, tokens, [], rows, bias, [], [], heights, "triton")
-            _ops.learn_backward(y, dice, maps, tokens, [], rows, bias, [], kept, heights, False, "triton")
-            _ops.pool(maps, [torch.empty(n, a * b, dtype=torch.uint8) for a, b in sizes], heights, "triton")
+            options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True, warmup=1000)
+            loss, _, coefficients, masks = masked_distill(student, teacher, options, "triton")
+            distill_backward(student, teacher, "triton", loss, coefficients, masks, [], 2)
+            tables = LearnTables(tokens, pool_rows=rows, pool_bias=bias)
+            y, dice, kept = masked_learn(maps, LearnOptions(tables, [], [], heights), "triton")
+            learn_backward(maps, "triton", flat(tables), [], heights, y, dice, *kept, False)
+            pool(maps, [torch.empty(n, a * b, dtype=torch.uint8) for a, b in sizes], heights, "triton")
         counts = {inspect.kernel_name(k): sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
     print(counts)
     assert {name: n for name, n in counts.items() if not 1 <= n <= 8} == {"feature_gradient_kernel": 0}, counts
