@@ -115,3 +115,26 @@ def test_copies_have_seen_nothing() -> None:
     compiled(torch.ones(2, 4, 8, 8), torch.zeros(2, 4, 8, 8))
     with pytest.raises(RuntimeError, match="diagnostics: no call to look at"):  # not those of the call before
         criterion.diagnostics()
+
+
+@pytest.mark.parametrize("weighting", ["learned", "uniform", "given"])
+def test_diagnostics_of_an_image_without_valid_pixels(weighting: str, target: Target) -> None:
+    """With eps=0, as in detection: weights are those that the loss used, not 0 / 0."""
+    impl, device = target
+    learner = trained([4], 3, weighting == "learned").to(device)
+    criterion = MaskedDistillLoss(4, 3, weight_mask=weighting == "learned", eps=0.0, pretrained=learner, impl=impl)
+    criterion = criterion.to(device).eval()
+    student, teacher = torch.randn(2, 4, 6, 6, device=device, requires_grad=True), torch.randn(2, 4, 6, 6, device=device)
+    valid = torch.ones(2, 6, 6, dtype=torch.bool, device=device)
+    valid[1] = False
+    given = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.0, 0.9]], device=device)
+    criterion(student, teacher, valid=valid, mask_weights=given if weighting == "given" else None)
+    level = criterion.diagnostics()[0]
+    if weighting == "uniform":
+        assert level.weight is None
+        assert level.entropy is None
+        return
+    assert level.weight.isfinite().all()
+    assert level.entropy.isfinite()
+    if weighting == "given":
+        torch.testing.assert_close(level.weight, given.mean(0))
