@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import math
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +52,8 @@ class Where:
     def __post_init__(self) -> None:
         if self.call is not None:
             check.count(self.call, "call")
-        if not isinstance(self.output, str | int | tuple | None):
+        keys = self.output if isinstance(self.output, tuple) else (self.output,)
+        if self.output is not None and not all(isinstance(k, str) or check.integer(k) is not None for k in keys):
             raise TypeError(f"output: expected a field, a key, a position or a tuple of them, got {self.output!r}")
         if self.layout is not None:
             check.choice(self.layout, "layout", LAYOUTS)
@@ -80,7 +82,8 @@ class Where:
     def _path(self, result: Any) -> tuple[str | int, ...]:
         if self.output is None:
             return (FIELD,) if _is_record(result) else ()
-        return self.output if isinstance(self.output, tuple) else (self.output,)
+        keys = self.output if isinstance(self.output, tuple) else (self.output,)
+        return tuple(key if isinstance(key, str) else operator.index(key) for key in keys)
 
     def maps(self, x: Tensor, name: str, images: tuple[int, int] | None, channels: int | None = None) -> Tensor:
         """``x`` as ``[N, C, H, W]``, a view; ValueError that names the layout which fits, where another does."""

@@ -242,8 +242,7 @@ class MaskLearner(nn.Module):
         loss = parts[0].dice
         for part in parts[1:]:
             loss = loss + part.dice
-        trained = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if self._attached and trained and not loss.requires_grad:
+        if self._attached and self._trains() and not loss.requires_grad:
             raise RuntimeError(
                 "dice_loss: the teacher ran without gradients in this attach block, so the tokens get none: under "
                 "torch.no_grad() or inference_mode(), or in a reentrant activation checkpoint (use_reentrant=False). To "
@@ -296,6 +295,10 @@ class MaskLearner(nn.Module):
         if self._all_seen():
             self.diagnostics()
         save_masks(self.mask_modules, path)
+
+    def _trains(self) -> bool:
+        """Whether a pass now should give the tokens gradients."""
+        return self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def _all_seen(self) -> dict[Any, Seen]:
         """Masks, weights and valid pixels of the latest pass, by level."""
@@ -447,6 +450,13 @@ class MaskLearner(nn.Module):
             try:
                 with levels.hooked:
                     yield
+                if levels.ran and not levels.taught and self._trains():
+                    warnings.warn(
+                        f"{caller}: the teacher ran only without gradients in this block, so the tokens learned nothing; usual "
+                        "causes are torch.no_grad() and inference_mode() around it or inside of it. To evaluate, call "
+                        "learner.eval()",
+                        stacklevel=5,  # through two context managers
+                    )
             finally:
                 self._seen = self._all_seen()
                 self._attached, self._latest = False, []
@@ -467,6 +477,7 @@ class _TeacherLevels:
         if rest:
             raise ValueError(f"{caller}: {count} levels cannot be divided among {len(modules)} modules, {list(where.names)}")
         self.first = {target: i * self.each for i, target in enumerate(self.hooked.targets)}
+        self.ran, self.taught = False, False  # whether tokens could learn from any call
         self.recomputed, self.open = False, 0  # passes with valid pixels that backward has not recomputed
 
     def act(self, target: Target, result: Any, number: int | None) -> Any:
@@ -491,6 +502,7 @@ class _TeacherLevels:
             target.parts.append(_Call(first, len(maps), shapes, None, {}))
             return None
         masked, dice, seen = used
+        self.ran, self.taught = True, self.taught or dice.requires_grad
         if number is not None:
             own = dict(zip(keys or range(first, first + len(maps)), seen, strict=True))
             target.parts.append(_Call(first, len(maps), shapes, dice.sum(), own))

@@ -269,6 +269,14 @@ def test_parts_of_an_output(kind: str) -> None:
         assert len(masked) == len(plain)
 
 
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    model = Holder(lambda x: (None, x.flatten(2).transpose(1, 2)))
+    options = {"layout": "tokens", "grid": numpy.array([8, 12]), "prefix_tokens": numpy.int64(0), "call": numpy.int32(0)}
+    _, (level,) = capture.call(model, "body", IMAGES, output=numpy.int64(1), **options)
+    assert torch.equal(level, model.body.net(IMAGES))
+
+
 @pytest.mark.parametrize(
     ("wrap", "output", "sentence"),
     [
@@ -720,6 +728,32 @@ def test_stage_1_without_gradients(how: str) -> None:
             assert learner.dice_loss().isfinite()
         learner.eval()
         learner.dice_loss()
+
+
+def test_a_block_without_gradients_warns() -> None:
+    teacher, learner = seeded(Yolo), learner_of(4)
+
+    def block(*modes: Any) -> None:
+        with learner.attach(teacher, "p3"):
+            for mode in modes:
+                with mode:
+                    teacher(IMAGES)
+
+    with pytest.warns(
+        UserWarning, match=r"attach: the teacher ran only without gradients in this block.*learner\.eval\(\)"
+    ) as seen:
+        block(torch.no_grad(), torch.inference_mode())
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        block()
+        block(torch.no_grad(), contextlib.nullcontext())
+        with torch.no_grad():
+            block(contextlib.nullcontext())
+        learner.eval()
+        block(torch.no_grad())
+        with pytest.raises(RuntimeError, match="channels"), learner.train().attach(teacher, "p3"), torch.no_grad():
+            teacher(teacher(IMAGES)[0])
 
 
 def test_students_without_gradient_warn_once() -> None:
