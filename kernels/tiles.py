@@ -8,6 +8,7 @@ divisor of 8), which tells the compiler how wide an access may be at sizes that 
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 PIXELS, CHANNELS = 0, 1  # the axis along which a tensor is contiguous
 
@@ -101,6 +102,12 @@ def add_projection(acc, rows, x, ACC: tl.constexpr, UPCAST: tl.constexpr):
     elif UPCAST:  # the interpreter has no bfloat16 arithmetic
         acc = tl.dot(rows.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
     else:
+        if rows.shape[0] >= 64:
+            if cuda_capability_geq(9):
+                # From Hopper on, 64 rows are multiplied asynchronously, out of shared memory. Triton leaves a load that is used
+                # in registers, too, one buffer short for that, and the next copy could overwrite x. A sum is another value
+                # than the one that was copied.
+                x += 0.0
         acc = tl.dot(rows, x, acc, input_precision="ieee")
     return acc
 
