@@ -183,7 +183,7 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     with _compiling_for(TARGETS[target]) as compiled, forced:
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
         distill.forward(student, teacher, options, outputs)
-        distill.backward(student, teacher, loss, weights, masks, affine, options.mask_power)
+        distill.backward(student, teacher, loss, weights, masks, affine, valid, options.mask_power)
         learn.forward(t, learn_options, loss, kept)
         learn.backward(t, learn_options, s, loss[:, 0], kept, parameters_of_learn, own_weights, True)
         if valid:

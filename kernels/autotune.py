@@ -96,7 +96,7 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
         if key.kernel == "forward_kernel":
             return forward
         loss, _, coefficients, masks = forward()
-        return lambda: distill_backward(student, teacher, "triton", loss, coefficients, masks, [], options.mask_power)
+        return lambda: distill_backward(student, teacher, "triton", loss, coefficients, masks, [], [], options.mask_power)
 
     student, teacher = [student[0].flatten(2)], [teacher[0].flatten(2)]
     parameters_of_level = LearnTables(tokens, pool_rows=rows, pool_bias=bias)
@@ -109,4 +109,4 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
     _, dice, kept = learn()
     need_features = key.kernel == "feature_gradient_kernel"
     tables = flat(parameters_of_level)
-    return lambda: learn_backward(teacher, "triton", tables, [], [height], student, dice, *kept, need_features)
+    return lambda: learn_backward(teacher, "triton", tables, [], [], [height], student, dice, *kept, need_features)

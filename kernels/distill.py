@@ -24,6 +24,7 @@ from .tiles import (
     join_split,
     load_masks,
     load_rows,
+    load_valid,
     pick,
     pick_int,
     reconstructed,
@@ -80,11 +81,12 @@ def _forward_tile(
             m = tl.where(tl.load(step_ptr) >= warmup, followed, m)
         else:
             m = followed
+    d = tl.sum(squares, axis=0)
     counted = inside
     if VALID:
-        counted = tl.load(valid_ptr + n * P + p, mask=inside, other=0) != 0
+        counted = load_valid(valid_ptr, n, p, P)
+        d = tl.where(counted, d, 0.0)
     m = tl.where(counted[None, :], m, 0.0)
-    d = tl.sum(squares, axis=0)
     tl.store(mask_ptr + at, m, mask=there)
     tl.store(part_ptr + token, tl.sum((m * m if POWER == 2 else m) * d[None, :], axis=1), mask=real)
     tl.store(part_ptr + T + token, tl.sum(m, axis=1), mask=real)
@@ -282,6 +284,7 @@ def backward_kernel(
     t_ptrs,  # [N, C, P] by strides
     mask_ptrs,  # [N, T, P]
     affine_ptrs,  # [2, C]: mean and 1 / std of t
+    valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     g_ptrs,  # [N, C, P] by strides, written
     first, aligns, indices, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows,
     # of all
@@ -290,7 +293,7 @@ def backward_kernel(
     up_level, up_n, N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    POWER: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
+    VALID: tl.constexpr, POWER: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -305,6 +308,7 @@ def backward_kernel(
     g_ptr = pick(g_ptrs, level, LEVELS)
     mask_ptr = pick(mask_ptrs, level, LEVELS)
     affine_ptr = pick(affine_ptrs, level, LEVELS)
+    valid_ptr = pick(valid_ptrs, level, LEVELS)
     s_row = pick_int(s_rows, level, LEVELS)
     t_row = pick_int(t_rows, level, LEVELS)
     g_row = pick_int(g_rows, level, LEVELS)
@@ -326,6 +330,8 @@ def backward_kernel(
             coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
             scale = tl.sum((m * m if POWER == 2 else m) * coefficient[:, None], axis=0)
             g = (s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)) * scale[None, :]
+            if VALID:
+                g = tl.where(load_valid(valid_ptr, n, p, P)[None, :], g, 0.0)
             tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
@@ -436,6 +442,7 @@ def backward(
     coefficients: Tensor,
     masks: Sequence[Tensor],
     statistics: Sequence[Tensor],
+    valid: Sequence[Tensor],
     mask_power: int,
 ) -> list[Tensor]:
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
@@ -445,7 +452,7 @@ def backward(
     if n == 0:
         return grads
     statistics = [x.contiguous() for x in statistics]
-    variant = num_tokens, len(statistics) > 0, mask_power
+    variant = num_tokens, len(statistics) > 0, len(valid) > 0, mask_power
     in_place, launches = launch.planned("backward", variant, (student, teacher), (grads,), _plan_backward)
     written: Sequence[Tensor] = grads
     if not in_place:
@@ -455,14 +462,14 @@ def backward(
         for group, (programs, tables, constants) in launches:
             launch.run(
                 backward_kernel, programs,
-                *group.addresses(student, teacher, masks, statistics, written), *tables, grad, coefficients, *grad.stride(), n,
-                **constants,
+                *group.addresses(student, teacher, masks, statistics, valid, written), *tables,
+                grad, coefficients, *grad.stride(), n, **constants,
             )  # fmt: skip
     return grads if in_place else launch.written_to(grads, written)
 
 
 def _plan_backward(
-    options: tuple[int, bool, int], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
+    options: tuple[int, bool, bool, int], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, list[tuple[launch.Group, launch.Numbers]]]:
     """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
 
@@ -482,6 +489,7 @@ def _backward_numbers(
     written: Sequence[Tensor],
     num_tokens: int,
     standard: bool,
+    valid: bool,
     mask_power: int,
 ) -> launch.Numbers:
     s = group.own(student)
@@ -492,7 +500,7 @@ def _backward_numbers(
         *group.strides(student, teacher, written),
     ]  # fmt: skip
     constants = {
-        "POWER": mask_power, "STANDARD": standard,
+        "VALID": valid, "POWER": mask_power, "STANDARD": standard,
         "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
         "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **group.constants,

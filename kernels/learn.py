@@ -26,6 +26,7 @@ from .tiles import (
     join_split,
     load_masks,
     load_rows,
+    load_valid,
     mask_gradient,
     pick,
     pick_int,
@@ -65,7 +66,7 @@ def _mask_tile(
         scores += tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
     counted = inside
     if VALID:
-        counted = tl.load(valid_ptr + n * P + p, mask=inside, other=0) != 0
+        counted = load_valid(valid_ptr, n, p, P)
     m = tl.where(counted[None, :], sigmoid(scores), 0.0)
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
     for i in range(T):
@@ -80,8 +81,11 @@ def _mask_tile(
             c = c0 + tl.arange(0, BLOCK_C)
             mask = (c < C)[:, None] & inside[None, :]
             x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
-            y = (x.to(ACC) * gate[None, :]).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + tile_offsets(c, p, y_row, Y_FAST, ALIGN, WIDE), y, mask=mask)
+            y = x.to(ACC) * gate[None, :]
+            if VALID:
+                y = tl.where(counted[None, :], y, 0.0)
+            y_at = y_ptr + tile_offsets(c, p, y_row, Y_FAST, ALIGN, WIDE)
+            tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -305,8 +309,9 @@ def gate_kernel(
 
 @triton.jit
 def _token_gradient_tile(
-    n, tile, tiles, g_ptr, x_ptr, mask_ptr, weight_ptr, pair_ptr, dice, gx_ptr, share_ptr, token_ptr, C, P, x_row, g_row,
-    X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
+    n, tile, tiles, g_ptr, x_ptr, mask_ptr, valid_ptr, weight_ptr, pair_ptr, dice, gx_ptr, share_ptr, token_ptr,
+    C, P, x_row, g_row,
+    VALID: tl.constexpr, X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
     FAST: tl.constexpr, G_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -320,6 +325,10 @@ def _token_gradient_tile(
         g = tl.load(g_ptr + tile_offsets(c, p, g_row, G_FAST, ALIGN, WIDE), mask=mask, other=0.0)
         products += g.to(ACC) * x.to(ACC)
     gx = tl.sum(products, axis=0)
+    counted = inside
+    if VALID:
+        counted = load_valid(valid_ptr, n, p, P)
+        gx = tl.where(counted, gx, 0.0)
     if X_GRAD:
         tl.store(gx_ptr + n * P + p, gx, mask=inside)
     token = tl.arange(0, TP)
@@ -339,6 +348,8 @@ def _token_gradient_tile(
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
         x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        if VALID:
+            x = tl.where(counted[None, :], x, 0.0)
         across = tl.trans(x)
         share = add_projection(tl.zeros((TP, BLOCK_C), ACC), high, across, ACC, UPCAST)
         if SPLIT == 2:
@@ -357,6 +368,7 @@ def token_gradient_kernel(
     x_ptrs,  # [N, C, P] by strides
     g_ptrs,  # [N, C, P] by strides: the gradient of y
     mask_ptrs,  # [N, T, P]
+    valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     gx_ptrs,  # [N, P], written where X_GRAD
     token_ptrs,  # [N, tiles, T, C], written: each tile's share of the token gradient
     first, aligns, indices, Cs, Ps, x_ns, x_rows, g_ns, g_rows,
@@ -368,7 +380,7 @@ def token_gradient_kernel(
     dice_stride, N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
+    VALID: tl.constexpr, X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
     FAST: tl.constexpr, G_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -390,10 +402,11 @@ def token_gradient_kernel(
             _token_gradient_tile(
                 n, program % tiles, tiles, g_ptr + n * pick_int(g_ns, level, LEVELS) * align,
                 x_ptr + n * pick_int(x_ns, level, LEVELS) * align, pick(mask_ptrs, level, LEVELS),
+                pick(valid_ptrs, level, LEVELS),
                 weight_ptr + (index * N + n) * T, pair_ptr + (index * N + n) * T * T, dice, pick(gx_ptrs, level, LEVELS),
                 share_ptr, pick(token_ptrs, level, LEVELS), C, P,
                 pick_int(x_rows, level, LEVELS), pick_int(g_rows, level, LEVELS),
-                X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+                VALID, X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
             )  # fmt: skip
 
 
@@ -522,6 +535,7 @@ def feature_gradient_kernel(
     g_ptrs,  # [N, C, P] by strides: the gradient of y
     gx_ptrs,  # [N, P]
     mask_ptrs,  # [N, T, P]
+    valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     token_ptrs,  # [T, C]
     to_sum_ptrs,  # [N, 9, C]: the gradients of the strip sums
     d_ptrs,  # [N, C, P] by strides, written
@@ -533,7 +547,7 @@ def feature_gradient_kernel(
     dice_stride, N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    WEIGHTED: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, G_FAST: tl.constexpr, D_FAST: tl.constexpr,
+    VALID: tl.constexpr, WEIGHTED: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, G_FAST: tl.constexpr, D_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx = g * sum_t weight * mask + sum_t dl * token + the path through the mask weights."""
@@ -547,6 +561,7 @@ def feature_gradient_kernel(
     d_ptr = pick(d_ptrs, level, LEVELS)
     gx_ptr = pick(gx_ptrs, level, LEVELS)
     mask_ptr = pick(mask_ptrs, level, LEVELS)
+    valid_ptr = pick(valid_ptrs, level, LEVELS)
     token_ptr = pick(token_ptrs, level, LEVELS)
     to_sum_ptr = pick(to_sum_ptrs, level, LEVELS)
     g_row = pick_int(g_rows, level, LEVELS)
@@ -587,6 +602,8 @@ def feature_gradient_kernel(
                     there = there & ((w == 0) | (left == 0)) & ((w == W - 1) | (right == 0))
                     row = tl.load(strip_ptr + strip * C + c, mask=c < C, other=0.0)
                     d += tl.where(there[None, :], row[:, None], 0.0)
+            if VALID:
+                d = tl.where(load_valid(valid_ptr, n, p, P)[None, :], d, 0.0)
             tl.store(d_at, d.to(d_ptr.dtype.element_ty), mask=mask)
 
 
@@ -698,10 +715,11 @@ def backward(
             shares = weights.new_empty((programs, 2, t))
             launch.run(
                 token_gradient_kernel, programs,
-                *group.addresses(features, grads, masks, gx), launch.per_level(token_shares),
+                *group.addresses(features, grads, masks, options.valid, gx), launch.per_level(token_shares),
                 *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
                 *group.strides(features, grads), weights, pairs, grad_dice, shares, grad_dice.stride(0), n,
-                SPLIT=launch.split(x[0]), FAST=group.fast[0], G_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
+                VALID=len(options.valid) > 0, SPLIT=launch.split(x[0]),
+                FAST=group.fast[0], G_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
                 BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, **config.program,
                 **group.constants, **common,
             )  # fmt: skip
@@ -722,7 +740,7 @@ def backward(
                 STANDARD=weighted and to_bias[0].dim() == 2, TILE=config.block_p, **blocks, **common,
             )  # fmt: skip
         if need_features:
-            _feature_gradient(grads, grad_dice, gx, masks, weights, pairs, tokens, to_sums, sizes, result)
+            _feature_gradient(grads, grad_dice, gx, masks, options.valid, weights, pairs, tokens, to_sums, sizes, result)
     return result
 
 
@@ -731,6 +749,7 @@ def _feature_gradient(
     grad_dice: Tensor,
     gx: Sequence[Tensor],
     masks: Sequence[Tensor],
+    valid: Sequence[Tensor],
     weights: Tensor,
     pairs: Tensor,
     tokens: Sequence[Tensor],
@@ -746,11 +765,12 @@ def _feature_gradient(
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
         launch.run(
                 feature_gradient_kernel, programs,
-            *group.addresses(grads, gx, masks, tokens, to_sums, written),
+            *group.addresses(grads, gx, masks, valid, tokens, to_sums, written),
             *launch.tables(first, group.aligns, group.levels), *group.lengths(grads),
             launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),
             weights, pairs, grad_dice, grad_dice.stride(0), n,
-            WEIGHTED=len(to_sums) > 0, T=t, TP=tuning.power_of_2(t), G_FAST=group.fast[0], D_FAST=group.fast[1],
+            VALID=len(valid) > 0, WEIGHTED=len(to_sums) > 0, T=t, TP=tuning.power_of_2(t),
+            G_FAST=group.fast[0], D_FAST=group.fast[1],
             BLOCK_C=config.block_c, BLOCK_P=config.block_p, **config.program, **group.constants,
         )  # fmt: skip
     launch.written_to(result, written)

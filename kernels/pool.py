@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tuning
-from .tiles import add_projection, find_level, pick, pick_int, tile_offsets
+from .tiles import add_projection, find_level, load_valid, pick, pick_int, tile_offsets
 
 
 @triton.jit
@@ -87,6 +87,7 @@ def pool_kernel(
                 strips = _strips(valid_ptr + n * P, p, P, W)
                 mask = (c < C)[:, None] & (p < P)[None, :]
                 x = tl.load(image + tile_offsets(c, p, x_row, FAST, align, WIDE), mask=mask, other=0.0)
+                x = tl.where(load_valid(valid_ptr, n, p, P)[None, :], x, 0.0)
                 total = add_projection(total, strips.to(tl.float32).to(x.dtype), tl.trans(x), ACC, UPCAST)
                 pixels += tl.sum(strips, axis=1).to(ACC)
             strip = tl.arange(0, 16)

@@ -67,6 +67,13 @@ def load_masks(ptr, n, p, P, T: tl.constexpr, TP: tl.constexpr):
 
 
 @triton.jit
+def load_valid(ptr, n, p, P):
+    """Which of the pixels ``p`` of image ``n`` count, from [N, P] of bytes. Others are to be selected away: multiplied by 0,
+    NaN stays NaN."""
+    return tl.load(ptr + n * P + p, mask=p < P, other=0) != 0
+
+
+@triton.jit
 def tile_offsets(c, p, row, FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
     """Offsets [BLOCK_C, BLOCK_P] inside one image, ``row`` between channels or, where these lie next to each other, between
     pixels; 64-bit when an image has 2**31 elements or more."""

@@ -234,10 +234,11 @@ def _distill_level(student: Tensor, teacher: Tensor, options: DistillOptions, i:
     if options.custom_mask:
         own = masks(student, tokens)
         m.mul_(own if options.step is None else torch.where(options.step >= options.warmup, own, 1))
-    if valid is not None:
-        m.mul_((valid != 0)[:, None])
     difference = _difference(student, teacher, statistics, torch.empty_like(student, dtype=m.dtype))
     d = difference.mul_(difference).sum(1)
+    if valid is not None:
+        m.masked_fill_((valid == 0)[:, None], 0)
+        d.masked_fill_(valid == 0, 0)
     # a matrix product would add up 67200 pixels one by one
     a = (m * d[:, None]).mul_(m if options.mask_power == 2 else 1).sum(2)
     area = m.sum(2) + options.eps
@@ -261,6 +262,7 @@ def distill_backward(
     coefficients: Tensor,
     masks: Sequence[Tensor],
     statistics: Sequence[Tensor],
+    valid: Sequence[Tensor],
     mask_power: int,
 ) -> list[Tensor]:
     """Gradients of the per-image losses for every level of the student, in its dtype and (dense) strides."""
@@ -272,6 +274,8 @@ def distill_backward(
         out = torch.empty_like(s)
         precise = out if out.dtype == m.dtype else torch.empty_like(s, dtype=m.dtype)
         _difference(s, t, _of_level(statistics, i), precise).mul_(scale[:, None])
+        if valid:
+            precise.masked_fill_((valid[i] == 0).unflatten(1, s.shape[2:])[:, None], 0)
         results.append(out if precise is out else out.copy_(precise))
     return results
 
@@ -314,8 +318,9 @@ def learn_forward(features: Sequence[Tensor], options: LearnOptions, dice: Tenso
     for i, (x, height, m) in enumerate(zip(features, options.heights, kept.masks, strict=True)):
         tokens, token_bias, rows, bias = (_of_level(field, i) for field in options.tables)
         m.copy_(masks(x, tokens, token_bias))
-        if options.valid:
-            m.mul_((options.valid[i] != 0)[:, None])
+        padding = (options.valid[i] == 0)[:, None] if options.valid else None
+        if padding is not None:
+            m.masked_fill_(padding, 0)
         dice[i], kept.pairs[i] = dice_of_gram(gram(m))
         if rows is None:
             kept.weights[i] = options.weights[i] if options.weights else 1
@@ -324,6 +329,8 @@ def learn_forward(features: Sequence[Tensor], options: LearnOptions, dice: Tenso
             kept.sums[i].copy_(strip_sums(x, height, width))
             kept.weights[i] = weights_of_sums(kept.sums[i], rows, bias, height, width)
         masked.append(gate(x, m, kept.weights[i]))
+        if padding is not None:
+            masked[i].masked_fill_(padding, 0)
     return masked
 
 
@@ -342,10 +349,14 @@ def learn_backward(
     to_features = []
     for i, (x, grad, height, m) in enumerate(zip(features, grad_masked, options.heights, kept.masks, strict=True)):
         w, pairs, pixels = kept.weights[i], kept.pairs[i] * grad_dice[i], x.shape[2]
-        gx = (grad.to(m.dtype) * x.to(m.dtype)).sum(1)
+        gx, counted = (grad.to(m.dtype) * x.to(m.dtype)).sum(1), x
+        if options.valid:
+            padding = options.valid[i] == 0
+            gx.masked_fill_(padding, 0)
+            counted = x.masked_fill(padding[:, None], 0)
         dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)
         # an einsum over images and pixels would copy x
-        to_tables.tokens[i].copy_(torch.bmm(dl, x.to(m.dtype).transpose(1, 2)).sum(0))
+        to_tables.tokens[i].copy_(torch.bmm(dl, counted.to(m.dtype).transpose(1, 2)).sum(0))
         if to_tables.token_bias:
             to_tables.token_bias[i].copy_(dl.sum((0, 2)))
         of_weights, strips = torch.einsum("ntp,np->nt", m, gx), None
@@ -362,6 +373,8 @@ def learn_backward(
             strips = torch.einsum("nt,stc->nsc", to_scores / pixels, options.tables.pool_rows[i].to(m.dtype))
         if need_features:
             to_features.append(_feature_gradient(grad, x, dl, m, w, options.tables.tokens[i], strips, height))
+            if options.valid:
+                to_features[i].masked_fill_(padding[:, None], 0)
     return to_features
 
 
@@ -370,7 +383,8 @@ def pool_forward(features: Sequence[Tensor], valid: Sequence[Tensor], heights: S
     """Fills ``sums [N, 9, C + 1]``: strip sums over valid pixels, and their numbers."""
     for out, x, v, height in zip(sums, features, valid, heights, strict=True):
         strips = strips_of(v, height).to(out.dtype)
-        torch.bmm(strips, x.to(out.dtype).transpose(1, 2), out=out[:, :, :-1])
+        counted = x.to(out.dtype).masked_fill((v == 0)[:, None], 0)
+        torch.bmm(strips, counted.transpose(1, 2), out=out[:, :, :-1])
         torch.sum(strips, 2, out=out[:, :, -1])
 
 

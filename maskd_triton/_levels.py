@@ -128,6 +128,12 @@ def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -
     return [torch.nn.functional.interpolate(bytes_, x.shape[2:], mode="nearest").flatten(1) for x in levels]
 
 
+def without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:
+    """``levels`` with 0 where pixels do not count: layers that mix pixels, or have gradients of their own, would keep a NaN."""
+    counted = valid_of_levels(valid, levels)
+    return [x.masked_fill((v == 0).view(len(x), 1, *x.shape[2:]), 0) for x, v in zip(levels, counted, strict=True)]
+
+
 def maps_of_levels(masks: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, name: str = "masks") -> list[Tensor]:
     """Given masks as contiguous ``[N, T, P]``, matched with the ``levels`` of the teacher, whose ``keys`` they have."""
     found = _given(masks, levels, keys, name)

@@ -71,7 +71,7 @@ def masked_distill_loss(
         valid: the pixels that count in a padded batch: bool or integer ``[N, H0, W0]`` (transformers' ``pixel_mask``) at the
             images' size, taken down to each level's (nearest neighbour), or an object with ``tensors`` and ``image_sizes``
             (torchvision's ``ImageList``). Others count neither in sums nor areas nor mask weights: the same as cropping every
-            image. An image without a valid pixel contributes 0. None: all pixels. Features must be finite everywhere.
+            image, whatever they hold, NaN included. An image without a valid pixel contributes 0. None: all pixels.
         masks: ``[N, T, H_i, W_i]`` of each level, of any float dtype and at least 0, in place of those of ``tokens``, which
             must be None then: boxes, score maps, attention. Read as they are, not customised.
         mask_weights: ``[N, T]`` of each level, in place of ``weighting``; None with ``masks``: ``1 / T``.

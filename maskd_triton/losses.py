@@ -12,7 +12,7 @@ from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
 from ._hooks import graph_task, warn_without_gradient
-from ._levels import Levels, as_list, like, match, per_level, valid_of_levels
+from ._levels import Levels, as_list, like, match, per_level, valid_of_levels, without_padding
 from ._ops.library import outside_transforms
 from ._records import Distilled, DistillOptions
 from .checkpoints import Source, load_masks
@@ -224,6 +224,10 @@ class MaskedDistillLoss(nn.Module):
             raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warn_without_gradient(students, labels, self._warned, stacklevel=4)  # through nn.Module's two functions
+        if valid is not None and (self.align is not None or self.resize == "student"):
+            students = without_padding(students, valid)
+        if valid is not None and self.resize == "teacher":
+            teachers = without_padding(teachers, valid)
         if self.align is not None:
             students = self._aligned(students, labels)
         if self.resize is not None:

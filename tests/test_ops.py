@@ -66,6 +66,7 @@ def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     torch.library.opcheck(distill, (), forward)
     loss, _, coefficients, masks = distill(**forward)
     kept = {"coefficients": coefficients, "masks": masks, "statistics": options.tables.statistics}
+    kept["valid"] = options.valid
     torch.library.opcheck(distill_backward, (), maps | kept | {"grad": torch.rand_like(loss), "mask_power": options.mask_power})
 
 

@@ -251,3 +251,90 @@ def test_errors_of_sizes() -> None:
         shapes.valid_pixels([(4, 4), (5, 4)], (4, 4))
     with pytest.raises(TypeError, match=r"image_sizes\[0\]: expected a pair"):
         shapes.valid_pixels([4], (4, 4))  # type: ignore[list-item]
+
+
+NAN = float("nan")
+
+
+def poisoned(x: Tensor, valid: Tensor, stride: int) -> Tensor:
+    """``x`` with NaN and infinities where pixels do not count."""
+    padding = ~valid[:, ::stride, ::stride]
+    x = x.detach().clone()
+    x[:, 0].masked_fill_(padding, float("inf"))
+    x[:, 1:].masked_fill_(padding[:, None], NAN)
+    return x
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "weight_mask", "standardize"),
+    [(torch.float32, True, True), (torch.float32, False, False), (torch.float16, True, False), (torch.bfloat16, False, True)],
+)
+def test_padding_may_hold_anything(
+    dtype: torch.dtype, weight_mask: bool, standardize: bool, layout: str, target: Target
+) -> None:
+    """Both stages give the same bits, whatever the padding of features and of upstream gradients holds, and 0 as gradient."""
+    torch.manual_seed(0)
+    impl, device = target
+    valid = valid_of(IMAGES, device)
+    learner = trained(MaskLearner(CHANNELS, 3, weight_mask, standardize=standardize, impl=impl), device).float()
+    options = {"weight_mask": weight_mask, "standardize": standardize, "custom_mask_warmup": 0, "impl": impl}
+    criterion = MaskedDistillLoss(CHANNELS, 3, pretrained=learner, **options).to(device).eval()
+    clean = [[in_layout(x.to(dtype), layout) for x in maps(device)] for _ in range(3)]
+    dirty = [[in_layout(poisoned(x, valid, s), layout) for x, s in zip(xs, STRIDES, strict=True)] for xs in clean]
+
+    def distilled(maps: list[list[Tensor]]) -> list[Tensor]:
+        student = [x.detach().requires_grad_() for x in maps[0]]
+        loss = criterion(student, maps[1], valid=valid)
+        return [loss, *torch.autograd.grad(loss, student)]
+
+    def learned(maps: list[list[Tensor]]) -> list[Tensor]:
+        features = [x.detach().requires_grad_() for x in maps[0]]
+        masked = learner(features, valid)
+        leaves = [*learner.parameters(), *features]
+        return [
+            *masked,
+            *torch.autograd.grad([learner.dice_loss(), *masked], leaves, [torch.ones((), device=device), *maps[2]]),
+        ]
+
+    for run, last in ((distilled, 2), (learned, 2)):
+        expected, found = run(clean), run(dirty)
+        for e, f in zip(expected, found, strict=True):
+            assert e.isfinite().all()
+            assert torch.equal(e, f)
+        for gradient, s in zip(found[-last:], STRIDES, strict=True):
+            assert not gradient[~valid[:, None, ::s, ::s].expand_as(gradient)].any()
+
+
+def test_nan_in_valid_pixels_propagates(target: Target) -> None:
+    torch.manual_seed(0)
+    impl, device = target
+    criterion = MaskedDistillLoss(4, 3, pretrained=MaskLearner(4, 3), impl=impl).to(device)
+    student = torch.randn(2, 4, 3, 4, device=device)
+    student[1, 2, 0, 0] = NAN
+    student.requires_grad_()
+    valid = torch.ones(2, 3, 4, dtype=torch.bool, device=device)
+    loss = criterion(student, torch.randn(2, 4, 3, 4, device=device), valid=valid)
+    loss.backward()
+    assert loss.isnan()
+    assert student.grad[1, 2, 0, 0].isnan()
+
+
+@pytest.mark.parametrize("resize", [None, "student", "teacher"])
+def test_padding_before_align_and_resize(resize: str | None, target: Target) -> None:
+    """Neither the align convolution's gradient nor an interpolated neighbour sees what the padding holds."""
+    torch.manual_seed(0)
+    impl, device = target
+    criterion = MaskedDistillLoss(4, 3, student_channels=2, pretrained=MaskLearner(4, 3), resize=resize, impl=impl).to(device)
+    valid = valid_of(IMAGES, device)
+    student, teacher = torch.randn(4, 2, 8, 16, device=device), torch.randn(4, 4, 8, 16, device=device)
+    stride = 1 if resize is None else 2
+    if resize == "teacher":
+        teacher = torch.randn(4, 4, 4, 8, device=device)
+    elif resize == "student":
+        student = torch.randn(4, 2, 4, 8, device=device)
+    student = poisoned(student, valid, stride if resize == "student" else 1).requires_grad_()
+    loss = criterion(student, poisoned(teacher, valid, stride if resize == "teacher" else 1), valid=valid)
+    loss.backward()
+    for value in (loss, student.grad, *(p.grad for p in criterion.align.parameters())):
+        assert value.isfinite().all()

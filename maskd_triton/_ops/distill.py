@@ -46,7 +46,7 @@ def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, op
 
 @operator(
     "(Tensor[] student, Tensor[] teacher, str impl, Tensor grad, Tensor coefficients, Tensor[] masks, Tensor[] statistics, "
-    "SymInt mask_power) -> Tensor[]",
+    "Tensor[] valid, SymInt mask_power) -> Tensor[]",
     fake=lambda student, *_: [torch.empty_like(s) for s in student],
 )
 def distill_backward(student: list[Tensor], teacher: list[Tensor], impl: str, *others: Any) -> list[Tensor]:
@@ -69,10 +69,11 @@ class _Distill(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.impl, teacher, options, *student = inputs
         statistics = options.tables.statistics
-        ctx.mask_power, ctx.lengths = options.mask_power, (len(student), len(student), len(student), len(statistics))
+        levels = len(student)
+        ctx.mask_power, ctx.lengths = options.mask_power, (levels, levels, levels, len(statistics), len(options.valid))
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
-        ctx.save_for_backward(output[2], *student, *teacher, *output[3:], *statistics)
+        ctx.save_for_backward(output[2], *student, *teacher, *output[3:], *statistics, *options.valid)
 
     @staticmethod
     @once_differentiable("distill_backward")
@@ -80,8 +81,8 @@ class _Distill(Function):
         if grad is None:
             return (None,) * (3 + ctx.lengths[0])
         coefficients, *levels = ctx.saved_tensors
-        student, teacher, masks, statistics = in_lists(levels, ctx.lengths)
-        arguments = student, teacher, ctx.impl, grad, coefficients, masks, statistics, ctx.mask_power
+        student, teacher, masks, statistics, valid = in_lists(levels, ctx.lengths)
+        arguments = student, teacher, ctx.impl, grad, coefficients, masks, statistics, valid, ctx.mask_power
         return None, None, None, *call(distill_backward, levels, *arguments)
 
 

@@ -59,7 +59,7 @@ def _fake_backward(
 
 
 @operator(
-    "(Tensor[] features, str impl, Tensor[] tables, Tensor[] weights, SymInt[] heights, Tensor[] grad_masked, "
+    "(Tensor[] features, str impl, Tensor[] tables, Tensor[] weights, Tensor[] valid, SymInt[] heights, Tensor[] grad_masked, "
     "Tensor grad_dice, Tensor used_weights, Tensor pairs, Tensor[] masks, Tensor[] sums, bool need_features) -> Tensor[]",
     fake=_fake_backward,
 )
@@ -68,6 +68,7 @@ def learn_backward(
     impl: str,
     tables: list[Tensor],
     weights: list[Tensor],
+    valid: list[Tensor],
     heights: list[int],
     grad_masked: list[Tensor],
     grad_dice: Tensor,
@@ -76,7 +77,7 @@ def learn_backward(
     """Gradients of ``tables`` and ``weights``, in their order, and of ``features``, if needed, at the end."""
     *saved, need_features = kept
     levels = len(features)
-    options = _options(features, tables, weights, (), heights)
+    options = _options(features, tables, weights, valid, heights)
     to_tables, to_weights = _new_gradients(tables), _new_gradients(weights)
     backward = kernels("learn").backward if impl == "triton" else _eager.learn_backward
     to_features = backward(
@@ -97,18 +98,18 @@ class _Learn(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.impl, lengths, _, ctx.heights, *tensors = inputs
+        ctx.impl, lengths, valid, ctx.heights, *tensors = inputs
         levels = lengths[0]
         kept = output[levels + 1 :]
-        ctx.lengths = *lengths, 1, 1, levels, len(kept) - 2 - levels
+        ctx.lengths = *lengths, len(valid), 1, 1, levels, len(kept) - 2 - levels
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*tensors, *valid, *kept)
 
     @staticmethod
     @once_differentiable("learn_backward")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, tables, weights, (used,), (pairs,), masks, sums = in_lists(ctx.saved_tensors, ctx.lengths)
+        features, tables, weights, valid, (used,), (pairs,), masks, sums = in_lists(ctx.saved_tensors, ctx.lengths)
         levels = len(features)
         grad_masked = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, features, strict=False)]
         grad_dice = grads[levels]
@@ -116,8 +117,8 @@ class _Learn(Function):
             grad_dice = used.new_zeros(levels)
         need_features = any(ctx.needs_input_grad[4 : 4 + levels])
         results = call(
-            learn_backward, (*features, *grad_masked), features, ctx.impl, tables, weights, ctx.heights, grad_masked, grad_dice,
-            used, pairs, masks, sums, need_features,
+            learn_backward, (*features, *grad_masked), features, ctx.impl, tables, weights, valid, ctx.heights, grad_masked,
+            grad_dice, used, pairs, masks, sums, need_features,
         )  # fmt: skip
         parameters = len(tables) + len(weights)
         to_features = results[parameters:] if need_features else (None,) * levels

@@ -29,10 +29,10 @@ def main(dtype_name: str, layout: str) -> None:
             teacher = [torch.empty_like(m) for m in student]
             options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True, warmup=1000)
             loss, _, coefficients, masks = masked_distill(student, teacher, options, "triton")
-            distill_backward(student, teacher, "triton", loss, coefficients, masks, [], 2)
+            distill_backward(student, teacher, "triton", loss, coefficients, masks, [], [], 2)
             tables = LearnTables(tokens, pool_rows=rows, pool_bias=bias)
             y, dice, kept = masked_learn(maps, LearnOptions(tables, [], [], heights), "triton")
-            learn_backward(maps, "triton", flat(tables), [], heights, y, dice, *kept, False)
+            learn_backward(maps, "triton", flat(tables), [], [], heights, y, dice, *kept, False)
             pool(maps, [torch.empty(n, a * b, dtype=torch.uint8) for a, b in sizes], heights, "triton")
         counts = {inspect.kernel_name(k): sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
     print(counts)
