@@ -187,12 +187,14 @@ def _default_tile(key: Key) -> Config:
 
 def _default_registers(key: Key) -> int:
     """Enough for the kernels that were seen to spill when NVIDIA's assembler chose; 0 for all others."""
-    if key.kernel not in ("forward_kernel", "mask_kernel", "feature_gradient_kernel"):
+    if key.kernel not in ("forward_kernel", "mask_kernel", "token_gradient_kernel", "feature_gradient_kernel"):
         return 0
     if key.bits == 64:
         return 255
     if key.kernel == "forward_kernel":
         return 255 if key.tokens > 8 else 0
+    if key.kernel == "token_gradient_kernel":
+        return 128 if key.bits == 16 else 0
     return 128 if key.kernel == "mask_kernel" else 168
 
 
@@ -275,5 +277,5 @@ def _parameter_block(rows: int, itemsize: int) -> dict[str, int]:
 def pool_blocks(itemsize: int) -> dict[str, int]:
     """Tile of the kernel that adds up valid pixels, tiles in a program's run, and its warps."""
     if itemsize == 8:  # no matrix instruction: the product is a [16, C, P] block
-        return {"BLOCK_C": 8, "BLOCK_P": 16, "RUN": 16, "num_warps": 4}
-    return {"BLOCK_C": 64 if itemsize == 2 else 32, "BLOCK_P": 64, "RUN": 16, "num_warps": 4}
+        return {"BLOCK_C": 8, "BLOCK_P": 16, "RUN": 16, "num_warps": 4, **most_registers(255)}
+    return {"BLOCK_C": 64 if itemsize == 2 else 32, "BLOCK_P": 128 // itemsize, "RUN": 16, "num_warps": 4}
