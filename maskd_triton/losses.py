@@ -304,7 +304,7 @@ class MaskedDistillLoss(nn.Module):
             >>> import torch
             >>> from maskd_triton import MaskedDistillLoss, MaskLearner
             >>> criterion = MaskedDistillLoss(16, 4, pretrained=MaskLearner(16, 4))
-            >>> loss = criterion(torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 8, 8))
+            >>> loss = criterion(torch.zeros(2, 16, 8, 8, requires_grad=True), torch.zeros(2, 16, 8, 8))
             >>> criterion.diagnostics()[0].coverage
             tensor([0.5000, 0.5000, 0.5000, 0.5000])
         """
@@ -314,7 +314,9 @@ class MaskedDistillLoss(nn.Module):
         result = {}
         for i, (masks, weights, (n, _, h, w)) in enumerate(zip(distilled.masks, distilled.weights, shapes, strict=True)):
             m = masks.view(n, -1, h, w)
-            level = describe(m, weights if weighed else None, valid[i].view(n, h, w) if valid else None)
+            total = weights.sum(1, keepdim=True)  # given weights need not sum to 1
+            share = weights / total.where(total > 0, 1)
+            level = describe(m, share if weighed else None, valid[i].view(n, h, w) if valid else None)
             result[keys[i] if keys else i] = DistillDiagnostics(**vars(level), loss=distilled.per_image[i].sum())
         return result
 

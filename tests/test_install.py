@@ -55,7 +55,7 @@ import torch
 from maskd_triton import MaskedDistillLoss, MaskLearner
 x = torch.ones(1, 4, 3, 3)
 try:
-    MaskedDistillLoss(4, pretrained=MaskLearner(4), impl="triton")(x, x)
+    MaskedDistillLoss(4, pretrained=MaskLearner(4), impl="triton")(x.clone().requires_grad_(), x)
 except RuntimeError as error:
     print(error)
 """
@@ -87,6 +87,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     expected = {f"maskd_triton/{p.name}" for p in (ROOT / "maskd_triton").glob("*.py")} | {"maskd_triton/py.typed"}
+    expected |= {f"maskd_triton/_ops/{p.name}" for p in (ROOT / "maskd_triton" / "_ops").glob("*.py")}
     expected |= {f"maskd_triton/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     assert names == expected
     target = tmp_path / "site"
