@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYOUTS = ("nchw", "channels_last", "nlc")
+LAYOUTS = ("nchw", "channels_last")
+NLC = "nlc"  # strides of "channels_last", but for an axis of one image
 BATCH_LAST = "batch_last"  # dense, but neither pixels nor channels lie next to each other
 
 
@@ -15,7 +16,7 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     """The same values with pixels ("nchw") or channels ("channels_last", permuted "nlc") next to each other."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
-    if layout == "nlc":
+    if layout == NLC:
         return x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:])
     if layout == BATCH_LAST:
         return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)

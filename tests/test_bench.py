@@ -121,14 +121,22 @@ def results_of(**changes: object) -> dict:
         ({"peak_extra_bytes": 105}, "time x 1.00, memory x 1.05"),
     ],
 )
-def test_against_earlier_results(changes: dict, words: str, tmp_path: Path) -> None:
+def test_against_earlier_results(changes: dict, words: str) -> None:
+    told: list[str] = []
+    worse = compare.report(results_of(), results_of(**changes), told.append)
+    assert worse == words.endswith(("SLOWER", "LARGER"))
+    assert f"  w, forward+backward, ours: {words}" in told
+    assert f"{worse} of 2 got worse" in told
+
+
+@pytest.mark.parametrize("median", [10.0, 20.0], ids=["as fast", "slower"])
+def test_against_earlier_results_by_command(median: float, tmp_path: Path) -> None:
     files = tmp_path / "before.json", tmp_path / "after.json"
-    for file, results in zip(files, (results_of(), results_of(**changes)), strict=True):
+    for file, results in zip(files, (results_of(), results_of(median_ms=median, lower_ms=median)), strict=True):
         file.write_text(json.dumps(results))
-    worse = words.isupper() or words.endswith(("SLOWER", "LARGER"))
-    shown = run("-m", "bench", "--results", str(files[1]), "--against", str(files[0]), code=int(worse))
-    assert f"  w, forward+backward, ours: {words}\n" in shown
-    assert f"{int(worse)} of 2 got worse" in shown
+    worse = int(median > 10)
+    shown = run("-m", "bench", "--results", str(files[1]), "--against", str(files[0]), code=worse)
+    assert f"{worse} of 2 got worse" in shown
 
 
 def test_against_another_machine() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BATCH_LAST, LAYOUTS, default_dtype, in_layout, moved, rounding
+from helpers import BATCH_LAST, LAYOUTS, NLC, default_dtype, in_layout, moved, rounding
 from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
@@ -102,9 +102,10 @@ def test_float64_matches_the_formulas(
     shapes: list[Shape], num_tokens: int, weighted: bool, custom: bool, target: Target
 ) -> None:
     problem = Problem(shapes, num_tokens, weighted)
+    layouts = (*LAYOUTS, NLC)
     options = {"custom_mask": custom, "loss_weight": 0.7, "eps": 1e-3}
     losses, grads = problem.expected(**options)
-    for layout in LAYOUTS if target[0] == "eager" else [LAYOUTS[(num_tokens + weighted + custom) % 3]]:
+    for layout in layouts if target[0] == "eager" else [layouts[(num_tokens + weighted + custom) % 3]]:
         got, got_grads = problem.measured(target, layout, **options)
         close(got, losses, 1e-12)
         for g, e in zip(got_grads, grads, strict=True):

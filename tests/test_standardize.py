@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, default_dtype, in_layout, rounding
+from helpers import LAYOUTS, NLC, default_dtype, in_layout, rounding
 from torch import Tensor, nn
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
@@ -76,7 +76,7 @@ def test_stage_2_in_float64(shape: tuple[int, ...], num_tokens: int, weighted: b
         ).to(device)
     t, s = raw_features(*shape).double(), normal(*shape, seed=1).double()
     loss, grad = stage2(learner, s, t, torch.float64)
-    for layout in LAYOUTS if impl == "eager" else [LAYOUTS[num_tokens % 3]]:
+    for layout in (*LAYOUTS, NLC) if impl == "eager" else [(*LAYOUTS, NLC)[num_tokens % 3]]:
         student = in_layout(s, layout).to(device).detach().requires_grad_()
         got = criterion(student, in_layout(t, layout).to(device))
         got.backward()
@@ -134,7 +134,7 @@ def test_stage_1(shape: tuple[int, ...], num_tokens: int, weighted: bool, dtype:
     x, g = raw_features(*shape).to(dtype), normal(*shape, seed=1).to(dtype)
     want, plain = stage1(learner, x, g, torch.float64), stage1(learner, x, g, dtype)
     units = 2e-12 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps  # measured: 5e-14, 10 units (one thread)
-    for layout in LAYOUTS if impl == "eager" else [LAYOUTS[num_tokens % 3]]:
+    for layout in (*LAYOUTS, NLC) if impl == "eager" else [(*LAYOUTS, NLC)[num_tokens % 3]]:
         learner.zero_grad()
         placed = in_layout(x, layout).to(device).detach().requires_grad_()
         got = results(learner.mask_modules[0], placed, learner(placed), learner.dice_loss(), g.to(device))
@@ -268,7 +268,7 @@ def test_compile_fullgraph(weighted: bool, target: Target) -> None:
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return criterion(s, t) + learner(t).square().mean() + learner.dice_loss()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for h, w in ((5, 7), (6, 9)):
         s, t = normal(2, 4, h, w).to(device), raw_features(2, 4, h, w).to(device)
         got = []
