@@ -37,6 +37,7 @@ def test_align_under_autocast(dtype: torch.dtype, target: Target) -> None:
     assert (outside.double() - expected).abs() <= expected * torch.finfo(dtype).eps * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_of_large_maps(dtype: torch.dtype, target: Target) -> None:
     """67200 pixels under a mask of ones: a float16 sum would be infinite; of features of 60000 so would every square."""

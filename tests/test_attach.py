@@ -179,6 +179,7 @@ def test_one_learner_to_a_module() -> None:
         teacher(IMAGES)
 
 
+@pytest.mark.slow
 def test_compiled_inside_the_block() -> None:
     torch._dynamo.reset()
     teacher, learner = Teacher().train(), learner_of()
@@ -223,6 +224,7 @@ def _worker(rank: int, store: Path, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_equals_one_process_on_the_joined_batch(tmp_path: Path) -> None:
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:

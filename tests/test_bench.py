@@ -22,6 +22,7 @@ def run(*arguments: str, code: int = 0) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     shown = run("-m", "bench", "tiny", "--device", "cpu", "--seconds", "0.02", "--out", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())
@@ -44,6 +45,7 @@ def test_command(tmp_path: Path) -> None:
     assert gradient <= ours < literal / 4
 
 
+@pytest.mark.slow
 def test_stage_1(tmp_path: Path) -> None:
     run("-m", "bench", "tiny", "--stage", "1", "--device", "cpu", "--seconds", "0.02", "--out", str(tmp_path / "out.json"))
     rows = {(r["contender"], r["mode"]): r for r in json.loads((tmp_path / "out.json").read_text())["rows"]}
@@ -90,6 +92,7 @@ def test_gpu_visit_without_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "visit").exists()
 
 
+@pytest.mark.slow
 def test_host(tmp_path: Path) -> None:
     shown = run("-m", "bench.host", "--out", str(tmp_path / "host.json"))
     results = json.loads((tmp_path / "host.json").read_text())
@@ -184,6 +187,7 @@ def test_compiled_contenders() -> None:
     assert list(left_out) == ["ours, impl=eager"]
 
 
+@pytest.mark.slow
 def test_share_of_a_step(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     shown = run(

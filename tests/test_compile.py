@@ -41,11 +41,11 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, trained)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_one_graph_for_twenty_sizes(padded: bool, target: Target) -> None:
     impl, device = target
-    eager = build(impl, device).eval()  # no running statistics: both see the same
-    compiled = copy.deepcopy(eager)
+    eager, compiled = (build(i, device).eval() for i in ("eager", impl))  # no running statistics: both see the same
     for model in (eager, compiled):
         model.criterion.train()
 
@@ -70,6 +70,7 @@ def two_layers(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, width, 3, stride=2, padding=1), nn.Conv2d(width, 2 * width, 1))
 
 
+@pytest.mark.slow
 def test_features_captured_under_inductor() -> None:
     """The default backend; features taken from modules by ``capture.call`` inside of what is compiled. No more layers than
     features: most of the time goes into compiling what is not ours."""

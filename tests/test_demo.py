@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_demo_quick(tmp_path: Path) -> None:
     for package in ("sklearn", "matplotlib", "tqdm", "PIL"):
         pytest.importorskip(package, reason="needs the demo extra")

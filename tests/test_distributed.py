@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "learn"])
 def test_two_processes(mode: str) -> None:

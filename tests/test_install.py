@@ -79,6 +79,7 @@ def test_import_has_no_side_effects(tmp_path: Path) -> None:
     assert run_python(code, tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("build", reason="needs the dev extra")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

@@ -256,6 +256,7 @@ def op_arguments(kind: str, target: Target, layout: str = "ncl", grad: bool = Tr
     return [features(5, 12), features(2, 6)], LearnOptions(tables, weights, valid, [3, 2]), impl
 
 
+@pytest.mark.slow
 # every kind in one layout and both layouts of one kind: what the fakes say of one does not depend on the other
 @pytest.mark.parametrize(("kind", "layout"), [*((kind, "ncl") for kind in KINDS), (FULLEST, "nlc")])
 def test_opcheck(kind: str, layout: str, target: Target) -> None:
@@ -269,6 +270,7 @@ def test_opcheck(kind: str, layout: str, target: Target) -> None:
         torch.library.opcheck(learn_backward, (), given | {"need_features": need})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str, target: Target) -> None:
     features, options, impl = op_arguments(kind, target)
@@ -285,6 +287,7 @@ def test_gradcheck(kind: str, target: Target) -> None:
     assert torch.autograd.gradcheck(outputs, [x for each in lists for x in each], fast_mode=fast)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_compile_fullgraph(dynamic: bool, target: Target) -> None:
     impl, device = target

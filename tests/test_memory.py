@@ -61,6 +61,7 @@ def test_stage_2(standardize: bool, target: Target) -> None:
     assert feature_maps(stage_2(*target, standardize), target[1]) < BOUNDS["2", target[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need_x", [False, True], ids=["", "need_x"])
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
 def test_stage_1(standardize: bool, need_x: bool, target: Target) -> None:

@@ -70,6 +70,7 @@ def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     torch.library.opcheck(distill_backward, (), maps | kept | {"grad": torch.rand_like(loss), "mask_power": options.mask_power})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
     impl, device = target
@@ -83,6 +84,7 @@ def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
     assert torch.autograd.gradcheck(loss, student, fast_mode=impl == "triton" or kind != FULLEST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_compile_fullgraph(dynamic: bool, target: tuple[str, str]) -> None:
     impl, device = target

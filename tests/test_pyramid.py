@@ -117,8 +117,7 @@ def reference_level(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "nchw"), ("bfloat16", "nhwc"), ("float32", "nchw")])
 def test_500_image_sizes_compile_few_variants(dtype: str, layout: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}

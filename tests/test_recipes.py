@@ -16,6 +16,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name: str) -> None:

@@ -258,6 +258,7 @@ def test_tokens_of_the_other_kind_are_refused() -> None:
         MaskedDistillLoss(4, 3, standardize=True, pretrained=state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 def test_compile_fullgraph(weighted: bool, target: Target) -> None:
     impl, device = target

@@ -127,6 +127,7 @@ def test_mask_weights_of_any_shape(standardize: bool, target: Target) -> None:
     assert found.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_strip_sums(dtype: torch.dtype, layout: str, target: Target) -> None:
