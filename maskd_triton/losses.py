@@ -157,7 +157,7 @@ class MaskedDistillLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
-        return self.__dict__ | {"_seen": None}
+        return self.__dict__ | {"_seen": None, "_fitting": set()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A new ``loss_weight`` is written into the buffer: a compiled or captured step reads it there."""

@@ -318,6 +318,15 @@ def test_a_model_that_is_unfrozen_keeps_its_criterion() -> None:
     assert all(p.grad is None for p in criterion.parameters())
 
 
+def test_pickles_do_not_grow() -> None:
+    """What a criterion remembers of the sizes it has seen is no part of it."""
+    criterion = MaskedDistillLoss(4, 2, pretrained=MaskLearner(4, 2)).eval()
+    before = len(pickle.dumps(criterion))
+    for size in range(1, 40):
+        criterion(torch.randn(1, 4, size, 3), torch.randn(1, 4, size, 3))
+    assert len(pickle.dumps(criterion)) == before
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 def test_copies_are_equal_and_independent(copied: Callable[[MaskedDistillLoss], MaskedDistillLoss]) -> None:
     criterion = criterion_of(student_channels=[4, 3])
