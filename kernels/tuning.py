@@ -194,7 +194,9 @@ def _default_registers(key: Key) -> int:
     if key.kernel == "forward_kernel":
         return 255 if key.tokens > 8 else 0
     if key.kernel == "token_gradient_kernel":
-        return 128 if key.bits == 16 else 0
+        if key.bits == 32:
+            return 0
+        return 168 if _default_tile(key).threads == 128 else 128
     return 128 if key.kernel == "mask_kernel" else 168
 
 
