@@ -251,6 +251,16 @@ class Target:
         self.whole = False  # whether the pass is a call of the model itself
         self.parts: list[Any] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of no pass."""
+        fresh = Target.__new__(Target)
+        fresh.clear()
+        return self.__dict__ | fresh.__dict__ | {"depth": 0, "skipped": False}
+
+
+def _nothing(_target: Target) -> None:
+    """Picklable, as a lambda is not."""
+
 
 Act = Callable[[Target, Any, int | None], Any]
 
@@ -271,7 +281,7 @@ class Hooked:
         where: Where,
         act: Act,
         valid: Valid | None = None,
-        done: Callable[[Target], None] = lambda _target: None,
+        done: Callable[[Target], None] = _nothing,
         bounds: bool = True,
         exclusive: bool = False,
     ) -> None:
@@ -287,6 +297,10 @@ class Hooked:
         self.valid = None if valid is None else _reader(valid, self.roots[-1])
         self.task, self.bounds, self.exclusive = -1, bounds, exclusive
         self._stack = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hooks, not even to remove."""
+        return self.__dict__ | {"_stack": ExitStack(), "task": -1}
 
     def __enter__(self) -> "Hooked":
         self.task = graph_task()

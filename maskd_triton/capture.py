@@ -85,6 +85,10 @@ class FeatureCapture:
                     target.only = side.hooked.role == "student"
         self._stack: ExitStack | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not entered, and looks at the copies of the models if they are copied with it."""
+        return self.__dict__ | {"_stack": None}
+
     def __enter__(self) -> "FeatureCapture":
         if self._stack is not None:
             raise RuntimeError("capture: entered already; leave that block first")

@@ -462,6 +462,27 @@ def test_a_copy_of_a_shallow_kind() -> None:
         assert torch.equal(s, student.p3(IMAGES))
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda holder: pickle.loads(pickle.dumps(holder))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_what_holds_the_capture(copied: Callable[[nn.Module], Any]) -> None:
+    """Models and capture in one module, copied in the middle of a step: a capture of the copies that is not entered."""
+    holder = nn.ModuleDict({"student": seeded(Yolo), "teacher": seeded(Yolo)})
+    holder.capture = FeatureCapture(holder["student"], holder["teacher"], "p3")
+    with holder.capture as features:
+        holder["student"](IMAGES)
+        twin = copied(holder)
+        with twin.capture as others:
+            twin["student"](IMAGES + 1)
+            twin["teacher"](IMAGES + 1)
+            (other,), _ = others.take()
+        holder["teacher"](IMAGES)
+        (s,), (t,) = features.take()
+    assert torch.equal(s, t)
+    assert torch.equal(other, twin["student"].p3(IMAGES + 1))
+    assert all(not m._forward_hooks for m in holder.modules())
+
+
 @pytest.mark.parametrize("first", ["student", "teacher"])
 @pytest.mark.parametrize("teacher", ["no_grad", "frozen", "checkpointed"])
 def test_self_distillation(first: str, teacher: str) -> None:
