@@ -666,7 +666,7 @@ def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, 
         config = group.config("gate_kernel", t, features)
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in x])
         launch.run(
-                gate_kernel, programs,
+            gate_kernel, programs,
             *group.addresses(features, masks, written),
             *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
             *group.strides(features, written), weights, n,
@@ -764,7 +764,7 @@ def _feature_gradient(
         config = group.config("feature_gradient_kernel", t, written, grads, axis=group.fast[1])
         first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
         launch.run(
-                feature_gradient_kernel, programs,
+            feature_gradient_kernel, programs,
             *group.addresses(grads, gx, masks, valid, tokens, to_sums, written),
             *launch.tables(first, group.aligns, group.levels), *group.lengths(grads),
             launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),

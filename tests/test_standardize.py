@@ -133,7 +133,7 @@ def test_stage_1(shape: tuple[int, ...], num_tokens: int, weighted: bool, dtype:
     learner = learner_with_statistics([shape[1]], num_tokens, weighted, impl).to(device, dtype)
     x, g = raw_features(*shape).to(dtype), normal(*shape, seed=1).to(dtype)
     want, plain = stage1(learner, x, g, torch.float64), stage1(learner, x, g, dtype)
-    units = 2e-12 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps  # measured: 5e-14, 10 units (one thread)
+    units = 2e-12 if dtype == torch.float64 else 13 * torch.finfo(dtype).eps  # measured: 5e-14, 10 units (one thread)
     for layout in (*LAYOUTS, NLC) if impl == "eager" else [(*LAYOUTS, NLC)[num_tokens % 3]]:
         learner.zero_grad()
         placed = in_layout(x, layout).to(device).detach().requires_grad_()
