@@ -174,10 +174,12 @@ class _Recorder:
             return
         _, levels, _ = where.find(result, target.label)
         self.passes.add(target.gradient)
-        if torch.compiler.is_compiling():  # no versions: the compiler removes copies of what nothing overwrites
-            target.parts += [_Level(where.maps(x, target.label, target.images).clone(), None) for x in levels]
-        else:
-            target.parts += [_Level(where.maps(x, target.label, target.images), _version(x)) for x in levels]
+        for x in levels:
+            level = where.maps(x, target.label, target.images)
+            if torch.compiler.is_compiling() or x.is_inference():  # these do not count writes: a copy
+                target.parts.append(_Level(level.clone(), None))
+            else:
+                target.parts.append(_Level(level, x._version))
 
     def forget(self) -> list[_Taken]:
         """What the latest pass has left; nothing of it is kept."""
@@ -202,16 +204,12 @@ class _Recorder:
                 )
             if not parts and self.hooked.where.call is not None:
                 raise RuntimeError(f"capture: the {role}'s {name!r} ran {calls} times, it has no call {self.hooked.where.call}")
-            if any(level.version != _version(level.tensor) for level in parts if level.version is not None):
+            if any(level.version != level.tensor._version for level in parts if level.version is not None):
                 raise RuntimeError(
                     f"capture: a later layer has overwritten the features of the {role}'s {name!r} in place; make that layer "
                     "inplace=False (an activation that follows, as a rule), or capture its output instead"
                 )
         return [level.tensor for _, _, _, parts in taken for level in parts]
-
-
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() or torch.compiler.is_compiling() else x._version
 
 
 def _of_side(options: dict[str, Any], role: str) -> dict[str, Any]:

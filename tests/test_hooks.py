@@ -815,6 +815,24 @@ def test_features_that_are_overwritten(side: str) -> None:
     assert (level >= 0).all()
 
 
+@pytest.mark.parametrize("names", [["1"], ["0", "1", "2"]], ids=["one", "several"])
+def test_features_that_are_overwritten_under_inference_mode(names: list[str]) -> None:
+    """Tensors do not count their writes there."""
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))).eval()
+    normal = net[1](net[0](IMAGES)).detach()
+    want = {"0": net[0](IMAGES).detach(), "1": normal, "2": normal.relu()}
+    student = seeded(lambda: nn.Sequential(*copy.deepcopy(net)))
+    with torch.inference_mode():
+        _, levels = capture.call(net, names, IMAGES)
+        with FeatureCapture(student, net, names) as features:
+            student(IMAGES)
+            net(IMAGES)
+            both = features.take()
+    for found in (levels, *both):
+        for name, level in zip(names, found, strict=True):
+            torch.testing.assert_close(level.clone(), want[name])
+
+
 def test_masked_features_before_an_in_place_layer() -> None:
     results = []
     for inplace in (False, True):
