@@ -1,20 +1,44 @@
-"""Search for launch configurations on the GPU at hand. Nothing here runs unless it is asked for: ``python -m bench.autotune``,
-or ``MASKD_TRITON_AUTOTUNE=1``."""
+"""Find the fastest launch configurations on this GPU: ``python -m maskd_triton.kernels.autotune``.
 
+Times every candidate with a cold L2 cache, for every kernel, dtype and layout given, in two buckets of pixels (a pyramid of 2
+and one of 16 images), and writes ``~/.config/maskd_triton/<GPU>.json`` (or ``$MASKD_TRITON_CONFIGS/<GPU>.json``), where the
+library finds it. To ship it with the library, copy it to ``kernels/configs/`` and commit it as it is. Without a GPU it says so
+and exits with 2.
+
+``MASKD_TRITON_AUTOTUNE=1`` tunes online: the first launch in a bucket that no file knows takes a few seconds, and its result
+goes into the same file. Processes of one job tune on their own and may disagree, so for several GPUs tune beforehand.
+"""
+
+import argparse
+import datetime
 import itertools
-from collections.abc import Callable, Iterable
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .._records import Distilled, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables, flat
-from . import tuning
+from .._eager import acc_dtype
+from .._records import Distilled, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables
+from . import distill, learn, tuning
 from .tuning import Config, Key
 
 Clock = Callable[[Callable[[], object]], float]
 DTYPES = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+KERNELS = (*tuning.READING, *tuning.WRITING)
+
+
+def enable() -> None:
+    """From now on tune online, in this process."""
+    tuning.on_miss = _tune_one
+
+
+def _tune_one(key: Key, device: torch.device) -> None:
+    tune([key], device)
 
 
 def candidates(key: Key) -> list[Config]:
@@ -39,16 +63,17 @@ def tune(
     keys: Iterable[Key],
     device: torch.device,
     clock: Clock = cold_median,
-    about: dict[str, str] | None = None,
+    by: str = "online tuning",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[Key, Config]:
     """The fastest candidate of every key on ``device``, written into the user's file (:func:`tuning.user_file`).
 
-    ``clock`` gives the milliseconds of a call, ``about`` goes into the file, ``say`` gets a line per key.
+    ``clock`` gives the milliseconds of a call, ``by`` goes into the file, ``say`` gets a line per key.
     """
     best: dict[Key, Config] = {}
     for key in keys:
-        call = _launch(key, device)
+        with tuning.forced(key.kernel, tuning.default(key)):  # a launch that comes before the timed one is not searched for
+            call = _launch(key, device)
         times: dict[Config, float] = {}
         for config in candidates(key):
             with tuning.forced(key.kernel, config):
@@ -59,16 +84,24 @@ def tune(
         best[key] = min(times, key=lambda config: times[config])
         default = times.get(tuning.default(key), float("nan"))
         say(f"{' '.join(map(str, key))}: {best[key]} {times[best[key]]:.4f} ms, default {default:.4f} ms, {len(times)} tried")
-    tuning.write(tuning.gpu_name(device), best, about or {"by": "online tuning", "torch": torch.__version__})
+    tuning.write(tuning.gpu_name(device), best, _about(by, device))
     return best
+
+
+def _about(by: str, device: torch.device) -> dict[str, str]:
+    return {
+        "by": by,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": tuning.gpu_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda or hip": str(torch.version.cuda or torch.version.hip),
+    }
 
 
 def _launch(key: Key, device: torch.device) -> Callable[[], object]:
     """A call that launches the key's kernel over one level with about as many pixels; whatever else it launches costs the same
     with every candidate."""
-    from .._ops.distill import distill_backward, masked_distill
-    from .._ops.learn import learn_backward, masked_learn
-
     dtype = DTYPES[key.bits]
     n = min(4, 2**key.log2_pixels)
     height = 2 ** (key.log2_pixels // 2) // 2 or 1
@@ -87,26 +120,71 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
     tokens, rows, bias = parameters(t, c), parameters(9, t, c), parameters(t)
     if key.kernel in ("forward_kernel", "backward_kernel"):
         step = torch.zeros((), dtype=torch.int64, device=device)
-
-        options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True)
+        distill_options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True)
 
         def forward() -> Distilled:
-            return masked_distill(student, teacher, options, "triton")
+            outputs = Distilled.empty(student, t, acc_dtype(dtype))
+            distill.forward(student, teacher, distill_options, outputs)
+            return outputs
 
         if key.kernel == "forward_kernel":
             return forward
         loss, _, coefficients, masks = forward()
-        return lambda: distill_backward(student, teacher, "triton", loss, coefficients, masks, [], [], options.mask_power)
+        return lambda: distill.backward(student, teacher, loss, coefficients, masks, [], [], distill_options.mask_power)
 
     student, teacher = [student[0].flatten(2)], [teacher[0].flatten(2)]
-    parameters_of_level = LearnTables(tokens, pool_rows=rows, pool_bias=bias)
+    learn_options = LearnOptions(LearnTables(tokens, pool_rows=rows, pool_bias=bias), (), (), [height])
 
-    def learn() -> tuple[list[Tensor], Tensor, LearnKept]:
-        return masked_learn(teacher, LearnOptions(parameters_of_level, (), (), [height]), "triton")
+    def learned() -> tuple[Tensor, LearnKept]:
+        kept = LearnKept.empty(teacher, learn_options.tables, acc_dtype(dtype))
+        dice = kept.weights.new_empty((1, n))
+        learn.forward(teacher, learn_options, dice, kept)
+        return dice.sum(1), kept
 
     if key.kernel in ("mask_kernel", "gate_kernel"):
-        return learn
-    _, dice, kept = learn()
+        return learned
+    dice, kept = learned()
+    gradients = LearnTables(*([torch.empty_like(x) for x in field] for field in learn_options.tables))
     need_features = key.kernel == "feature_gradient_kernel"
-    tables = flat(parameters_of_level)
-    return lambda: learn_backward(teacher, "triton", tables, [], [], [height], student, dice, *kept, need_features)
+    return lambda: learn.backward(teacher, learn_options, student, dice, kept, gradients, [], need_features)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m maskd_triton.kernels.autotune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32), help="of the features")
+    parser.add_argument("--layout", nargs="+", choices=("nchw", "nhwc"), default=("nchw", "nhwc"))
+    parser.add_argument("--channels", nargs="+", type=int, default=[256])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[6])
+    parser.add_argument("--log2-pixels", nargs="+", type=int, default=[18, 21], help="of all levels and images of a launch")
+    parser.add_argument("--out", type=Path, help="a second copy of the file")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(f"{parser.prog}: torch sees no GPU here, so there is nothing to tune; nothing was run")
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    keys = [
+        Key(kernel, bits, layout, channels, tuning.token_rows(tokens), pixels)
+        for kernel in args.kernel
+        for bits in args.bits
+        for layout in args.layout
+        for channels in args.channels
+        for tokens in args.tokens
+        for pixels in args.log2_pixels
+    ]
+    command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    tune(keys, device, by=command, say=lambda line: print(line, flush=True))
+    path = tuning.user_file(tuning.gpu_name(device))
+    print(f"written to {path}")
+    if args.out:
+        shutil.copyfile(path, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

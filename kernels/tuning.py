@@ -2,15 +2,13 @@
 
 Nothing is timed, and nothing compiled twice, while a model trains. In this order:
 
-1. ``<folder>/<GPU>.json`` of the user, written by ``python -m bench.autotune`` or by online tuning; the folder is
-   ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
+1. ``<folder>/<GPU>.json`` of the user, written by ``python -m maskd_triton.kernels.autotune`` or by online tuning; the folder
+   is ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
 2. ``configs/<GPU>.json`` beside this file, for GPUs that were measured. None was yet.
 3. :func:`default`, chosen by compiling (``python -m bench.inspect``): no spill and 16-byte loads on sm_80, sm_90, sm_100 and
    gfx942, at least two programs per multiprocessor, and runs of at least 128 contiguous bytes.
 
-``MASKD_TRITON_AUTOTUNE=1`` tunes online: the first launch in a bucket that no file knows takes a few seconds, and its result
-goes into the user's file. Never while a CUDA graph is captured. Processes of one job tune on their own and may disagree, so for
-several GPUs tune beforehand.
+The search itself (``autotune.py``) lies above this file, which only calls :data:`on_miss`.
 """
 
 import functools
@@ -18,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +26,6 @@ import torch
 
 from .tiles import CHANNELS
 
-ONLINE = "MASKD_TRITON_AUTOTUNE"
 FOLDER = "MASKD_TRITON_CONFIGS"
 READING = ("forward_kernel", "mask_kernel", "token_gradient_kernel")  # a program takes all channels of its pixels
 WRITING = ("backward_kernel", "gate_kernel", "feature_gradient_kernel")  # a program takes one tile
@@ -109,20 +106,25 @@ def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_
         channels = max(channels, x.shape[1])
     layout = "nhwc" if axis == CHANNELS else "nchw"
     key = Key(kernel, bits, layout, channels, token_rows(num_tokens), (pixels - 1).bit_length())
-    return _choice(key, device, not _forced and _online())
+    search = on_miss and not _forced and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return _choice(key, device, on_miss if search else None)
+
+
+Miss = Callable[[Key, torch.device], object]
+on_miss: Miss | None = None
+"""Called where no file knows a key, unless a configuration is forced or a CUDA graph captured; it may :func:`write` one."""
 
 
 def state() -> tuple[Any, ...]:
     """All that :func:`config` depends on beside its arguments."""
-    return _generation, *_forced.items()
+    return _generation, on_miss, *_forced.items()
 
 
 def forget() -> None:
-    """Read the environment and all files again."""
+    """Read all files again."""
     global _generation
     read.cache_clear()
     _choice.cache_clear()
-    _online.cache_clear()
     _generation += 1
 
 
@@ -130,18 +132,10 @@ _generation = 0
 
 
 @functools.cache
-def _online() -> bool:
-    return os.environ.get(ONLINE) == "1"
-
-
-@functools.cache
-def _choice(key: Key, device: torch.device, online: bool) -> Config:
+def _choice(key: Key, device: torch.device, on_miss: Miss | None) -> Config:
     gpu = gpu_name(device)
-    known = any(key in read(path) for path in (user_file(gpu), shipped_file(gpu)))
-    if online and not known and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        from . import autotune
-
-        autotune.tune([key], device)
+    if on_miss and not any(key in read(path) for path in (user_file(gpu), shipped_file(gpu))):
+        on_miss(key, device)
     return choose(key, gpu)
 
 
@@ -241,7 +235,9 @@ def read(path: Path) -> dict[Key, Config]:
         entries = json.loads(path.read_text())["configs"]
         return {Key(**entry["key"]): Config(**entry["config"]) for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected what `python -m bench.autotune` writes; delete it or run that again") from error
+        raise ValueError(
+            f"{path}: expected what `python -m maskd_triton.kernels.autotune` writes; delete it or run that again"
+        ) from error
 
 
 def write(gpu: str, configs: dict[Key, Config], about: dict[str, str]) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
@@ -99,6 +100,18 @@ class Distilled(NamedTuple):
     coefficients: Tensor
     masks: Tensors
 
+    @classmethod
+    def empty(cls, student: Tensors, num_tokens: int, dtype: torch.dtype) -> "Distilled":
+        """Not yet written, for ``student [N, C_i, H_i, W_i]``."""
+        first, levels = student[0], len(student)
+        n = first.shape[0]
+        return cls(
+            first.new_empty((levels, n), dtype=dtype),
+            first.new_empty((levels, n, num_tokens), dtype=dtype),
+            first.new_empty((levels, n, num_tokens), dtype=dtype),
+            [first.new_empty((n, num_tokens, s.shape[2] * s.shape[3]), dtype=dtype) for s in student],
+        )
+
 
 class LearnOptions(NamedTuple):
     """All that stage 1 depends on, but for the features.
@@ -130,3 +143,15 @@ class LearnKept(NamedTuple):
     pairs: Tensor
     masks: Tensors
     sums: Tensors
+
+    @classmethod
+    def empty(cls, features: Tensors, tables: LearnTables, dtype: torch.dtype) -> "LearnKept":
+        """Not yet written, for ``features [N, C_i, P_i]``."""
+        first, levels, t = features[0], len(features), tables.tokens[0].shape[0]
+        n = first.shape[0]
+        return cls(
+            first.new_empty((levels, n, t), dtype=dtype),
+            first.new_empty((levels, n, t, t), dtype=dtype),
+            [first.new_empty((n, t, x.shape[2]), dtype=dtype) for x in features],
+            [first.new_empty((n, 9, x.shape[1]), dtype=dtype) for x in features if tables.pool_rows],
+        )

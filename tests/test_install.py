@@ -97,6 +97,20 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         archive.extractall(target)
     where = run_python("import maskd_triton; print(maskd_triton.__file__)", tmp_path, PYTHONPATH=str(target))
     assert Path(where.strip()) == target / "maskd_triton" / "__init__.py"
+    help_of_the_search(tmp_path, PYTHONPATH=str(target))
+
+
+def help_of_the_search(cwd: Path, **environment: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    name = "maskd_triton.kernels.autotune"
+    code = f"import runpy, sys; sys.argv = ['autotune', '--help']; runpy.run_module({name!r}, run_name='__main__')"
+    text = run_python(code, cwd, **environment)
+    assert text.startswith(f"usage: python -m {name}")
+    assert "--log2-pixels" in text
+
+
+def test_the_search_is_a_command_of_the_package(tmp_path: Path) -> None:
+    help_of_the_search(tmp_path)
 
 
 MODULES = [maskd_triton.__name__] + [

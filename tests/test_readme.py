@@ -1,5 +1,6 @@
 """README's figures are those of the committed results, its commands exist, and the guide's code runs."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -90,8 +91,9 @@ def test_commands_and_files_exist() -> None:
     for name in set(re.findall(r"^make (\w+)", README, re.M)):
         assert re.search(rf"^{name}:", makefile, re.M), name
     for module in set(re.findall(r"`python -m ([\w.]+)", PAGES)):
-        path = ROOT / module.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+        spec = importlib.util.find_spec(module)
+        assert spec, module
+        assert not spec.submodule_search_locations or importlib.util.find_spec(f"{module}.__main__"), module
     for path in set(re.findall(r"\]\(((?!http|#)[^)]+)\)", README)) | set(re.findall(r"`((?:tests|kernels)/\w+\.py)`", PAGES)):
         assert (ROOT / path).exists(), path
 

@@ -1,10 +1,13 @@
 """Launch configurations: a pure function of what a launch looks like, from files that tuning writes."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +73,7 @@ def test_the_users_file_comes_before_the_shipped_one(folder: Path, monkeypatch: 
 def test_a_broken_file_is_named(folder: Path) -> None:
     folder.mkdir()
     tuning.user_file("gpu").write_text('{"configs": [{"key": 1}]}')
-    with pytest.raises(ValueError, match=r"gpu\.json: expected what `python -m bench.autotune` writes"):
+    with pytest.raises(ValueError, match=r"gpu\.json: expected what `python -m maskd_triton.kernels.autotune` writes"):
         tuning.choose(KEY, "gpu")
 
 
@@ -91,7 +94,7 @@ def favourite(wanted: tuning.Config, kernel: str, seen: list[tuning.Config]) -> 
     """A clock for which ``wanted`` is the fastest; it runs nothing but the first candidate."""
 
     def clock(call: Callable[[], object]) -> float:
-        config = tuning._forced[kernel]
+        config = tuning.config(kernel, [torch.empty(1, 1, 1)], 32, 0, 1)
         if not seen:
             call()
         seen.append(config)
@@ -110,31 +113,53 @@ def test_tuning_writes_what_the_library_then_uses(kernel: str) -> None:
     assert tuning.config(kernel, [torch.empty(2, 16, 32)], 32, 0, 6) == wanted
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the clock is real")
-def test_online_tuning_is_opt_in_and_bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned: list[tuning.Key] = []
+def test_online_tuning_is_opt_in_and_bucketed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that writes what it found is asked once for a kernel and a bucket of pixels."""
+    searched: list[tuning.Key] = []
 
-    def tune(keys: list[tuning.Key], device: torch.device) -> None:
-        tuned.extend(keys)
-        tuning.write("cpu", {key: tuning.default(key) for key in keys}, {})
+    def search(key: tuning.Key, device: torch.device) -> None:
+        searched.append(key)
+        tuning.write(tuning.gpu_name(device), {key: tuning.default(key)}, {})
 
-    monkeypatch.setattr(autotune, "tune", tune)
-    criterion = MaskedDistillLoss(4, 2, pretrained=MaskedDistillLoss(4, 2, weight_mask=False).state_dict(), weight_mask=False)
-    criterion.impl = "triton"
+    device = "cpu" if launch.INTERPRETED else "cuda"
+    criterion = MaskedDistillLoss(4, 2, pretrained=MaskLearner(4, 2), impl="triton").to(device)
 
     def step(height: int, width: int) -> None:
-        x = torch.randn(1, 4, height, width, requires_grad=True)
-        criterion(x, torch.randn(1, 4, height, width)).backward()
+        x = torch.randn(1, 4, height, width, device=device, requires_grad=True)
+        criterion(x, x.detach()).backward()
 
     step(3, 3)
-    assert not tuned
-    monkeypatch.setenv(tuning.ONLINE, "1")
-    tuning.forget()
-    for height, width in ((3, 3), (4, 4), (3, 5), (2, 7)):  # 9 to 16 pixels: one bucket
+    assert not searched
+    monkeypatch.setattr(tuning, "on_miss", search)
+    for height, width in ((3, 3), (4, 4), (3, 5), (2, 7)):  # 9 to 16 pixels: one bucket; 3x3 has a plan from before
         step(height, width)
-    assert [key.kernel for key in tuned] == ["forward_kernel", "backward_kernel"]
+    assert [key.kernel for key in searched] == ["forward_kernel", "backward_kernel"]
     step(5, 5)
-    assert [key.log2_pixels for key in tuned] == [4, 4, 5, 5]
+    assert [key.log2_pixels for key in searched] == [4, 4, 5, 5]
+    with tuning.forced("forward_kernel", FAST):
+        step(9, 9)
+    assert [key.log2_pixels for key in searched] == [4, 4, 5, 5]
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the clock is real")
+def test_a_search_starts_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward pass that a backward kernel needs is no launch of the user's."""
+    monkeypatch.setattr(tuning, "on_miss", lambda key, device: pytest.fail(f"searched for {key}"))
+    key = tuning.Key("backward_kernel", 32, "nchw", 4, 8, 4)
+    assert list(autotune.tune([key], torch.device("cpu"), clock=lambda call: 1.0)) == [key]
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the clock is real")
+@pytest.mark.parametrize("asked", ["", "0", "1"])
+def test_the_environment_asks_for_online_tuning(asked: str, folder: Path, tmp_path: Path) -> None:
+    """Read when the first kernel is loaded; where nobody asks, the search is not even imported."""
+    environment = dict(os.environ, MASKD_TRITON_AUTOTUNE=asked, PYTHONPATH=str(ROOT))
+    command = [sys.executable, str(ROOT / "tests" / "programs" / "online.py")]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    kernels = ["forward_kernel", "backward_kernel", "mask_kernel", "gate_kernel", "token_gradient_kernel"]
+    assert sorted(run.stdout.split()) == (sorted(kernels) if asked == "1" else [])
+    assert folder.exists() == (asked == "1")
 
 
 def test_a_plan_lasts_until_configurations_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +179,41 @@ def test_a_plan_lasts_until_configurations_change(monkeypatch: pytest.MonkeyPatc
     assert configs[2:] == configs[:1]
 
 
-def test_the_command_without_a_gpu() -> None:
+def test_environment_variables_are_documented() -> None:
+    sources = [path for folder in ("maskd_triton", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"MASKD_TRITON_\w+", path.read_text())}
+    section = (ROOT / "docs" / "performance.md").read_text().split("## Environment variables")[1].split("\n## ")[0]
+    assert read == set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+
+
+COMMANDS = ["maskd_triton.kernels.autotune", "bench.autotune"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_without_a_gpu(name: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    run = subprocess.run([sys.executable, "-m", "bench.autotune"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", name], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (2, "")
     assert "torch sees no GPU here" in run.stdout
+
+
+def test_the_command_on_a_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """All but the search itself, which a GPU is needed for."""
+
+    def tune(keys: list[tuning.Key], device: torch.device, by: str, say: Callable[[str], None]) -> None:
+        assert device == torch.device("cuda", 0)
+        for key in keys:
+            say(key.kernel)
+        tuning.write("gpu", {key: FAST for key in keys}, {"by": by})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: "gpu")
+    monkeypatch.setattr(autotune, "tune", tune)
+    out = tmp_path / "copy.json"
+    arguments = ["--kernel", "gate_kernel", "--bits", "32", "--layout", "nhwc", "--tokens", "9", "--out", str(out)]
+    assert autotune.main(arguments) == 0
+    assert tuning.read(out) == {tuning.Key("gate_kernel", 32, "nhwc", 256, 16, pixels): FAST for pixels in (18, 21)}
+    assert json.loads(out.read_text())["about"] == {"by": " ".join(["python -m maskd_triton.kernels.autotune", *arguments])}
+    assert capsys.readouterr().out.splitlines() == ["gate_kernel", "gate_kernel", f"written to {folder / 'gpu.json'}"]

@@ -12,14 +12,7 @@ from .library import Function, call, differentiable, in_lists, kernels, needs_di
 
 
 def _new(student: Sequence[Tensor], options: DistillOptions) -> Distilled:
-    first, levels, t = student[0], len(student), options.num_tokens
-    n, acc = first.shape[0], _eager.acc_dtype(first.dtype)
-    return Distilled(
-        first.new_empty((levels, n), dtype=acc),
-        first.new_empty((levels, n, t), dtype=acc),
-        first.new_empty((levels, n, t), dtype=acc),
-        [first.new_empty((n, t, s.shape[2] * s.shape[3]), dtype=acc) for s in student],
-    )
+    return Distilled.empty(student, options.num_tokens, _eager.acc_dtype(student[0].dtype))
 
 
 def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> DistillOptions:

@@ -12,14 +12,7 @@ from .library import Function, call, differentiable, in_lists, kernels, once_dif
 
 
 def _new(features: Sequence[Tensor], tables: LearnTables) -> LearnKept:
-    first, levels, t = features[0], len(features), tables.tokens[0].shape[0]
-    n, acc = first.shape[0], _eager.acc_dtype(first.dtype)
-    return LearnKept(
-        first.new_empty((levels, n, t), dtype=acc),
-        first.new_empty((levels, n, t, t), dtype=acc),
-        [first.new_empty((n, t, x.shape[2]), dtype=acc) for x in features],
-        [first.new_empty((n, 9, x.shape[1]), dtype=acc) for x in features if tables.pool_rows],
-    )
+    return LearnKept.empty(features, tables, _eager.acc_dtype(features[0].dtype))
 
 
 def _options(features: Sequence[Tensor], tables: list[Tensor], *others: Any) -> LearnOptions:

@@ -7,6 +7,7 @@ longer than all else on the host (``python -m bench.host``).
 import functools
 import importlib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -193,7 +194,7 @@ def once_differentiable(name: str) -> Callable[[_Backward], _Backward]:
 def kernels(stage: str) -> ModuleType:
     """The Triton launchers of a stage, imported on first use: the package itself must work without triton."""
     try:
-        return importlib.import_module(f"..kernels.{stage}", __package__)
+        launchers = importlib.import_module(f"..kernels.{stage}", __package__)
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -201,6 +202,9 @@ def kernels(stage: str) -> ModuleType:
             'impl="triton" needs the triton package, which is not installed: install it, or pass impl="eager"',
             name="triton",
         ) from error
+    if os.environ.get("MASKD_TRITON_AUTOTUNE") == "1":
+        importlib.import_module("..kernels.autotune", __package__).enable()
+    return launchers
 
 
 def in_lists(tensors: Iterable[Tensor], lengths: Iterable[int]) -> list[list[Tensor]]:
