@@ -1,9 +1,10 @@
 # make demo: set up, train and distil on real images, about 5 minutes on 2 cores. make test: set up and run every check.
+# make grid: the kernels' tests on other versions of torch, too; makes environments of 12 GB.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-newest grid clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.digits --out demo_output
@@ -14,6 +15,13 @@ test: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist worksteal
 	$(BIN)/python -m pytest -n auto --dist worksteal -p tests.ptx.plugin tests/ptx
+	$(MAKE) test-newest
+
+test-newest: $(VENV)/test.stamp
+	$(BIN)/python -m tests.grid --torch here --triton newest --suite interpreted compiled
+
+grid: $(VENV)/test.stamp
+	$(BIN)/python -m tests.grid
 
 $(VENV)/demo.stamp: EXTRAS := demo
 $(VENV)/test.stamp: EXTRAS := test,dev,demo,models,recipes

@@ -5,6 +5,7 @@ its own; ptxas does not run.
 """
 
 import contextlib
+import inspect
 import itertools
 import os
 import struct
@@ -48,7 +49,8 @@ def _ptxas(ptx: bytes, arch: int) -> str:
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", os.devnull]
+        ptxas = get_ptxas(arch) if inspect.signature(get_ptxas).parameters else get_ptxas()  # Triton 3.5 has one for all
+        command = [ptxas.path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", os.devnull]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

@@ -170,9 +170,10 @@ def test_an_unknown_instruction_is_named(arch: int) -> None:
 
 def test_threads_must_meet_at_one_barrier(arch: int) -> None:
     def guarded(ptx: str) -> str:
-        """Half of the threads skip the first barrier, and wait at the second."""
-        head, _, tail = ptx.partition("bar.sync \t0;")
-        return f"{head}mov.u32 %r0, %tid.x; setp.lt.u32 %p0, %r0, 64; @%p0 bra $skip; bar.sync 1;\n$skip:\n{tail}"
+        """Half of the threads wait at one barrier instead of the first, the others at another."""
+        head, tail = re.split(r"bar(?:rier)?\.sync\s+0;", ptx, maxsplit=1)
+        here, there = "bar.sync 0; bra $on;", "$there:\nbar.sync 1;"
+        return f"{head}mov.u32 %r0, %tid.x; setp.lt.u32 %p0, %r0, 64; @%p0 bra $there; {here}\n{there}\n$on:\n{tail}"
 
     with virtual_gpu(arch), with_ptx(guarded), pytest.raises(PtxError, match="wait at different barriers"):
         product(16)
