@@ -166,11 +166,11 @@ def frozen(x: Tensor, name: str) -> None:
         raise ValueError(f"{name}: requires grad, but is frozen in stage 2; pass it detached")
 
 
-def pair(s: Tensor, t: Tensor, names: tuple[str, str], first: Tensor, first_name: str) -> None:
+def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, first: Tensor, first_name: str) -> None:
     """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
     student, teacher = names
-    features(t, teacher)
-    features(s, student)
+    features(t, teacher, channels)
+    features(s, student, channels)
     if s.shape != t.shape:
         raise ValueError(
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "

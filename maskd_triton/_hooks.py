@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._levels import Levels, as_list, sequence_like, tensor_of
+from ._levels import Levels, as_list, labels, sequence_like, tensor_of
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher, named_paths
 
@@ -436,9 +436,11 @@ def _reader(valid: Valid, model: nn.Module) -> Callable[..., Any]:
     return read
 
 
-def warn_without_gradient(features: Sequence[Tensor], names: Sequence[str], warned: set[str], stacklevel: int) -> None:
+def warn_without_gradient(features: Sequence[Tensor], keys: Sequence[Any] | None, warned: set[str], stacklevel: int) -> None:
     """UserWarning, once per level, for student features that no gradient goes through although they are to be trained."""
-    for x, name in zip(features, names, strict=True):
+    if all(x.requires_grad for x in features):
+        return
+    for x, name in zip(features, labels(len(features), keys), strict=True):
         if not x.requires_grad and name not in warned:
             warned.add(name)
             warnings.warn(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
 
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
     """The tensors of ``features`` and, for a mapping, their keys; ``keys`` gives the order a mapping must follow."""
-    features = tensor_of(features)
+    if not isinstance(features, list | tuple):  # the usual ones; abstract classes take longer to ask for
+        features = tensor_of(features)
     if isinstance(features, Tensor):
         return [features], None
     if isinstance(features, Mapping):
@@ -41,7 +42,7 @@ def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> t
             raise ValueError(f"{name}: expected the levels {order}, got {list(features)}")
         tensors, found = [tensor_of(features[k]) for k in order], order
     elif isinstance(features, Sequence) and not isinstance(features, str):
-        tensors, found = [tensor_of(x) for x in features], None
+        tensors, found = [x if isinstance(x, Tensor) else tensor_of(x) for x in features], None
     else:
         raise TypeError(f"{name}: expected a tensor, or a sequence or mapping of tensors, got {type(features).__name__}")
     for i, x in enumerate(tensors):
@@ -88,9 +89,26 @@ def _wrapped_like(old: Any, x: Tensor) -> Any:
     return wrapped
 
 
-def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor], list[str]]:
-    """Student and teacher levels side by side, in the teacher's order (the order its tokens were learned in), and labels
-    that say which level it is in an error, like ``"[0]"`` or ``"['p3']"``."""
+class Matched(NamedTuple):
+    """Student and teacher levels side by side, in the teacher's order (that in which its tokens were learned).
+
+    Attributes:
+        students, teachers: tensors of every level.
+        keys: of the levels, where they are mappings.
+    """
+
+    students: list[Tensor]
+    teachers: list[Tensor]
+    keys: list[Any] | None
+
+    @property
+    def labels(self) -> list[str]:
+        """Which level it is in an error, like ``"[0]"`` or ``"['p3']"``."""
+        return labels(len(self.teachers), self.keys)
+
+
+def match(student: Levels, teacher: Levels) -> Matched:
+    """TypeError or ValueError unless both have the same levels."""
     teachers, keys = as_list(teacher, "teacher")
     if isinstance(student, Mapping) != (keys is not None):
         raise TypeError(
@@ -100,7 +118,7 @@ def match(student: Levels, teacher: Levels) -> tuple[list[Tensor], list[Tensor],
     students, _ = as_list(student, "student", keys)
     if len(students) != len(teachers):
         raise ValueError(f"student and teacher: expected as many levels in both, got {len(students)} and {len(teachers)}")
-    return students, teachers, labels(len(teachers), keys)
+    return Matched(students, teachers, keys)
 
 
 def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
@@ -147,14 +165,14 @@ def maps_of_levels(masks: Levels, levels: Sequence[Tensor], keys: Sequence[Any] 
 
 
 def weights_of_levels(
-    weights: Levels, shape: Sequence[int], like: Tensor, levels: Sequence[Tensor], keys: Sequence[Any] | None
+    weights: Levels, shape: Sequence[int], dtype: torch.dtype, levels: Sequence[Tensor], keys: Sequence[Any] | None
 ) -> Tensor:
-    """Given mask weights as ``[levels, N, T]`` in the dtype of ``like``; every level's are of ``shape`` ``[N, T]``."""
+    """Given mask weights as ``[levels, N, T]`` in ``dtype``; every level's are of ``shape`` ``[N, T]``."""
     found = _given(weights, levels, keys, "mask_weights")
     for w, label in zip(found, labels(len(levels), keys), strict=True):
-        check.parameter(w, f"mask_weights{label}", shape, like.device)
+        check.parameter(w, f"mask_weights{label}", shape, levels[0].device)
         check.frozen(w, f"mask_weights{label}")
-    return torch.stack([w.to(like.dtype) for w in found])
+    return torch.stack([w.to(dtype) for w in found])
 
 
 def _given(given: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, name: str) -> list[Tensor]:

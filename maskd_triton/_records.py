@@ -113,6 +113,51 @@ class Distilled(NamedTuple):
         )
 
 
+class Seen(NamedTuple):
+    """What the diagnostics of one level are made of, without gradient.
+
+    Attributes:
+        masks: ``[N, T, H, W]``.
+        weights: ``[N, T]``.
+        valid: ``[N, H, W]``, non-zero where pixels count; None: all.
+    """
+
+    masks: Tensor
+    weights: Tensor | None
+    valid: Tensor | None
+
+
+class Latest(NamedTuple):
+    """What the latest call of stage 2 leaves for diagnostics: no features.
+
+    Attributes:
+        outputs: without gradient, losses already scaled.
+        shapes: of every level's features.
+        keys: of the levels, where they are mappings.
+        valid: bytes ``[N, P_i]`` of every level; none: all pixels count.
+        weighed: there are mask weights; False: a mean over tokens.
+    """
+
+    outputs: Distilled
+    shapes: Sequence[Any]
+    keys: Sequence[Any] | None
+    valid: Tensors
+    weighed: bool
+
+    def levels(self) -> dict[Any, Seen]:
+        """By key, or by position in a sequence."""
+        seen = {}
+        for i, (n, _, h, w) in enumerate(self.shapes):
+            weights = self.outputs.weights[i]
+            total = weights.sum(1, keepdim=True)  # given weights need not sum to 1
+            seen[self.keys[i] if self.keys else i] = Seen(
+                self.outputs.masks[i].view(n, -1, h, w),
+                weights / total.where(total > 0, 1) if self.weighed else None,
+                self.valid[i].view(n, h, w) if self.valid else None,
+            )
+        return seen
+
+
 class LearnOptions(NamedTuple):
     """All that stage 1 depends on, but for the features.
 

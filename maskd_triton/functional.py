@@ -3,8 +3,8 @@
 Source of every formula: *Masked Distillation with Receptive Tokens*, ICLR 2023, https://arxiv.org/abs/2205.14589.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 from . import _checks as check
 from . import _eager, _levels
 from ._eager import Standardization, compose_standardization, compose_weighting
-from ._levels import Levels
+from ._levels import Levels, Matched
 from ._ops.distill import masked_distill
 from ._ops.learn import masked_learn
 from ._ops.pool import valid_weights
-from ._records import Distilled, DistillOptions, DistillTables, LearnOptions, LearnTables
+from ._records import DistillOptions, DistillTables, Latest, LearnOptions, LearnTables, Seen
 
 __all__ = [
     "Standardization",
@@ -107,54 +107,41 @@ def masked_distill_loss(
         >>> F.masked_distill_loss(s, t, [torch.zeros(6, 8)]).item()  # masks of 0.5 everywhere: half the MSE
         0.5
     """
-    check.choice(reduction, "reduction", REDUCTIONS)
-    check.choice(impl, "impl", IMPLS)
     loss_weight = check.scale(loss_weight, "loss_weight")
-    eps = check.amount(eps, "eps")
-    custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
-    students, teachers, labels = _levels.match(student, teacher)
-    mask_power = check_power(mask_power)
+    levels = _levels.match(student, teacher)
     for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
-        check.per_level(given, name, len(students))
+        check.per_level(given, name, len(levels.students))
     if (tokens is None) == (masks is None):
         raise ValueError(f"tokens and masks: expected one of them, got {'none' if masks is None else 'both'}")
     if masks is not None and (custom_mask or weighting is not None):
         raise ValueError("masks: given masks are not customised and have no weighting; give mask_weights instead")
     if mask_weights is not None and weighting is not None:
         raise ValueError("mask_weights and weighting: expected at most one of them")
-    if not students:
+    if not levels.students:
         raise ValueError("student: expected at least one level, got none")
-    first = students[0]
-    for s, t, label in zip(students, teachers, labels, strict=True):
-        check.pair(s, t, (f"student{label}", f"teacher{label}"), first, f"student{labels[0]}")
-    _check_parameters(tokens or (), weighting, first.device)
-    for i, (t, e) in enumerate(zip(teachers, tokens or (), strict=tokens is not None)):
-        if e.shape[1] != t.shape[1]:
-            raise ValueError(
-                f"teacher{labels[i]}: expected {e.shape[1]} channels to match tokens {list(e.shape)}, got shape {list(t.shape)}"
-            )
+    device = levels.students[0].device
+    _check_parameters(tokens or (), weighting, device)
+    for i, e in enumerate(tokens or ()):
         check.frozen(e, f"tokens[{i}]")
         for part, name in zip(weighting[i] if weighting else (), ("rows", "bias"), strict=False):
             check.frozen(part, f"weighting[{i}] {name}")
-    for i, (t, level) in enumerate(zip(teachers, standardize or (), strict=standardize is not None)):
+    for i, (t, level) in enumerate(zip(levels.teachers, standardize or (), strict=standardize is not None)):
         c, rows = t.shape[1], list(level.token_bias.shape)[:1] if tokens is None else [len(tokens[i])]
         for part, name, shape in zip(level, Standardization._fields, ([*rows, c], rows, [2, c]), strict=True):
-            check.parameter(part, f"standardize[{i}].{name}", shape, first.device)
+            check.parameter(part, f"standardize[{i}].{name}", shape, device)
             check.frozen(part, f"standardize[{i}].{name}")
-    check.step(warmup_step, "warmup_step", first.device)
-    given_masks, given_weights = given_levels(masks, mask_weights, tokens, teachers, teacher)
+    check.step(warmup_step, "warmup_step", device)
     options = DistillOptions(
         tables=distill_tables(tokens or (), weighting, standardize),
-        valid=_levels.valid_of_levels(valid, teachers),
-        masks=given_masks,
-        weights=given_weights,
         step=warmup_step,
         custom_mask=custom_mask,
-        warmup=custom_mask_warmup,
-        mask_power=mask_power,
-        eps=eps,
+        warmup=check.count(custom_mask_warmup, "custom_mask_warmup"),
+        mask_power=check_power(mask_power),
+        eps=check.amount(eps, "eps"),
     )
-    return distill(students, teachers, options, loss_weight, reduction, resolve_impl(impl, first.device))[0]
+    channels = [e.shape[1] for e in tokens or ()]
+    extras = Given(valid, masks, mask_weights)
+    return distill(levels, channels, options, extras, loss_weight=loss_weight, reduction=reduction, impl=impl)[0]
 
 
 def distill_tables(
@@ -168,24 +155,84 @@ def distill_tables(
     return DistillTables(tokens, *pool, *standard)
 
 
+class Given(NamedTuple):
+    """What comes with a call beside features: pixels, masks and mask weights, as :func:`masked_distill_loss` takes them."""
+
+    valid: Any = None
+    masks: Levels | None = None
+    mask_weights: Levels | None = None
+
+
 def distill(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
+    levels: Matched,
+    channels: Sequence[int],
     options: DistillOptions,
+    given: Given,
+    *,
     loss_weight: float | Tensor,
     reduction: str,
     impl: str,
-) -> tuple[Tensor, Distilled]:
-    """:func:`masked_distill_loss` of validated arguments, and the outputs that it was made of, without gradient."""
-    tables = options.tables
-    if options.valid and tables.pool_rows:
-        flat, weighting = [t.flatten(2) for t in teachers], list(zip(tables.pool_rows, tables.pool_bias, strict=True))
-        weights = valid_weights(flat, weighting, options.valid, [t.shape[2] for t in teachers], impl)
-        options = options._replace(tables=tables._replace(pool_rows=(), pool_bias=()), weights=torch.stack(weights))
+) -> tuple[Tensor, Latest]:
+    """The one door of stage 2: checks everything but the tables, which are the caller's, and gives the loss.
+
+    ``channels``: of every level; none: any. ``options``: but for what ``given`` brings. Returns the loss, and without gradient
+    what it was made of.
+    """
+    check.choice(reduction, "reduction", REDUCTIONS)
+    check.choice(impl, "impl", IMPLS)
+    _check_fit(levels, channels, options)
+    students, teachers, keys = levels
+    impl, tables = resolve_impl(impl, students[0].device), options.tables
+    weighed = bool(tables.pool_rows) or given.mask_weights is not None
+    if any(x is not None for x in given):
+        pixels = _levels.valid_of_levels(given.valid, teachers)
+        masks = [] if given.masks is None else _levels.maps_of_levels(given.masks, teachers, keys)
+        weights = None
+        if given.mask_weights is not None:
+            shape = [teachers[0].shape[0], masks[0].shape[1] if masks else len(tables.tokens[0])]
+            acc = _eager.acc_dtype(teachers[0].dtype)
+            weights = _levels.weights_of_levels(given.mask_weights, shape, acc, teachers, keys)
+        elif pixels and tables.pool_rows:
+            flat, pool = [t.flatten(2) for t in teachers], list(zip(tables.pool_rows, tables.pool_bias, strict=True))
+            weights = torch.stack(valid_weights(flat, pool, pixels, [t.shape[2] for t in teachers], impl))
+        if weights is not None:
+            tables = tables._replace(pool_rows=(), pool_bias=())
+        options = options._replace(tables=tables, valid=pixels, masks=masks, weights=weights)
     outputs = masked_distill(students, teachers, options, impl)
     per_image = outputs.per_image * loss_weight
     loss = per_image.sum() if reduction == "sum" else per_image.sum(1)
-    return loss, Distilled(per_image.detach(), *outputs[1:])
+    latest = Latest(outputs._replace(per_image=per_image.detach()), [t.shape for t in teachers], keys, options.valid, weighed)
+    return loss, latest
+
+
+def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions) -> None:
+    """Errors for levels that do not fit each other, or not the tables. What looks like earlier ones is not looked at again."""
+    if torch.compiler.is_compiling():
+        return _check_looks(levels, channels, options)
+    maps = [(x.shape, x.dtype, x.device, x.requires_grad, x.is_inference()) for x in levels.students + levels.teachers]
+    others = [e.device for e in options.tables.tokens]
+    if options.step is not None:
+        others.append(options.step.device)
+    looks = (torch.is_grad_enabled(), *channels, *maps, *others)
+    if looks not in _FITTING:
+        _check_looks(levels, channels, options)
+        if len(_FITTING) >= 4096:  # endless new sizes must not fill the memory
+            _FITTING.pop(next(iter(_FITTING)), None)
+        _FITTING[looks] = None
+    return None
+
+
+_FITTING: dict[Any, None] = {}
+
+
+def _check_looks(levels: Matched, channels: Sequence[int], options: DistillOptions) -> None:
+    labels, first = levels.labels, levels.students[0]
+    for i, (s, t, label) in enumerate(zip(levels.students, levels.teachers, labels, strict=True)):
+        names = f"student{label}", f"teacher{label}"
+        check.pair(s, t, names, channels[i] if channels else None, first, f"student{labels[0]}")
+    for token in options.tables.tokens:
+        check.on_device(token, "tokens", first.device)
+    check.step(options.step, "warmup_step", first.device)
 
 
 def check_power(mask_power: int) -> int:
@@ -194,23 +241,6 @@ def check_power(mask_power: int) -> int:
     if power not in (1, 2):
         raise ValueError(f"mask_power: expected 1 or 2, got {mask_power!r}")
     return power
-
-
-def given_levels(
-    masks: Levels | None,
-    mask_weights: Levels | None,
-    tokens: Sequence[Tensor] | None,
-    teachers: Sequence[Tensor],
-    teacher: Levels,
-) -> tuple[list[Tensor], Tensor | None]:
-    """``masks`` and ``mask_weights`` as the operator takes them; they have the keys of ``teacher``, if it is a mapping."""
-    keys = list(teacher) if isinstance(teacher, Mapping) else None
-    flat = [] if masks is None else _levels.maps_of_levels(masks, teachers, keys)
-    if mask_weights is None:
-        return flat, None
-    shape = [teachers[0].shape[0], flat[0].shape[1] if flat else len(tokens[0])]  # type: ignore[index]
-    like = teachers[0].new_empty((), dtype=_eager.acc_dtype(teachers[0].dtype))
-    return flat, _levels.weights_of_levels(mask_weights, shape, like, teachers, keys)
 
 
 def _check_parameters(tokens: Sequence[Tensor], weighting: Sequence[check.Weighting] | None, device: torch.device) -> None:
@@ -332,19 +362,6 @@ def masked_features_and_dice(
         >>> y[0, 0, 0, 0], dice.round(decimals=3)
         (tensor(3.), tensor([1.]))
     """
-    return learn(features, tokens, weighting, token_bias, valid, impl)[:2]
-
-
-def learn(
-    features: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-    weighting: Sequence[tuple[Tensor, Tensor]] | None,
-    token_bias: Sequence[Tensor] | None,
-    valid: Any,
-    impl: str,
-) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]:
-    """:func:`masked_features_and_dice`, and without gradients each level's masks ``[N, T, H, W]``, weights ``[N, T]`` and valid
-    pixels ``[N, H, W]`` (None: all)."""
     check.choice(impl, "impl", IMPLS)
     if isinstance(features, Tensor):
         raise TypeError("features: expected a sequence of levels [N, C, H, W], got a tensor")
@@ -352,24 +369,34 @@ def learn(
         check.per_level(given, name, len(features))
     if not features:
         raise ValueError("features: expected at least one level, got none")
-    first = features[0]
     for i, x in enumerate(features):
         check.features(x, f"features[{i}]")
-        check.alike(x, f"features[{i}]", first, "features[0]")
-    _check_parameters(tokens, weighting, first.device)
+    device = features[0].device
+    _check_parameters(tokens, weighting, device)
     for i, (x, e) in enumerate(zip(features, tokens, strict=True)):
         check.features(x, f"features[{i}]", e.shape[1])
         if token_bias is not None:
-            check.parameter(token_bias[i], f"token_bias[{i}]", [len(e)], first.device)
+            check.parameter(token_bias[i], f"token_bias[{i}]", [len(e)], device)
+    tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
+    return learn(features, tables, valid, impl)[:2]
+
+
+def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str) -> tuple[list[Tensor], Tensor, list[Seen]]:
+    """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of."""
+    first = features[0]
+    for i, x in enumerate(features):
+        check.alike(x, f"features[{i}]", first, "features[0]")
+    for token in tables.tokens:
+        check.on_device(token, "tokens", first.device)
     impl = resolve_impl(impl, first.device)
     pixels = _levels.valid_of_levels(valid, features)
     flat, heights = [x.flatten(2) for x in features], [x.shape[2] for x in features]
-    given_weights: list[Tensor] = []
-    if pixels and weighting is not None:
-        given_weights, weighting = valid_weights(flat, weighting, pixels, heights, impl), None
-    tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
-    masked, dice, kept = masked_learn(flat, LearnOptions(tables, given_weights, pixels, heights), impl)
+    weights: list[Tensor] = []
+    if pixels and tables.pool_rows:
+        weights = valid_weights(flat, list(zip(tables.pool_rows, tables.pool_bias, strict=True)), pixels, heights, impl)
+        tables = tables._replace(pool_rows=(), pool_bias=())
+    masked, dice, kept = masked_learn(flat, LearnOptions(tables, weights, pixels, heights), impl)
     sizes = [x.shape[2:] for x in features]
     maps = [v.unflatten(1, size) for v, size in zip(pixels, sizes, strict=True)] if pixels else [None] * len(features)
-    seen = [(m.unflatten(2, size), w, v) for m, w, v, size in zip(kept.masks, kept.weights, maps, sizes, strict=True)]
+    seen = [Seen(m.unflatten(2, size), w, v) for m, w, v, size in zip(kept.masks, kept.weights, maps, sizes, strict=True)]
     return [y.unflatten(2, size) for y, size in zip(masked, sizes, strict=True)], dice, seen

@@ -12,13 +12,13 @@ from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
 from ._hooks import graph_task, warn_without_gradient
-from ._levels import Levels, as_list, like, match, per_level, valid_of_levels, without_padding
+from ._levels import Levels, Matched, as_list, like, match, per_level, without_padding
 from ._ops.library import outside_transforms
-from ._records import Distilled, DistillOptions
+from ._records import DistillOptions, DistillTables, Latest
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
-from .tables import LevelTables, MaskLevel, Tables
+from .tables import LevelTables, MaskLevel
 
 
 class MaskedDistillLoss(nn.Module):
@@ -151,13 +151,12 @@ class MaskedDistillLoss(nn.Module):
                 learned = MaskModule(c, self.num_tokens, weight_mask, standardize=standardize)
                 if not learned.mask_token.is_meta:
                     tables.load_state_dict(learned.state_dict())
-        self._fitting: set[Any] = set()
         self._warned: set[str] = set()
-        self._seen: tuple[Distilled, list[torch.Size], list[Any] | None, list[Tensor], bool] | None = None  # of the latest call
+        self._latest: Latest | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
-        return self.__dict__ | {"_seen": None, "_fitting": set()}
+        return self.__dict__ | {"_latest": None}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A new ``loss_weight`` is written into the buffer: a compiled or captured step reads it there."""
@@ -215,59 +214,40 @@ class MaskedDistillLoss(nn.Module):
         (not customised), all as in :func:`functional.masked_distill_loss`. ``advance=False``: this call does not count for the
         warm-up; with gradient accumulation, pass it for every batch but the last before an optimiser step.
         """
-        check.choice(reduction, "reduction", F.REDUCTIONS)
         again = graph_task() != -1  # activation checkpointing repeats a call, which was counted the first time
-        counts = self.training and advance
-        students, teachers, labels = match(student, teacher)
-        keys = list(teacher) if isinstance(teacher, Mapping) else None
-        if len(teachers) != len(self.channels):
-            raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(teachers)}")
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            warn_without_gradient(students, labels, self._warned, stacklevel=4)  # through nn.Module's two functions
-        if valid is not None and (self.align is not None or self.resize == "student"):
-            students = without_padding(students, valid)
-        if valid is not None and self.resize == "teacher":
-            teachers = without_padding(teachers, valid)
-        if self.align is not None:
-            students = self._aligned(students, labels)
-        if self.resize is not None:
-            students, teachers = self._resized(students, teachers, labels)
-        self._check_levels(students, teachers, labels)
-        device = students[0].device
+        counts, compiling, step = self.training and advance, torch.compiler.is_compiling(), self.warmup_step
+        levels = match(student, teacher)
+        if len(levels.teachers) != len(self.channels):
+            raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(levels.teachers)}")
         if masks is None and self.num_tokens is None:
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
-        levels = self._tables(acc_dtype(students[0].dtype)) if masks is None else []
-        tokens = [level.tokens.detach() if level.tokens.requires_grad else level.tokens for level in levels]
-        for token in tokens:
-            check.on_device(token, "tokens", device)
-        check.on_device(self.warmup_step, "warmup_step", device)
-        if not again:
-            self._seen = None  # what it holds is free for this call
-        weighting = [level.weighting for level in levels if level.weighting is not None] if mask_weights is None else []
-        standards = [level.standardization for level in levels if level.standardization is not None]
-        pixels = valid_of_levels(valid, teachers) if valid is not None else []
-        given: tuple[list[Tensor], Tensor | None] = ([], None)
-        if masks is not None or mask_weights is not None:
-            given = F.given_levels(masks, mask_weights, tokens, teachers, teacher)
+        if self.training and torch.is_grad_enabled() and not compiling:
+            warn_without_gradient(levels.students, levels.keys, self._warned, stacklevel=4)  # through nn.Module's two functions
+        levels = self._prepared(levels, valid)
         options = DistillOptions(
-            tables=F.distill_tables(tokens, weighting or None, standards),
-            valid=pixels,
-            masks=given[0],
-            weights=given[1],
-            step=self.warmup_step,
+            tables=self._tables(levels.students[0].dtype, mask_weights is None) if masks is None else DistillTables(),
+            step=step,
             custom_mask=self.custom_mask and masks is None,
             warmup=min(self.custom_mask_warmup + (again and counts), 2**63 - 1),
             mask_power=self.mask_power,
             eps=self.eps,
         )
-        impl = F.resolve_impl(self.impl, device)
-        loss, distilled = F.distill(students, teachers, options, self.loss_weight, reduction, impl)
-        if not torch.compiler.is_compiling() and not again:
-            weighed = bool(weighting) or mask_weights is not None
-            self._seen = distilled, [t.shape for t in teachers], keys, pixels, weighed
+        if not again:
+            _keep(self, None)  # what it holds is free for this call
+        loss, latest = F.distill(
+            levels,
+            self.channels,
+            options,
+            F.Given(valid, masks, mask_weights),
+            loss_weight=self.loss_weight,
+            reduction=reduction,
+            impl=self.impl,
+        )
+        if not again and not compiling:
+            _keep(self, latest)
         if counts and not again:
-            with outside_transforms(self.warmup_step):
-                self.warmup_step.add_(1)
+            with outside_transforms(step):
+                step.add_(1)
         return loss
 
     def masks(self, features: Levels) -> Levels:
@@ -308,17 +288,28 @@ class MaskedDistillLoss(nn.Module):
             >>> criterion.diagnostics()[0].coverage
             tensor([0.5000, 0.5000, 0.5000, 0.5000])
         """
-        if self._seen is None:
+        if self._latest is None:
             raise RuntimeError("diagnostics: no call to look at; call the criterion first, outside torch.compile")
-        distilled, shapes, keys, valid, weighed = self._seen
-        result = {}
-        for i, (masks, weights, (n, _, h, w)) in enumerate(zip(distilled.masks, distilled.weights, shapes, strict=True)):
-            m = masks.view(n, -1, h, w)
-            total = weights.sum(1, keepdim=True)  # given weights need not sum to 1
-            share = weights / total.where(total > 0, 1)
-            level = describe(m, share if weighed else None, valid[i].view(n, h, w) if valid else None)
-            result[keys[i] if keys else i] = DistillDiagnostics(**vars(level), loss=distilled.per_image[i].sum())
-        return result
+        losses = self._latest.outputs.per_image.sum(1)
+        return {
+            name: DistillDiagnostics(**vars(describe(*seen)), loss=loss)
+            for (name, seen), loss in zip(self._latest.levels().items(), losses, strict=True)
+        }
+
+    def _prepared(self, levels: Matched, valid: Any) -> Matched:
+        """Levels aligned and resized; where that mixes pixels, those of the padding are 0 beforehand."""
+        if self.align is None and self.resize is None:
+            return levels
+        students, teachers, keys = levels
+        if valid is not None and (self.align is not None or self.resize == "student"):
+            students = without_padding(students, valid)
+        if valid is not None and self.resize == "teacher":
+            teachers = without_padding(teachers, valid)
+        if self.align is not None:
+            students = self._aligned(students, levels.labels)
+        if self.resize is not None:
+            students, teachers = self._resized(students, teachers, levels.labels)
+        return Matched(students, teachers, keys)
 
     def _aligned(self, students: list[Tensor], labels: list[str]) -> list[Tensor]:
         """Every level's module called as it is; half features may have left the autocast region that their student ran in."""
@@ -356,27 +347,15 @@ class MaskedDistillLoss(nn.Module):
                 teachers[i] = nn.functional.interpolate(t, s.shape[2:], mode="bilinear")
         return students, teachers
 
-    def _check_levels(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> None:
-        """Errors for levels that do not fit; those that look like earlier ones are not looked at again."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            looks: list[Any] = [(x.shape, x.dtype, x.device, x.requires_grad, x.is_inference()) for x in students + teachers]
-            seen = (torch.is_grad_enabled(), *looks)
-            if seen in self._fitting:
-                return
-        for s, t, channels, label in zip(students, teachers, self.channels, labels, strict=True):
-            check.features(t, f"teacher{label}", channels)
-            check.features(s, f"student{label}", channels)
-            check.pair(s, t, (f"student{label}", f"teacher{label}"), students[0], f"student{labels[0]}")
-        if not compiling:
-            if len(self._fitting) >= 4096:  # endless new sizes must not fill the memory
-                self._fitting.clear()
-            self._fitting.add(seen)
-
-    def _tables(self, dtype: torch.dtype) -> list[Tables]:
+    def _tables(self, dtype: torch.dtype, weigh: bool) -> DistillTables:
         """Every level's, frozen also where a user put a level in training (a ``MaskModule``) in a level's place."""
         with torch.no_grad():
-            return [level.tables(dtype) for level in self._levels()]
+            levels = [level.tables(acc_dtype(dtype)) for level in self._levels()]
+        return F.distill_tables(
+            [level.tokens.detach() if level.tokens.requires_grad else level.tokens for level in levels],
+            [level.weighting for level in levels if level.weighting is not None] if weigh else None,
+            [level.standardization for level in levels if level.standardization is not None],
+        )
 
     def _levels(self) -> list[MaskLevel]:
         levels: list[MaskLevel] = []
@@ -385,6 +364,10 @@ class MaskedDistillLoss(nn.Module):
                 raise TypeError(f"mask_modules: expected LevelTables (or MaskModule), got {type(level).__name__}")
             levels.append(level)
         return levels
+
+
+def _keep(criterion: MaskedDistillLoss, latest: Latest | None) -> None:
+    object.__setattr__(criterion, "_latest", latest)  # nn.Module's takes 3 us
 
 
 def _modules(align: Any, levels: int) -> nn.ModuleList:

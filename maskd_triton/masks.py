@@ -14,6 +14,7 @@ from . import functional as F
 from ._eager import acc_dtype
 from ._hooks import Hooked, Output, Target, Valid, Where, frozen, names_of
 from ._levels import Levels, as_list, labels, like, per_level, valid_of_levels
+from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
@@ -106,23 +107,19 @@ class MaskModule(MaskLevel):
 
 def _learn(
     modules: Sequence[MaskModule], features: Sequence[Tensor], valid: Any, impl: str
-) -> tuple[list[Tensor], Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]:
+) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """:func:`functional.learn` with the parameters of every level's module."""
-    acc = acc_dtype(features[0].dtype)
-    levels = [module.tables(acc) for module in modules]
+    levels = [module.tables(acc_dtype(features[0].dtype)) for module in modules]
     standards = [level.standardization for level in levels if level.standardization is not None]
     weightings = [level.weighting for level in levels if level.weighting is not None]
-    return F.learn(
-        features,
+    tables = LearnTables(
         [s.tokens for s in standards] or [level.tokens for level in levels],
-        weightings or None,
-        [s.token_bias for s in standards] or None,
-        valid,
-        impl,
+        [s.token_bias for s in standards],
+        *(zip(*weightings, strict=True) if weightings else ((), ())),
     )
+    return F.learn(features, tables, valid, impl)
 
 
-Seen = tuple[Tensor, Tensor, Tensor | None]  # masks, weights and valid pixels of a level
 Use = Callable[[int, list[Tensor], Any], tuple[list[Tensor], Tensor, Sequence[Seen]] | None]
 
 
@@ -271,7 +268,7 @@ class MaskLearner(nn.Module):
         found = self._all_seen()
         if not found:
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
-        levels = {name: describe(m, w if self.weight_mask else None, v) for name, (m, w, v) in found.items()}
+        levels = {name: describe(s.masks, s.weights if self.weight_mask else None, s.valid) for name, s in found.items()}
         for name, level in levels.items():
             reasons = collapsed(level, overlap=False) if name not in self._warned else []
             if reasons:

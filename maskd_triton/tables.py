@@ -150,10 +150,12 @@ class LevelTables(MaskLevel):
 
     def tables(self, dtype: torch.dtype | None = None) -> Tables:
         """The buffers, whatever ``dtype``."""
+        found: Any = self._buffers  # read in every step; nn.Module's own way to an attribute takes 0.4 us
+        standard = (found["teacher_tokens"], found["token_bias"], found["statistics"]) if self.standardize else None
         return Tables(
-            self.mask_token,
-            (self.pool_rows, self.pool_bias) if self.weight_mask else None,
-            F.Standardization(self.teacher_tokens, self.token_bias, self.statistics) if self.standardize else None,
+            found["mask_token"],
+            (found["pool_rows"], found["pool_bias"]) if self.weight_mask else None,
+            None if standard is None else F.Standardization(*standard),
         )
 
     def _load_from_state_dict(

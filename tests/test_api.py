@@ -262,7 +262,7 @@ WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.masked_distill_loss(S, T, []), ValueError, "tokens: expected one entry for each of the 2 levels, got 0"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], []), ValueError, "weighting: expected one entry for each of the 1"),
     (lambda: F.masked_distill_loss([], [], []), ValueError, "student: expected at least one level, got none"),
-    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 5)]), ValueError, "teacher[0]: expected 5 channels to match tokens [6, 5]"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 5)]), ValueError, "teacher[0]: expected 5 channels, got 4 (shape"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4, requires_grad=True)]), ValueError, "tokens[0]: requires grad"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(4)]), ValueError, "tokens[0]: expected [T, C] with at least one token, got shape [4]"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(0, 4)]), ValueError, "tokens[0]: expected [T, C]"),
