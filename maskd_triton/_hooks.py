@@ -14,19 +14,22 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._levels import Levels, as_list, labels, sequence_like, tensor_of
+from ._levels import Levels, as_list, labels, mapping_like, pixels_in, sequence_like, tensor_of
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher, named_paths
 
 FIELD = "feature_maps"  # where transformers' backbones keep their levels
 LAYOUTS = ("nchw", "nhwc", "tokens")
-Output = str | int | tuple[str | int, ...]
+Key = str | int
+Step = Key | EllipsisType | list[Key]  # of a path: one part, every part, or several
+Output = Step | tuple[Step, ...]
 Valid = str | Callable[..., Any]
 
 
@@ -52,9 +55,11 @@ class Where:
     def __post_init__(self) -> None:
         if self.call is not None:
             check.count(self.call, "call")
-        keys = self.output if isinstance(self.output, tuple) else (self.output,)
-        if self.output is not None and not all(isinstance(k, str) or check.integer(k) is not None for k in keys):
-            raise TypeError(f"output: expected a field, a key, a position or a tuple of them, got {self.output!r}")
+        if self.output is not None and not all(map(_is_step, _steps(self.output))):
+            raise TypeError(
+                "output: expected a field, a key, a position, ... (every part), a list of parts, or a tuple of those as a "
+                f"path, got {self.output!r}"
+            )
         if self.layout is not None:
             check.choice(self.layout, "layout", LAYOUTS)
         if self.layout != "tokens" and (self.grid is not None or self.prefix_tokens != 0):
@@ -65,9 +70,9 @@ class Where:
 
     def find(self, result: Any, name: str) -> tuple[Levels, list[Tensor], list[Any] | None]:
         """The levels in what a module returned, in their container, as a list, and their keys; ``name`` is for errors."""
-        found = result
-        for key in self._path(result):
-            found = _part(found, key, name)
+        paths = self._paths(result, name)
+        parts = [_at(result, path, name) for path in paths]
+        found = parts if self._several() else parts[0]
         try:
             return found, *as_list(found, name)
         except TypeError as error:
@@ -77,13 +82,27 @@ class Where:
 
     def replaced(self, result: Any, name: str, levels: Levels) -> Any:
         """``result`` with ``levels`` in the place of those that :meth:`find` found; the type stays."""
-        return _with_part(result, self._path(result), name, levels)
+        paths = self._paths(result, name)
+        for path, level in zip(paths, levels if self._several() else [levels], strict=True):
+            result = _with_part(result, path, name, level)
+        return result
 
-    def _path(self, result: Any) -> tuple[str | int, ...]:
+    def _several(self) -> bool:
+        """Whether every level has a path of its own."""
+        return any(isinstance(step, list | EllipsisType) for step in _steps(self.output))
+
+    def _paths(self, result: Any, name: str) -> list[tuple[Key, ...]]:
+        """The paths to the levels, or the one to their container."""
         if self.output is None:
-            return (FIELD,) if _is_record(result) else ()
-        keys = self.output if isinstance(self.output, tuple) else (self.output,)
-        return tuple(key if isinstance(key, str) else operator.index(key) for key in keys)
+            return [(FIELD,) if _is_record(result) else ()]
+        paths: list[tuple[Key, ...]] = [()]
+        for step in _steps(self.output):
+            if isinstance(step, EllipsisType):
+                paths = [(*path, key) for path in paths for key in _keys(_at(result, path, name), name)]
+            else:
+                keys = step if isinstance(step, list) else [step]
+                paths = [(*path, k if isinstance(k, str) else operator.index(k)) for path in paths for k in keys]
+        return paths
 
     def maps(self, x: Tensor, name: str, images: tuple[int, int] | None, channels: int | None = None) -> Tensor:
         """``x`` as ``[N, C, H, W]``, a view; ValueError that names the layout which fits, where another does."""
@@ -150,6 +169,15 @@ def _square_patches(images: tuple[int, int], tokens: int) -> tuple[int, int] | N
     return (height, width) if height * width == tokens else None
 
 
+def _steps(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _is_step(step: Any) -> bool:
+    keys = step if isinstance(step, list) else [step]
+    return step is ... or (bool(keys) and all(isinstance(key, str) or check.integer(key) is not None for key in keys))
+
+
 def _is_record(result: Any) -> bool:
     return dataclasses.is_dataclass(result) and not isinstance(result, type)
 
@@ -162,9 +190,27 @@ def _fields(result: Any) -> dict[Any, Any] | None:
         return dict(result)
     if hasattr(result, "_asdict"):
         return result._asdict()
-    if isinstance(result, Tensor | Sequence):
+    if result is None or isinstance(result, Tensor | Sequence):
         return None
-    return vars(result) if hasattr(result, "__dict__") else None
+    slots = {name for kind in type(result).__mro__ for name in kind.__dict__.get("__slots__", ())} - {"__dict__", "__weakref__"}
+    held = {name: getattr(result, name) for name in slots if hasattr(result, name)} | getattr(result, "__dict__", {})
+    return held if held or hasattr(result, "__dict__") else None
+
+
+def _keys(result: Any, name: str) -> list[Key]:
+    """Of all that ``result`` holds."""
+    fields = _fields(result)
+    if isinstance(result, Sequence) and not isinstance(result, str):
+        return list(range(len(result)))
+    if fields is None:
+        raise TypeError(f"{name}: expected a sequence or a mapping of parts (output= has ...), got {type(result).__name__}")
+    return [key for key, value in fields.items() if value is not None]
+
+
+def _at(result: Any, path: tuple[Key, ...], name: str) -> Any:
+    for key in path:
+        result = _part(result, key, name)
+    return result
 
 
 def _part(result: Any, key: str | int, name: str) -> Any:
@@ -196,15 +242,15 @@ def _with_part(result: Any, path: tuple[str | int, ...], name: str, levels: Any)
         return sequence_like(result, items)
     if isinstance(key, int) and fields is not None and key not in fields:
         key = [k for k, held in fields.items() if held is not None][key]
-    if _is_record(result):
-        return dataclasses.replace(result, **{str(key): value})
     if hasattr(result, "_replace"):
         return result._replace(**{str(key): value})
-    result = copy.copy(result)
-    if isinstance(result, Mapping):
-        result[key] = value  # type: ignore[index]
-    else:
+    if isinstance(result, Mapping) and not _is_record(result):
+        return mapping_like(result, {key: value})
+    result = copy.copy(result)  # dataclasses.replace would run __post_init__ again
+    try:
         setattr(result, str(key), value)
+    except dataclasses.FrozenInstanceError:
+        object.__setattr__(result, str(key), value)
     return result
 
 
@@ -231,6 +277,9 @@ class _Exclusive(_Hook):
     """One that replaces its module's output."""
 
 
+UNREAD = object()  # valid pixels that the pass has not given
+
+
 class Target:
     """A module whose levels are wanted, and its part of the pass that runs now or ran last.
 
@@ -247,7 +296,7 @@ class Target:
     def clear(self) -> None:
         self.calls, self.direct, self.gradient = 0, False, True
         self.images: tuple[int, int] | None = None
-        self.valid: Any = None
+        self.valid: Any = UNREAD
         self.whole = False  # whether the pass is a call of the model itself
         self.parts: list[Any] = []
 
@@ -288,13 +337,22 @@ class Hooked:
         self.caller, self.role, self.model, self.where, self.act, self.done = caller, role, model, where, act, done
         self.chains = dict(named_paths(model))  # a shared module has several names
         self.targets = [Target(name, role, self._chain(name)) for name in where.names]
-        if not torch.compiler.is_compiling():
-            for target in self.targets:
-                self._refuse_compiled(target)
         self.roots = [model]
         while isinstance(self.roots[-1], FrozenTeacher):
             self.roots.append(self.roots[-1].model)
-        self.valid = None if valid is None else _reader(valid, self.roots[-1])
+        self.valid: Callable[..., Any] | None = None
+        self.padding: nn.Module | None = None  # one that pads, and gives the valid pixels
+        if (
+            isinstance(valid, str)
+            and valid in self.chains
+            and valid not in inspect.signature(self.roots[-1].forward).parameters
+        ):
+            self.padding = self.chains[valid][-1]
+        elif valid is not None:
+            self.valid = _reader(valid, self.roots[-1])
+        if not torch.compiler.is_compiling():
+            for name in (*where.names, *([str(valid)] if self.padding else [])):
+                self._refuse_deaf(name)
         self.task, self.bounds, self.exclusive = -1, bounds, exclusive
         self._stack = ExitStack()
 
@@ -316,13 +374,14 @@ class Hooked:
                 kind = _Exclusive if self.exclusive else _Hook
                 hook = kind(target.module, functools.partial(self._output, target))
                 stack.callback(target.module.register_forward_hook(hook).remove)
+            if self.padding is not None:
+                stack.callback(self.padding.register_forward_hook(_Hook(self.padding, self._padded)).remove)
             bounds = {m: None for target in self.targets for m in target.chain if m is not target.module or m in self.roots}
             for module in bounds if self.bounds else ():
                 inside = [target for target in self.targets if module in target.chain]
-                begin = _Hook(module, functools.partial(self._begin, module, inside))
-                end = _Hook(module, functools.partial(self._end, inside))
-                stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(end, always_call=True).remove)
+                bound = _Bound(self, module, inside)
+                stack.callback(module.register_forward_pre_hook(_Hook(module, bound.begin), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(_Hook(module, bound.end), always_call=True).remove)
             self._stack = stack.pop_all()
         return self
 
@@ -343,19 +402,11 @@ class Hooked:
         if self.valid is not None and target.whole:
             target.valid = self.valid(*args, **kwargs)
 
-    def _begin(self, module: nn.Module, inside: list[Target], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _padded(self, _inputs: Any, result: Any) -> None:
         if graph_task() == self.task:
-            for target in inside:
-                if target.depth == 0:
-                    self.start(target, module, args, kwargs)
-                target.depth += 1
-
-    def _end(self, inside: list[Target], _inputs: Any, result: Any) -> None:
-        if graph_task() == self.task:
-            for target in inside:
-                target.depth -= 1
-                if target.depth == 0 and not target.skipped and result is not None:  # None: the model raised
-                    self.done(target)
+            for target in self.targets:
+                if target.whole and not target.skipped:
+                    target.valid = pixels_in(result)
 
     def _output(self, target: Target, _inputs: Any, result: Any) -> Any:
         if graph_task() != self.task:
@@ -384,17 +435,47 @@ class Hooked:
             raise AttributeError(f"{self.caller}: the {self.role} {kind} has no module {name!r}; {hint}")
         return self.chains[name]
 
-    def _refuse_compiled(self, target: Target) -> None:
-        """ValueError for a module that runs inside of compiled code, which does not look for hooks that come later."""
-        compiled = next((m for m in target.chain if _is_compiled(m)), None)
-        if compiled is not None:
-            kind = type(getattr(compiled, "_orig_mod", compiled)).__name__
-            whole = f"the {self.role} is compiled already"
-            part = f"the {self.role}'s {target.name!r} lies inside of a {kind} that is compiled already"
-            raise ValueError(
-                f"{self.caller}: {whole if compiled is self.model else part}, and compiled code does not see hooks that are "
-                "added later; give the module as it was before torch.compile, and compile it inside the block"
-            )
+    def _refuse_deaf(self, name: str) -> None:
+        """ValueError for a module that runs inside of compiled or scripted code, which does not look for hooks."""
+        chain = self.chains[name]
+        deaf = next((m for m in chain if _is_compiled(m) or (m is not chain[-1] and _has_compiled_forward(m))), None)
+        if deaf is None:
+            return
+        scripted = isinstance(deaf, torch.jit.ScriptModule)
+        kind = deaf.original_name if scripted else type(getattr(deaf, "_orig_mod", deaf)).__name__
+        what, way = ("scripted", "torch.jit") if scripted else ("compiled", "torch.compile, and compile it inside the block")
+        part = f"'s {name!r} lies inside of a {kind} that" if deaf is not self.model else ""
+        raise ValueError(
+            f"{self.caller}: the {self.role}{part} is {what} already, and {what} code does not see hooks that "
+            f"are added later; give the module as it was before {way}"
+        )
+
+
+class _Bound:
+    """A module that holds targets: the outermost of its calls are passes."""
+
+    def __init__(self, hooked: Hooked, module: nn.Module, inside: list[Target]) -> None:
+        self.hooked, self.module, self.inside = hooked, module, inside
+        self.running = 0  # another hook may raise before a call has begun here, and it ends all the same
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if graph_task() != self.hooked.task:
+            return
+        self.running += 1
+        outermost = [target for target in self.inside if target.depth == 0]
+        for target in self.inside:
+            target.depth += 1
+        for target in outermost:
+            self.hooked.start(target, self.module, args, kwargs)
+
+    def end(self, _inputs: Any, result: Any) -> None:
+        if graph_task() != self.hooked.task or not self.running:
+            return
+        self.running -= 1
+        for target in self.inside:
+            target.depth -= 1
+            if target.depth == 0 and not target.skipped and result is not None:  # None: the model raised
+                self.hooked.done(target)
 
 
 def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -406,7 +487,15 @@ def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    """Whether hooks on the module, and on all in it, are not seen."""
+    return (
+        isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    )
+
+
+def _has_compiled_forward(module: nn.Module) -> bool:
+    """Whether hooks in the module are not seen, but its own are."""
+    return hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def _image_size(arguments: list[Any]) -> tuple[int, int] | None:
@@ -421,17 +510,26 @@ def _reader(valid: Valid, model: nn.Module) -> Callable[..., Any]:
     if not isinstance(valid, str):
         if not callable(valid):
             raise TypeError(
-                f"valid: expected the name of an argument of forward, or a function of them, got {type(valid).__name__}"
+                "valid: expected the name of an argument of forward or of a module that pads, or a function of the arguments, "
+                f"got {type(valid).__name__}"
             )
         return valid
-    parameters = inspect.signature(model.forward).parameters
-    kinds = [p.kind for p in parameters.values()]
-    if valid not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-        raise ValueError(f"valid: {type(model).__name__}.forward has no argument {valid!r}; it has {list(parameters)}")
-    place = list(parameters).index(valid) if valid in parameters else len(parameters)
+    kind, parameters = type(model).__name__, inspect.signature(model.forward).parameters
+    if valid not in parameters and all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"valid: {kind}.forward has no argument {valid!r}, nor has the model such a module; it has {list(parameters)}"
+        )
+    place = list(parameters).index(valid) if valid in parameters else None
 
     def read(*args: Any, **kwargs: Any) -> Any:
-        return kwargs.get(valid, args[place] if place < len(args) else None)
+        if valid in kwargs:
+            return kwargs[valid]
+        if place is None:  # one of **kwargs: whether it is misspelt or among *args, nobody knows
+            raise ValueError(f"valid: the {kind} was called without {valid!r}; give it by keyword, None where all pixels count")
+        if place < len(args):
+            return args[place]
+        default = parameters[valid].default
+        return None if default is inspect.Parameter.empty else default
 
     return read
 
@@ -465,9 +563,9 @@ def frozen(hooked: Hooked) -> Iterator[None]:
     compiled = {m for m in modules if _is_compiled(m)}
     deaf = {c[-1] for c in hooked.chains.values() if not compiled.isdisjoint(c)} if compiled else set()  # they see no hooks
     holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
-    training = [(m, m.training) for m in modules]
+    training = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has none
     parameters = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
-    buffers = [(m, m._buffers.copy()) for m in modules]
+    buffers = [(m, m._buffers.copy()) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     held = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_inference()]
     values = [(b, b.clone(), b._version) for b in held]
     watch = _Watch(hooked)
@@ -532,4 +630,4 @@ class _Watch:
         if not torch.is_grad_enabled():  # inside of a pass with gradients: a reentrant checkpoint
             return any(target.depth and target.gradient for target in self.hooked.targets)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook")
+        return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")

@@ -1,7 +1,7 @@
 """Features as lists of levels: one tensor, a sequence matched by position, or a mapping matched by key."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,18 +66,38 @@ def _tensor_in(x: Any) -> str | None:
 def like(features: Levels, tensors: Sequence[Tensor], keys: Sequence[Any] | None) -> Levels:
     """``tensors`` in the container of ``features``, of which each may be wrapped; a mapping's are those of ``keys``."""
     if isinstance(features, Mapping):
-        changed: Any = copy.copy(features)
-        for key, x in zip(keys or (), tensors, strict=True):
-            changed[key] = _wrapped_like(features[key], x)
-        return changed
+        return mapping_like(
+            features, {key: _wrapped_like(features[key], x) for key, x in zip(keys or (), tensors, strict=True)}
+        )
     if isinstance(features, Sequence):
         return sequence_like(features, [_wrapped_like(old, x) for old, x in zip(features, tensors, strict=True)])
     return _wrapped_like(features, tensors[0])
 
 
 def sequence_like(like: Any, items: list[Any]) -> Any:
-    """``items`` in a list, tuple or named tuple like that."""
-    return like._make(items) if hasattr(like, "_make") else type(like)(items)
+    """A copy of the list, tuple, named tuple or other sequence with ``items`` in it; whatever its constructor takes."""
+    if hasattr(like, "_make"):
+        return like._make(items)
+    if type(like) in (list, tuple) or hasattr(like, "n_sequence_fields"):  # those of torch.return_types
+        return type(like)(items)
+    if isinstance(like, tuple):
+        changed: Any = tuple.__new__(type(like), items)
+        changed.__dict__.update(getattr(like, "__dict__", {}))
+        return changed
+    changed = copy.copy(like)
+    for i, item in enumerate(items):
+        changed[i] = item
+    return changed
+
+
+def mapping_like(like: Any, changes: Mapping[Any, Any]) -> Any:
+    """A copy of the mapping with ``changes`` in it."""
+    if not isinstance(like, MutableMapping):
+        return type(like)({**like, **changes})
+    changed: Any = copy.copy(like)
+    for key, value in changes.items():
+        changed[key] = value
+    return changed
 
 
 def _wrapped_like(old: Any, x: Tensor) -> Any:
@@ -144,6 +164,12 @@ def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -
     check.valid(valid, name, levels[0].shape[0], levels[0].device)
     bytes_ = (valid != 0).to(torch.uint8)[:, None]
     return [torch.nn.functional.interpolate(bytes_, x.shape[2:], mode="nearest").flatten(1) for x in levels]
+
+
+def pixels_in(result: Any) -> Any:
+    """What says which pixels are valid in the output of a module that pads: itself, or the first such part of a tuple."""
+    parts = [result, *(result if isinstance(result, tuple | list) else ())]
+    return next((x for x in parts if _tensor_in(x) and (hasattr(x, "image_sizes") or hasattr(x, "mask"))), result)
 
 
 def without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:

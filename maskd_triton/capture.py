@@ -19,8 +19,9 @@ class FeatureCapture:
         student, teacher: the models; a :class:`FrozenTeacher` is looked through.
         names: modules by their dotted names: a mapping from the student's to the teacher's, or a name or names that both have.
         call: which call of a module that runs several times in one pass of its model, counted from 0; None: all, in order.
-        output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of those;
-            None: ``"feature_maps"`` of a dataclass, otherwise the output itself.
+        output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of those
+            as a path, in which ``...`` stands for every part and a list for several; None: ``"feature_maps"`` of a dataclass,
+            otherwise the output itself.
         layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``), which are handed over as views ``[N, C, H, W]``;
             None: as they are.
         grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the model is called with.
@@ -142,12 +143,15 @@ def call(
         (2, True)
     """
     recorder = _Recorder("model", model, Where(names_of(names), call, output, layout, grid, prefix_tokens), bounds=False)
-    with recorder.hooked:
-        for target in recorder.hooked.targets:
-            recorder.hooked.start(target, model, args, kwargs)
-            target.depth = 1  # this call is the pass, whichever module is called in it
-        result = model(*args, **kwargs)
-    return result, recorder.checked(recorder.forget(), "in this call")
+    try:
+        with recorder.hooked:
+            for target in recorder.hooked.targets:
+                recorder.hooked.start(target, model, args, kwargs)
+                target.depth = 1  # this call is the pass, whichever module is called in it
+            result = model(*args, **kwargs)
+    finally:
+        taken = recorder.forget()
+    return result, recorder.checked(taken, "in this call")
 
 
 class _Level(NamedTuple):
@@ -194,7 +198,8 @@ class _Recorder:
         role, only = self.hooked.role, self.hooked.targets[0].only
         if missing := [name for name, calls, _, _ in taken if not calls]:
             how = {None: "", True: " with gradients", False: " without gradients"}[only]
-            why = "; student and teacher are one model: run the teacher's pass under torch.no_grad()" if how else ""
+            one = "; student and teacher are one model: run the teacher's pass under torch.no_grad()"
+            why = one if how else " (code that was compiled before does not say what runs)"
             raise RuntimeError(f"capture: the {role}'s {', '.join(map(repr, missing))} has not run{how} {since}{why}")
         for name, calls, direct, parts in taken:
             if direct and calls > 1:

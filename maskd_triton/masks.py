@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
-from ._hooks import Hooked, Output, Target, Valid, Where, frozen, names_of
+from ._hooks import UNREAD, Hooked, Output, Target, Valid, Where, frozen, names_of
 from ._levels import Levels, as_list, labels, like, per_level, valid_of_levels
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
@@ -232,18 +232,21 @@ class MaskLearner(nn.Module):
         parts = [part for target in self._latest for part in target.parts if part.dice is not None]
         if not parts:
             raise RuntimeError(
-                "dice_loss: no features seen yet in this block; run the teacher inside `with learner.attach(...)`"
+                "dice_loss: no features seen yet in this block; run the teacher inside `with learner.attach(...)`, and not in "
+                "code that was compiled before it"
             )
         if (levels := sum(part.levels for part in parts)) != len(self.mask_modules):
             raise RuntimeError(f"dice_loss: expected {len(self.mask_modules)} levels of the teacher, {levels} have been seen")
         loss = parts[0].dice
         for part in parts[1:]:
             loss = loss + part.dice
-        if self._attached and self._trains() and not loss.requires_grad:
+        without = [part for part in parts if not part.dice.requires_grad and self._trains(part)]
+        if self._attached and without:
             raise RuntimeError(
-                "dice_loss: the teacher ran without gradients in this attach block, so the tokens get none: under "
-                "torch.no_grad() or inference_mode(), or in a reentrant activation checkpoint (use_reentrant=False). To "
-                "evaluate, call dice_loss() under torch.no_grad(), too"
+                "dice_loss: the teacher ran without gradients in this attach block, so the tokens of levels "
+                f"{[key for part in without for key in part.seen]} get none: under torch.no_grad() or inference_mode(), or in "
+                "a reentrant activation checkpoint (use_reentrant=False). To evaluate, call dice_loss() under "
+                "torch.no_grad(), too"
             )
         return loss
 
@@ -293,9 +296,10 @@ class MaskLearner(nn.Module):
             self.diagnostics()
         save_masks(self.mask_modules, path)
 
-    def _trains(self) -> bool:
-        """Whether a pass now should give the tokens gradients."""
-        return self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+    def _trains(self, part: _Call | None = None) -> bool:
+        """Whether a pass now should give the tokens, of all levels or of the call's, gradients."""
+        modules = self.mask_modules if part is None else self.mask_modules[part.first : (part.first or 0) + part.levels]
+        return self.training and torch.is_grad_enabled() and any(p.requires_grad for p in modules.parameters())
 
     def _all_seen(self) -> dict[Any, Seen]:
         """Masks, weights and valid pixels of the latest pass, by level."""
@@ -333,13 +337,15 @@ class MaskLearner(nn.Module):
             call: which call of a module that runs several times in one pass, counted from 0; the others are left alone.
                 None: all of them, in order.
             output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of
-                those; None: ``"feature_maps"`` of a dataclass, otherwise the output itself.
+                those as a path, in which ``...`` stands for every part and a list for several; None: ``"feature_maps"`` of a
+                dataclass, otherwise the output itself.
             layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``); None: ``"nchw"``.
             grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the teacher is called with.
             prefix_tokens: class and register tokens in front, which pass through unchanged.
-            valid: the valid pixels of a padded batch: the name of an argument of the teacher's ``forward`` (``"pixel_mask"``),
-                or a function of its arguments; bool or integer ``[N, H0, W0]``, an ImageList or a NestedTensor. Padding then
-                counts neither in the masks, their Dice loss and weights nor in the statistics.
+            valid: the valid pixels of a padded batch: the name of an argument of the teacher's ``forward`` (``"pixel_mask"``)
+                or of a module that pads (torchvision's ``"transform"``), or a function of the arguments; bool or integer
+                ``[N, H0, W0]``, an ImageList or a NestedTensor. Padding then counts neither in the masks, their Dice loss and
+                weights nor in the statistics.
 
         Raises:
             AttributeError: the teacher has no such module; the message lists near matches.
@@ -457,6 +463,8 @@ class MaskLearner(nn.Module):
             finally:
                 self._seen = self._all_seen()
                 self._attached, self._latest = False, []
+                for target in levels.hooked.targets:
+                    target.clear()
 
 
 class _TeacherLevels:
@@ -487,7 +495,7 @@ class _TeacherLevels:
             target.parts.append(_Call(None, 0, shapes, None, {}))
             return None
         else:
-            first = self._next(target, tensors, isinstance(found, Tensor), number)
+            first = self._next(target, tensors, not isinstance(found, Sequence | Mapping), number)
         if first is None:
             return None
         maps = []
@@ -501,7 +509,8 @@ class _TeacherLevels:
         masked, dice, seen = used
         self.ran, self.taught = True, self.taught or dice.requires_grad
         if number is not None:
-            own = dict(zip(keys or range(first, first + len(maps)), seen, strict=True))
+            names = keys if keys and len(self.first) == 1 else range(first, first + len(maps))
+            own = dict(zip(names, seen, strict=True))
             target.parts.append(_Call(first, len(maps), shapes, dice.sum(), own))
         else:
             dice.sum()  # a recomputation does what the pass did
@@ -544,13 +553,15 @@ class _TeacherLevels:
         return levels.pop()
 
     def _valid(self, target: Target, number: int | None) -> Any:
-        if self.hooked.valid is None:
+        if self.hooked.valid is None and self.hooked.padding is None:
             return None
         if number is not None and not target.whole:
             raise RuntimeError(
-                f"{self.caller}: valid= is read from the arguments of the teacher's call, but {target.name!r} ran outside of "
-                "one; call the teacher itself"
+                f"{self.caller}: valid= is read in a call of the teacher, but {target.name!r} ran outside of one; call the "
+                "teacher itself"
             )
+        if target.valid is UNREAD:
+            raise RuntimeError(f"{self.caller}: the module of valid= has not run before {target.name!r} in this pass")
         if number is None and self.open > 1 and target.valid is not None:
             raise RuntimeError(
                 f"{self.caller}: backward() recomputes one of {self.open} passes, and it is not known which valid pixels are "

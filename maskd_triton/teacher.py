@@ -106,7 +106,7 @@ def named_paths(
     """
     path = (*above, model)
     yield prefix, path
-    inner = model.model if isinstance(model, FrozenTeacher) else model._modules.get("_orig_mod")
+    inner = model.model if isinstance(model, FrozenTeacher) else dict(model._modules.items()).get("_orig_mod")
     if inner is not None:
         yield from named_paths(inner, prefix, path)
     for name, child in model._modules.items():

@@ -3,26 +3,29 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import io
 import pickle
 import warnings
 import weakref
-from collections import namedtuple
+from collections import OrderedDict, UserList, namedtuple
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, pad
 from torch.utils.checkpoint import checkpoint
 
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner, capture
 from maskd_triton.capture import FeatureCapture
 
 IMAGES = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+MASK = torch.ones(2, 8, 12, dtype=torch.bool)
+MASK[1, :, 5:] = False
 
 
 def learner_of(*channels: int, **options: Any) -> MaskLearner:
@@ -107,6 +110,15 @@ def test_several_modules(names: list[str]) -> None:
         assert module.pixels_seen == plain[name][:, 0].numel()
 
 
+def test_modules_whose_levels_have_equal_keys() -> None:
+    teacher = seeded(lambda: nn.Sequential(Holder(lambda x: {"0": x}), nn.Identity(), Holder(lambda x: {"0": x[:, :3]})))
+    teacher.forward = lambda x: teacher[2](teacher[0](x)["0"][:, :3])
+    learner = learner_of(4, 3)
+    with learner.attach(teacher, ["0", "2"]):
+        teacher(IMAGES)
+        assert sorted(learner.diagnostics()) == [0, 1]
+
+
 def test_calls_of_a_shared_head() -> None:
     teacher, learner = seeded(SharedHead), learner_of(4, 4)
     plain = teacher(IMAGES)
@@ -164,6 +176,8 @@ WRONG_CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: attached(t := Yolo(), learner_of(4, 6), ["p3", "p4"], run=t.p3), RuntimeError, "expected 2 levels of the teacher, 1 have been seen"),
     (lambda: capture.call(SharedHead(), "tower", IMAGES, call=2), RuntimeError, "the model's 'tower' ran 2 times, it has no call 2"),
     (lambda: capture.call(SharedHead(), "tower", IMAGES, output=1.5), TypeError, "output: expected a field, a key, a position"),
+    (lambda: capture.call(SharedHead(), "tower", IMAGES, output=[]), TypeError, "output: expected a field, a key, a position"),
+    (lambda: capture.call(SharedHead(), "tower", IMAGES, output=(0, [1, ...])), TypeError, "output: expected a field, a key, a position"),
     (lambda: capture.call(SharedHead(), "tower", IMAGES, layout="hwc"), ValueError, "layout: expected one of 'nchw', 'nhwc', 'tokens'"),
     (lambda: capture.call(SharedHead(), "tower", IMAGES, grid=(2, 2)), ValueError, "grid, prefix_tokens: only layout='tokens' has them"),
     (lambda: FeatureCapture(Yolo(), Yolo(), "p3", layout={"pupil": "nchw"}), ValueError,
@@ -213,6 +227,25 @@ def test_a_pass_that_raises_leaves_no_trace() -> None:
         assert [len(levels) for levels in features.take()] == [2, 2]
 
 
+def test_a_hook_that_raises_leaves_no_trace() -> None:
+    """Before the pass has begun, or in the function that reads valid pixels."""
+    teacher, learner = seeded(SharedHead), learner_of(4, 4)
+    raises = [True]
+
+    def refuse(*_: Any) -> None:
+        if raises.pop():
+            raise KeyError
+
+    teacher.register_forward_pre_hook(refuse)
+    for options in ({}, {"valid": refuse}):
+        raises[:] = [False, False, *([True] if not options else [True, False])]
+        with learner.attach(teacher, "tower", **options):
+            with pytest.raises(KeyError):
+                teacher(IMAGES)
+            raises[:] = [False, False]
+            gradients(learner, sum(x.mean() for x in teacher(IMAGES)) + learner.dice_loss())
+
+
 Pair = namedtuple("Pair", "other levels")
 
 
@@ -240,6 +273,37 @@ class Holder(nn.Module):
         return self.body(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """One that counts how often it was made."""
+
+    levels: Any
+    made: list[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.made.append(1)
+
+
+class Slotted:
+    __slots__ = ("levels",)
+
+    def __init__(self, levels: Any) -> None:
+        self.levels = levels
+
+
+class Strided(list):  # type: ignore[type-arg]
+    """A list whose constructor takes something else."""
+
+    def __init__(self, *levels: Any) -> None:
+        super().__init__(levels)
+        self.strides = (4, 8)
+
+
+class Couple(tuple):  # type: ignore[type-arg]
+    def __new__(cls, first: Any, second: Any) -> "Couple":
+        return super().__new__(cls, (first, second))
+
+
 PARTS: dict[str, tuple[Callable[[Tensor], Any], Any, Callable[[Any], Any]]] = {
     "tuple": (lambda x: (x, None), 0, lambda r: r[0]),
     "from the end": (lambda x: (None, [x]), -1, lambda r: r[-1][0]),
@@ -251,6 +315,13 @@ PARTS: dict[str, tuple[Callable[[Tensor], Any], Any, Callable[[Any], Any]]] = {
     "mapping by position": (lambda x: {"a": 1, "levels": x}, 1, lambda r: r["levels"]),
     "object": (lambda x: SimpleNamespace(levels=x, other=2), "levels", lambda r: r.levels),
     "path": (lambda x: ({"p": Record(2, (x, 5))}, None), (0, "p", "levels", 0), lambda r: r[0]["p"].levels[0]),
+    "frozen": (lambda x: Counted(x), "levels", lambda r: r.levels),
+    "slots": (lambda x: Slotted(x), "levels", lambda r: r.levels),
+    "list of its own": (lambda x: Strided(None, x), 1, lambda r: r[1]),
+    "tuple of its own": (lambda x: Couple(None, x), 1, lambda r: r[1]),
+    "result of torch": (lambda x: x[..., None].max(-1), 0, lambda r: r.values),
+    "sequence": (lambda x: UserList([x, 1]), 0, lambda r: r[0]),
+    "read-only mapping": (lambda x: MappingProxyType({"a": x, "b": 1}), "a", lambda r: r["a"]),
 }
 
 
@@ -267,6 +338,36 @@ def test_parts_of_an_output(kind: str) -> None:
     assert torch.equal(read(masked), learner(read(plain)))
     if isinstance(masked, tuple | list):
         assert len(masked) == len(plain)
+    for name in ("strides", "made"):
+        assert getattr(masked, name, None) == getattr(plain, name, None)
+
+
+SEVERAL: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any, Callable[[Any], list[Tensor]]]] = {
+    "pairs": (lambda x, y: [(x, 1), (y, 2)], (..., 0), lambda r: [r[0][0], r[1][0]]),  # as DETR backbones give them
+    "from the end": (lambda x, y: [(1, x), (2, y)], (..., -1), lambda r: [r[0][1], r[1][1]]),
+    "records": (lambda x, y: ({"p": [Record(1, x), Record(2, y)]}, 3), (0, "p", ..., "levels"), lambda r: [s.levels for s in r[0]["p"]]),
+    "mapping": (lambda x, y: {"a": {"m": x}, "b": {"m": y}}, (..., "m"), lambda r: [r["a"]["m"], r["b"]["m"]]),
+    "some": (lambda x, y: OrderedDict(p3=x, pool=None, p4=y), ["p3", "p4"], lambda r: [r["p3"], r["p4"]]),
+    "another order": (lambda x, y: (y, None, x), [2, 0], lambda r: [r[2], r[0]]),
+    "some of a field": (lambda x, y: Record(None, (0, x, y)), ("levels", [1, 2]), lambda r: list(r.levels[1:])),
+    "wrapped": (lambda x, y: [(NestedTensor(x, None), 1), (NestedTensor(y, None), 2)], (..., 0), lambda r: [s[0].tensors for s in r]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_parts_of_an_output(kind: str) -> None:
+    wrap, output, read = SEVERAL[kind]
+    model, learner = seeded(lambda: Holder(lambda x: wrap(x, avg_pool2d(x, 2)))), learner_of(4, 4, standardize=True)
+    plain = model(IMAGES)
+    _, levels = capture.call(model, "body", IMAGES, output=output)
+    assert all(torch.equal(a, b) for a, b in zip(levels, read(plain), strict=True))
+    with learner.calibrate(model, "body", output=output):
+        model(IMAGES)
+    with learner.attach(model, "body", output=output):
+        masked = model(IMAGES)
+    assert type(masked) is type(plain)
+    for got, want in zip(read(masked), learner(read(plain)), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_numbers_of_numpy() -> None:
@@ -283,6 +384,9 @@ def test_numbers_of_numpy() -> None:
         (lambda x: (x, None), None, "[1]: expected a tensor, got NoneType (output= names the part that holds the levels)"),
         (lambda x: (x, None), 2, "expected a part at position 2 (output=), got 2 of them"),
         (lambda x: x, 0, "expected a sequence 0, got Tensor"),
+        (lambda x: x, (..., 0), "expected a sequence or a mapping of parts (output= has ...), got Tensor"),
+        (lambda x: [x, None], (..., 0), "expected a sequence 0, got Tensor"),
+        (lambda x: {"a": x, "b": [x]}, ["a", "b"], "[1]: expected a tensor, got list"),
         (
             lambda x: SimpleNamespace(a=x),
             "levels",
@@ -711,6 +815,23 @@ def test_recomputed_levels_of_a_shared_head() -> None:
         (teacher(IMAGES) + learner.dice_loss()).backward()
 
 
+def test_nothing_stays_alive_without_the_garbage_collector() -> None:
+    """Not even what no backward pass has freed."""
+    alive: list[weakref.ref[Tensor]] = []
+    teacher, learner = seeded(Yolo), learner_of(4)
+    teacher.p3.register_forward_hook(lambda _module, _inputs, x: alive.append(weakref.ref(x)))
+    gc.collect()
+    gc.disable()
+    try:
+        with learner.attach(teacher, "p3"):
+            teacher(IMAGES)
+        with pytest.raises(RuntimeError, match="3 channels"):
+            capture.call(nn.Sequential(teacher.p3, teacher.p3), "0", IMAGES)
+        assert [ref() for ref in alive] == [None] * 2
+    finally:
+        gc.enable()
+
+
 def test_nothing_stays_alive() -> None:
     student, teacher, learner = seeded(Yolo), seeded(Yolo), learner_of(4)
     alive: list[weakref.ref[Tensor]] = []
@@ -749,6 +870,30 @@ def test_stage_1_without_gradients(how: str) -> None:
             assert learner.dice_loss().isfinite()
         learner.eval()
         learner.dice_loss()
+
+
+def test_a_level_without_gradients() -> None:
+    """The others learn, so the sum of the losses does not tell."""
+
+    class Partly(Yolo):
+        def forward(self, x: Tensor) -> Any:
+            p3 = self.p3(x)
+            return p3, checkpoint(self.p4, p3, use_reentrant=True)
+
+    teacher, learner = seeded(Partly), learner_of(4, 6)
+    with learner.attach(teacher, ["p3", "p4"]):
+        teacher(IMAGES)
+        with pytest.raises(RuntimeError, match=r"so the tokens of levels \[1\] get none.*use_reentrant=False"):
+            learner.dice_loss()
+        learner.mask_modules[1].requires_grad_(False)
+        assert learner.dice_loss().requires_grad
+
+
+def test_hooks_on_saved_tensors_of_ones_own() -> None:
+    teacher, learner = seeded(Yolo), learner_of(4)
+    keep = functools.partial(lambda x: x)
+    with learner.attach(teacher, "p3"), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        gradients(learner, teacher(IMAGES)[1].mean() + learner.dice_loss())
 
 
 def test_a_block_without_gradients_warns() -> None:
@@ -914,6 +1059,81 @@ def test_what_cannot_fire_is_refused(name: str, in_place: bool) -> None:
         FeatureCapture(seeded(Regional), frozen, "neck")
 
 
+class Decorated(nn.Module):
+    """Its own hooks are called, those inside are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def assigned() -> nn.Module:
+    body = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1)})
+    body.forward = torch.compile(lambda x: body["conv"](x), backend="eager")
+    return body
+
+
+def holding(body: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(body=body, neck=nn.Conv2d(4, 4, 1)))
+
+
+@pytest.mark.parametrize("body", [Decorated, assigned])
+def test_a_compiled_forward(body: Callable[[], nn.Module]) -> None:
+    torch._dynamo.reset()
+    student, teacher, learner = holding(body()), holding(body()), learner_of(4)
+    for model in (student, teacher):
+        model(IMAGES)
+    sentence = rf"the \w+'s 'body\.conv' lies inside of a {type(teacher.body).__name__} that is compiled already"
+    with pytest.raises(ValueError, match=f"attach: {sentence}"), learner.attach(teacher, "body.conv"):
+        pass
+    with pytest.raises(ValueError, match=f"capture: {sentence}"):
+        FeatureCapture(student, teacher, "body.conv")
+    for name in ("body", "neck"):
+        with FeatureCapture(student, teacher, name) as features:
+            student(IMAGES)
+            teacher(IMAGES)
+            assert features.take()[0][0].requires_grad
+        with learner.attach(teacher, name):
+            gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_torchscript(frozen: bool) -> None:
+    script = torch.jit.script(nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))).eval())
+    teacher, learner = holding(torch.jit.freeze(script) if frozen else script), learner_of(4)
+    for name in ("body", *([] if frozen else ["body.conv"])):
+        sentence = f"'{name}' lies inside of a Sequential that is scripted already"
+        with pytest.raises(ValueError, match=f"attach: the teacher's {sentence}"), learner.attach(teacher, name):
+            pass
+        with pytest.raises(ValueError, match=f"capture: the model's {sentence}"):
+            capture.call(teacher, name, IMAGES)
+    with learner.attach(teacher, "neck"):
+        gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
+    assert capture.call(teacher, "neck", IMAGES)[1]
+
+
+def test_code_that_was_compiled_before() -> None:
+    torch._dynamo.reset()
+    teacher, learner = seeded(Regional).eval().requires_grad_(False), learner_of(4)
+    step = torch.compile(lambda x: teacher(x), backend="eager")
+    step(IMAGES)
+    with learner.attach(teacher, "neck"):
+        step(IMAGES)
+        with pytest.raises(RuntimeError, match="not in code that was compiled before"):
+            learner.dice_loss()
+    student = seeded(Regional)
+    with FeatureCapture(student, teacher, "neck") as features:
+        student(IMAGES)
+        step(IMAGES)
+        with pytest.raises(RuntimeError, match=r"'neck' has not run since .*compiled before does not say what runs"):
+            features.take()
+
+
 # Containers
 
 
@@ -1031,12 +1251,12 @@ def test_valid_pixels_of_recomputations() -> None:
 @pytest.mark.parametrize(
     ("valid", "error", "sentence"),
     [
-        ("mask", ValueError, r"valid: Masked\.forward has no argument 'mask'; it has \['images', 'pixel_mask'\]"),
         (
-            torch.ones(2, 8, 12),
-            TypeError,
-            "valid: expected the name of an argument of forward, or a function of them, got Tensor",
+            "mask",
+            ValueError,
+            r"valid: Masked\.forward has no argument 'mask', nor has the model such a module; it has \['images', 'pixel_mask'\]",
         ),
+        (torch.ones(2, 8, 12), TypeError, "valid: expected the name of an argument of forward or of a module .*, got Tensor"),
     ],
 )
 def test_wrong_valid(valid: Any, error: type[Exception], sentence: str) -> None:
@@ -1044,12 +1264,110 @@ def test_wrong_valid(valid: Any, error: type[Exception], sentence: str) -> None:
         pass
 
 
+class Wrapped(nn.Module):
+    """As DDP: it does not say which arguments it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = Masked()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(*args, **kwargs)
+
+
+class Open(Masked):
+    """As transformers' models: it takes any keyword."""
+
+    def forward(self, images: Tensor, pixel_mask: Any = MASK, **_: Any) -> Tensor:
+        return self.body(images)
+
+
+def test_valid_of_any_arguments() -> None:
+    """What is not found by its name does not count as all valid."""
+    learner, unnamed = learner_of(4), Wrapped()
+    with learner.attach(unnamed, "module.body", valid="pixel_mask"):
+        with pytest.raises(
+            ValueError, match="valid: the Wrapped was called without 'pixel_mask'; give it by keyword, None where"
+        ):
+            unnamed(IMAGES, MASK)
+        want = unnamed(IMAGES, pixel_mask=MASK)
+        assert not torch.equal(want, unnamed(IMAGES, pixel_mask=None))
+    model = Open()
+    model.body.load_state_dict(unnamed.module.body.state_dict())
+    with learner.attach(model, "body", valid="pixel_mask"):
+        assert torch.equal(model(IMAGES), want)  # its default
+    with (
+        learner.attach(model, "body", valid="pixel_mosk"),
+        pytest.raises(ValueError, match="the Open was called without 'pixel_mosk'"),
+    ):
+        model(IMAGES, pixel_mask=MASK)
+
+
+class Transform(nn.Module):
+    """As torchvision's: images of any size in, a padded batch and the targets out."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
+        sizes = [(x.shape[1], x.shape[2]) for x in images]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        batch = torch.stack([pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images])
+        return ImageList(sizes, tensors=batch), targets
+
+
+class Detector(nn.Module):
+    def __init__(self, kind: str | None = None, late: bool = False) -> None:
+        super().__init__()
+        self.transform, self.backbone, self.late = Transform(), nn.Conv2d(3, 4, 1), late
+        self.run = (lambda x: self.backbone(x).relu()) if kind is None else self._checkpointed
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda y: self.backbone(y).relu(), x, use_reentrant=False)
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Tensor:
+        if self.late:
+            self.backbone(images[0][None])
+        batch, targets = self.transform(images, targets)
+        return self.run(batch.tensors)
+
+
+def test_valid_of_a_module_that_pads() -> None:
+    results, images = [], [IMAGES[0], IMAGES[1, :, :4]]
+    for kind in (None, "checkpointed"):
+        teacher, learner = seeded(lambda kind=kind: Detector(kind)), learner_of(4, standardize=True)
+        with learner.calibrate(teacher, "backbone", valid="transform"):
+            teacher(images)
+        assert learner.mask_modules[0].pixels_seen == 8 * 12 + 4 * 12
+        with learner.attach(teacher, "backbone", valid="transform"):
+            for batch in (images, images[::-1]):
+                results.append(gradients(learner, teacher(batch).square().mean() + learner.dice_loss()))
+            with pytest.raises(
+                RuntimeError, match="valid= is read in a call of the teacher, but 'backbone' ran outside of one"
+            ):
+                teacher.backbone(IMAGES)
+    for i, batch in enumerate((images, images[::-1])):
+        padded = teacher.transform(batch)[0]
+        masked = learner(teacher.backbone(padded.tensors).detach(), padded)
+        want = gradients(learner, masked.relu().square().mean() + learner.dice_loss())
+        for a, b, c in zip(want, results[i], results[2 + i], strict=True):
+            torch.testing.assert_close(b, a)
+            torch.testing.assert_close(c, a)
+    late = Detector(late=True)
+    with (
+        learner.attach(late, "backbone", valid="transform"),
+        pytest.raises(RuntimeError, match="the module of valid= has not run before 'backbone' in this pass"),
+    ):
+        late(images)
+    teacher.transform.forward = lambda images, targets: (SimpleNamespace(tensors=IMAGES), targets)
+    with (
+        learner.attach(teacher, "backbone", valid="transform"),
+        pytest.raises(TypeError, match="valid: expected a bool tensor"),
+    ):
+        teacher(images)
+
+
 def test_valid_needs_a_call_of_the_model() -> None:
     teacher, learner = Masked(), learner_of(4)
     with learner.attach(teacher, "body", valid="pixel_mask"):
-        with pytest.raises(
-            RuntimeError, match="valid= is read from the arguments of the teacher's call, but 'body' ran outside of"
-        ):
+        with pytest.raises(RuntimeError, match="valid= is read in a call of the teacher, but 'body' ran outside of"):
             teacher.body(IMAGES)
         with pytest.raises(ValueError, match="valid: expected shape"):
             teacher(IMAGES, torch.ones(2, 3, 8, 12, dtype=torch.bool))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, pad
 
 from maskd_triton import MaskLearner, capture
 
@@ -99,7 +99,7 @@ def _swin() -> Built:
     return hf().SwinModel(config), [32, 32], {"pixel_values": IMAGES}
 
 
-@model("DetrForObjectDetection")
+@model("DetrForObjectDetection", "DetrConvEncoder")
 def _detr() -> Built:
     config = hf().DetrConfig(
         use_timm_backbone=False, backbone=None, backbone_config=resnet(out_features=["stage2"]), d_model=16, encoder_layers=1,
@@ -161,9 +161,32 @@ class Detector(nn.Module):
         return self.get_submodule(self.name)(images)
 
 
-@model("FasterRCNN", "RetinaNet", "GeneralizedRCNN", "FeatureListNet")
+def levels_of_fpn(p3: Tensor, p4: Tensor) -> Any:
+    return OrderedDict([("0", p3), ("pool", p4)])
+
+
+@model("GeneralizedRCNN")
 def _pyramid() -> Built:
-    return Detector("backbone", lambda p3, p4: OrderedDict([("0", p3), ("pool", p4)])), [8, 8], {"images": IMAGES}
+    return Detector("backbone", levels_of_fpn), [8, 8], {"images": IMAGES}
+
+
+@model("FasterRCNN", "RetinaNet")
+def _torchvision() -> Built:
+    class GeneralizedRCNNTransform(nn.Module):
+        def forward(self, images: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
+            batch = torch.stack([pad(x, (0, 0, 0, 64 - x.shape[1])) for x in images])
+            return SimpleNamespace(tensors=batch, image_sizes=[(x.shape[1], x.shape[2]) for x in images]), targets
+
+    class GeneralizedRCNN(Detector):
+        def __init__(self) -> None:
+            super().__init__("backbone", levels_of_fpn)
+            self.transform = GeneralizedRCNNTransform()
+
+        def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+            batch, targets = self.transform(images, targets)
+            return self.backbone(batch.tensors)
+
+    return GeneralizedRCNN(), [8, 8], {"images": [IMAGES[0], IMAGES[1, :, :24]]}
 
 
 @model("mmdet RetinaNet")
