@@ -180,7 +180,7 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     parameters_of_learn = LearnTables(tokens, token_bias, rows, bias)
     learn_options = LearnOptions(parameters_of_learn, own_weights, valid, heights)
     forced = tuning.forced(*case.shipped) if case.shipped else contextlib.nullcontext()
-    with _compiling_for(TARGETS[target]) as compiled, forced:
+    with compiling_for(TARGETS[target]) as compiled, forced:
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
         distill.forward(student, teacher, options, outputs)
         distill.backward(student, teacher, loss, weights, masks, affine, valid, options.mask_power)
@@ -194,7 +194,8 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
 
 
 @contextlib.contextmanager
-def _compiling_for(target: GPUTarget) -> Iterator[dict[str, Compiled]]:
+def compiling_for(target: GPUTarget) -> Iterator[dict[str, Compiled]]:
+    """Inside, a launch compiles its kernel for ``target`` and runs nothing; gives what was compiled latest, by kernel."""
     compiled: dict[str, Compiled] = {}
 
     def compile_only(kernel: Any) -> Any:

@@ -87,9 +87,15 @@ def dice(m: Tensor) -> Tensor:
     return total / max(n * t * (t - 1), 1)
 
 
-def masked_features_and_dice(x: Tensor, tokens: Tensor, weighting: Weighting | None = None) -> tuple[Tensor, Tensor]:
-    """Stage 1: ``y = sum_t w[n, t] m[n, t] x[n]`` (without ``weighting``: an unnormalised sum) and the Dice loss of ``m``."""
-    m = masks(x, tokens)
-    w = m.new_ones(m.shape[:2]) if weighting is None else mask_weights(x, *weighting)
+def masked_features_and_dice(
+    x: Tensor, tokens: Tensor, weighting: Weighting | None = None, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Stage 1: ``y = sum_t w[n, t] m[n, t] x[n]`` (without ``weighting``: an unnormalised sum) and the Dice loss of ``m``.
+
+    ``m`` and ``w`` are those of ``seen`` (standardised features) instead of ``x``, where it is given.
+    """
+    seen = x if seen is None else seen
+    m = masks(seen, tokens)
+    w = m.new_ones(m.shape[:2]) if weighting is None else mask_weights(seen, *weighting)
     masked = w[:, :, None, None, None] * m[:, :, None] * x[:, None]  # [N, T, C, H, W]
     return masked.sum(1), dice(m)

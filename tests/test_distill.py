@@ -1,8 +1,11 @@
 """Stage 2 against the literal formulas in float64: sizes, layouts, dtypes, upstream gradients, degenerate inputs."""
 
+import mmap
+
 import pytest
 import torch
 from helpers import BATCH_LAST, LAYOUTS, NLC, default_dtype, in_layout, moved, rounding
+from problems import Problem, Shape, Target, close, literal_losses
 from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
@@ -10,76 +13,7 @@ from maskd_triton import functional as F
 from maskd_triton._ops.distill import masked_distill
 from maskd_triton._records import DistillOptions, flat
 
-Target = tuple[str, str]
-Shape = tuple[int, int, int, int]
 HALF = (torch.float16, torch.bfloat16)
-
-
-class Problem:
-    """Random features and frozen parameters; features are exact in ``dtype``, parameters in float32."""
-
-    def __init__(self, shapes: list[Shape], num_tokens: int, weighted: bool = True, dtype: torch.dtype = torch.float64):
-        generator = torch.Generator().manual_seed(sum(map(sum, shapes)) + num_tokens)
-
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(shape, generator=generator)).to(torch.float32)
-
-        self.dtype = dtype
-        self.teacher = [normal(*shape).to(dtype) for shape in shapes]
-        self.student = [(t.float() + normal(*t.shape)).to(dtype) for t in self.teacher]
-        self.tokens = [normal(num_tokens, c, scale=c**-0.5) for _, c, _, _ in shapes]
-        self.weighting = None
-        if weighted:
-            self.weighting = [
-                (normal(c, c, 3, 3, scale=0.3 * a), normal(c), normal(num_tokens, c, 1, 1, scale=a), normal(num_tokens))
-                for c, a in ((c, c**-0.5) for _, c, _, _ in shapes)
-            ]
-
-    def expected(self, dtype: torch.dtype = torch.float64, **options: object) -> tuple[Tensor, list[Tensor]]:
-        """Losses of every level and gradients of their sum, by the literal formulas in ``dtype``."""
-        student = [s.detach().to(dtype).requires_grad_() for s in self.student]
-        weighting = None if self.weighting is None else [tuple(p.to(dtype) for p in level) for level in self.weighting]
-        tokens = [e.to(dtype) for e in self.tokens]
-        teacher = [t.to(dtype) for t in self.teacher]
-        losses = reference.distill_loss_levels(student, teacher, tokens, weighting, **options)  # type: ignore[arg-type]
-        losses.sum().backward()
-        return losses.detach().double(), [s.grad.double() for s in student]  # type: ignore[union-attr]
-
-    def measured(self, target: Target, layout: str = "nchw", **options: object) -> tuple[Tensor, list[Tensor]]:
-        """The same from the library."""
-        impl, device = target
-        student = [in_layout(s, layout).detach().to(device).requires_grad_() for s in self.student]
-        teacher = [in_layout(t, layout).to(device) for t in self.teacher]
-        losses = F.masked_distill_loss(
-            student, teacher, self.placed_tokens(device), self.composed(device), reduction="none", impl=impl, **options
-        )  # type: ignore[arg-type]
-        losses.sum().backward()
-        for s in student:
-            assert s.grad is not None
-            assert s.grad.dtype == self.dtype
-            assert [a for n, a in zip(s.shape, s.grad.stride(), strict=True) if n > 1] == [
-                a for n, a in zip(s.shape, s.stride(), strict=True) if n > 1
-            ]
-        assert losses.dtype == (torch.float64 if self.dtype == torch.float64 else torch.float32)
-        return losses.detach().cpu().double(), [s.grad.cpu().double() for s in student]  # type: ignore[union-attr]
-
-    def placed_tokens(self, device: str) -> list[Tensor]:
-        precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return [e.to(device, precise) for e in self.tokens]
-
-    def composed(self, device: str) -> list[tuple[Tensor, Tensor]] | None:
-        if self.weighting is None:
-            return None
-        precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return [F.compose_weighting(*(p.to(device, precise) for p in level)) for level in self.weighting]
-
-
-def close(got: Tensor, expected: Tensor, bound: float) -> None:
-    """``|got - expected| <= bound * max |expected|``, no NaN."""
-    assert got.shape == expected.shape
-    if expected.numel():
-        error, largest = (got.cpu().double() - expected.double()).abs().max().item(), expected.abs().max().item()
-        assert error <= bound * largest
 
 
 SIZES: list[tuple[list[Shape], int]] = [
@@ -104,9 +38,9 @@ def test_float64_matches_the_formulas(
     problem = Problem(shapes, num_tokens, weighted)
     layouts = (*LAYOUTS, NLC)
     options = {"custom_mask": custom, "loss_weight": 0.7, "eps": 1e-3}
-    losses, grads = problem.expected(**options)
+    losses, grads = problem.literal(**options)
     for layout in layouts if target[0] == "eager" else [layouts[(num_tokens + weighted + custom) % 3]]:
-        got, got_grads = problem.measured(target, layout, **options)
+        got, got_grads = problem.ours(target, layout, **options)
         close(got, losses, 1e-12)
         for g, e in zip(got_grads, grads, strict=True):
             close(g, e, 1e-12)
@@ -118,9 +52,9 @@ def test_float64_matches_the_formulas(
 def test_error_is_that_of_the_dtype(shape: Shape, dtype: torch.dtype, layout: str, target: Target) -> None:
     """No more than twice the error of the literal formulas in the same dtype; and in fact that of float32 sums."""
     problem = Problem([shape], 6, dtype=dtype)
-    losses, grads = problem.expected(custom_mask=True)
-    plain, plain_grads = problem.expected(dtype, custom_mask=True)
-    got, got_grads = problem.measured(target, layout, custom_mask=True)
+    losses, grads = problem.literal(custom_mask=True)
+    plain, plain_grads = problem.literal(dtype, custom_mask=True)
+    got, got_grads = problem.ours(target, layout, custom_mask=True)
     eps = torch.finfo(dtype).eps
     largest = grads[0].abs().max()
     error, plain_error = ((g[0] - grads[0]).abs().max() for g in (got_grads, plain_grads))
@@ -137,7 +71,7 @@ def op_arguments(
 ) -> tuple[list[Tensor], list[Tensor], DistillOptions, str]:
     impl, device = target
     student = [s.detach().to(device).requires_grad_() for s in problem.student]
-    tables = F.distill_tables(problem.placed_tokens(device), problem.composed(device), None)
+    tables = F.distill_tables(*problem.parameters(device), None)
     return student, [t.to(device) for t in problem.teacher], DistillOptions(tables, custom_mask=custom), impl
 
 
@@ -156,37 +90,28 @@ def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
     }[form]
     losses = masked_distill(student, *rest).per_image
     losses.backward(up)
-    for i, (s, t) in enumerate(zip(problem.student, problem.teacher, strict=True)):
-        for n in range(3):  # the literal gradient of one image: a batch of one, so 3 times too large
-            one = s[n : n + 1].clone().requires_grad_()
-            weighting = [problem.weighting[i]] if problem.weighting else None
-            weighting = [tuple(p.double() for p in weighting[0])] if weighting else None
-            reference.distill_loss([one], [t[n : n + 1]], [problem.tokens[i].double()], weighting).backward()
-            close(student[i].grad[n : n + 1], one.grad / 3 * up[i, n].cpu(), 1e-12)
+    for n in range(3):  # the literal gradient of one image: a batch of one, so 3 times too large
+        one = [s[n : n + 1].clone().requires_grad_() for s in problem.student]
+        literal_losses(problem.learner, one, [t[n : n + 1] for t in problem.teacher]).sum().backward()
+        for i, s in enumerate(one):
+            close(student[i].grad[n : n + 1], s.grad / 3 * up[i, n].cpu(), 1e-12)
 
 
 def test_upstream_gradients_through_reductions(target: Target) -> None:
     problem = Problem([(2, 5, 2, 3), (2, 4, 1, 3)], 2)
-    _, grads = problem.expected()
-    impl, device = target
+    _, grads = problem.literal()
+    device = target[1]
     weights = torch.tensor([3.0, -0.5], dtype=torch.float64, device=device)
     for upstream in (lambda x: (x * weights).sum(), lambda x: (x.expand(4, 2).T * weights[:, None]).sum() / 4):
         student = [s.detach().to(device).requires_grad_() for s in problem.student]
-        teacher = [t.to(device) for t in problem.teacher]
-        losses = F.masked_distill_loss(
-            student, teacher, problem.placed_tokens(device), problem.composed(device), reduction="none", impl=impl
-        )
-        upstream(losses).backward()
+        upstream(problem.loss(target, student, reduction="none")).backward()
         for i, s in enumerate(student):
             close(s.grad, weights[i].cpu() * grads[i], 1e-12)
 
 
 def test_sum_is_the_sum_of_levels(target: Target) -> None:
     problem = Problem([(2, 5, 2, 3), (2, 4, 1, 3)], 2)
-    impl, device = target
-    args = ([s.to(device) for s in problem.student], [t.to(device) for t in problem.teacher], problem.placed_tokens(device))
-    total = F.masked_distill_loss(*args, impl=impl)
-    levels = F.masked_distill_loss(*args, reduction="none", impl=impl)
+    total, levels = problem.loss(target), problem.loss(target, reduction="none")
     assert total.shape == ()
     assert levels.shape == (2,)
     assert total.item() == pytest.approx(levels.sum().item(), rel=1e-14)
@@ -207,7 +132,7 @@ def test_one_backward_only(target: Target) -> None:
 def test_equal_features_give_exactly_nothing(dtype: torch.dtype, weighted: bool, target: Target) -> None:
     problem = Problem([(2, 9, 3, 5)], 6, weighted, dtype)
     problem.student = problem.teacher
-    losses, (grad,) = problem.measured(target, custom_mask=True)
+    losses, (grad,) = problem.ours(target, custom_mask=True)
     assert losses.item() == 0
     assert torch.equal(grad, torch.zeros_like(grad))
 
@@ -217,8 +142,8 @@ def test_equal_features_give_exactly_nothing(dtype: torch.dtype, weighted: bool,
 def test_empty_masks_are_finite(dtype: torch.dtype, weighted: bool, target: Target) -> None:
     problem = Problem([(2, 4, 2, 3)], 3, weighted, dtype)
     problem.teacher = [torch.ones_like(t) for t in problem.teacher]
-    problem.tokens = [torch.full_like(e, -1e4) for e in problem.tokens]  # sigmoid(-4e4) is 0 in float64 too
-    losses, (grad,) = problem.measured(target)
+    problem.tokens[0].fill_(-1e4)  # sigmoid(-4e4) is 0 in float64 too
+    losses, (grad,) = problem.ours(target)
     assert losses.item() == 0
     assert torch.equal(grad, torch.zeros_like(grad))
 
@@ -228,8 +153,8 @@ def test_one_empty_mask_of_several(dtype: torch.dtype, target: Target) -> None:
     problem = Problem([(1, 4, 3, 3)], 3, dtype=dtype)
     problem.teacher = [t.abs() for t in problem.teacher]
     problem.tokens[0][1] = -1e4
-    losses, grads = problem.expected()
-    got, got_grads = problem.measured(target)
+    losses, grads = problem.literal()
+    got, got_grads = problem.ours(target)
     close(got, losses, 1e-5)
     close(got_grads[0], grads[0], rounding(dtype, target) + 1e-5)
 
@@ -241,33 +166,34 @@ def test_saturated_masks_are_one(dtype: torch.dtype, layout: str, target: Target
     problem = Problem([(2, 4, 3, 3)], 3, False, dtype)
     problem.teacher = [t.abs() + 1 for t in problem.teacher]
     problem.student = [s.abs() + 1 for s in problem.student]
-    problem.tokens = [torch.full_like(e, 1e6) for e in problem.tokens]
+    problem.tokens[0].fill_(1e6)
     mse = (problem.student[0].double() - problem.teacher[0].double()).square().mean()
-    losses, _ = problem.measured(target, layout, custom_mask=True)
+    losses, _ = problem.ours(target, layout, custom_mask=True)
     assert losses.item() == pytest.approx(mse.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-5, 10.0])
 def test_eps(eps: float, target: Target) -> None:
     problem = Problem([(2, 4, 2, 3)], 3)
-    losses, grads = problem.expected(eps=eps)
-    got, got_grads = problem.measured(target, eps=eps)
+    losses, grads = problem.literal(eps=eps)
+    got, got_grads = problem.ours(target, eps=eps)
     close(got, losses, 1e-12)
     close(got_grads[0], grads[0], 1e-12)
 
 
 def test_eps_zero_gives_the_originals_nan_for_empty_masks(target: Target) -> None:
     problem = Problem([(1, 2, 1, 2)], 2, False)
-    problem.teacher, problem.tokens = [torch.ones(1, 2, 1, 2).double()], [torch.full((2, 2), -1e4)]
-    losses, _ = problem.measured(target, eps=0.0)
+    problem.teacher = [torch.ones(1, 2, 1, 2).double()]
+    problem.tokens[0].fill_(-1e4)
+    losses, _ = problem.ours(target, eps=0.0)
     assert losses.isnan().all()
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-3, 10.0, 1 / 3])
 def test_loss_weight(weight: float, target: Target) -> None:
     problem = Problem([(2, 4, 2, 3)], 3)
-    losses, grads = problem.expected(loss_weight=weight)
-    got, got_grads = problem.measured(target, loss_weight=weight)
+    losses, grads = problem.literal(loss_weight=weight)
+    got, got_grads = problem.ours(target, loss_weight=weight)
     close(got, losses, 1e-12)
     close(got_grads[0], grads[0], 1e-12)
 
@@ -284,16 +210,12 @@ MIXED = [
 def test_mixed_dtypes_and_layouts(
     s_dtype: torch.dtype, s_layout: str, t_dtype: torch.dtype, t_layout: str, target: Target
 ) -> None:
-    impl, device = target
     precise = torch.float64 if s_dtype == torch.float64 else torch.float32
     problem = Problem([(2, 24, 3, 5)], 6, dtype=precise)
     problem.student, problem.teacher = [problem.student[0].to(s_dtype)], [problem.teacher[0].to(t_dtype)]
-    losses, grads = problem.expected(custom_mask=True)
-    student = in_layout(problem.student[0], s_layout).detach().to(device).requires_grad_()
-    teacher = in_layout(problem.teacher[0], t_layout).to(device)
-    loss = F.masked_distill_loss(
-        student, teacher, problem.placed_tokens(device), problem.composed(device), custom_mask=True, impl=impl
-    )
+    losses, grads = problem.literal(custom_mask=True)
+    student = in_layout(problem.student[0], s_layout).detach().to(target[1]).requires_grad_()
+    loss = problem.loss(target, [student], [in_layout(problem.teacher[0], t_layout)], custom_mask=True)
     loss.backward()
     assert loss.dtype == precise
     assert student.grad.dtype == s_dtype
@@ -329,18 +251,16 @@ def views() -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("name", list(views()))
 def test_views(name: str, target: Target) -> None:
-    impl, device = target
+    device = target[1]
     given_s, given_t = views()[name]
     student, teacher = moved(given_s, device), moved(given_t, device)
     problem = Problem([(2, 6, 3, 4)], 3)
     problem.student, problem.teacher = [given_s.clone()], [given_t.clone()]
-    losses, grads = problem.expected(custom_mask=True)
+    losses, grads = problem.literal(custom_mask=True)
     kept = student.clone(), teacher.clone()
     versions = student._version, teacher._version
     leaf = student.detach().requires_grad_()
-    loss = F.masked_distill_loss(
-        leaf, teacher, problem.placed_tokens(device), problem.composed(device), custom_mask=True, impl=impl
-    )
+    loss = problem.loss(target, [leaf], [teacher], custom_mask=True)
     loss.backward()
     assert loss.item() == pytest.approx(losses.item(), rel=1e-12)
     close(leaf.grad, grads[0], 1e-12)
@@ -362,33 +282,28 @@ def test_inputs_are_never_written(target: Target) -> None:
 
 def test_two_runs_are_bit_equal(target: Target) -> None:
     problem = Problem([(2, 33, 9, 7)], 6, dtype=torch.float32)
-    (a, [ga]), (b, [gb]) = (problem.measured(target, custom_mask=True) for _ in range(2))
+    (a, [ga]), (b, [gb]) = (problem.ours(target, custom_mask=True) for _ in range(2))
     assert torch.equal(a, b)
     assert torch.equal(ga, gb)
 
 
 def test_loss_does_not_depend_on_requires_grad(target: Target) -> None:
-    impl, device = target
     problem = Problem([(2, 6, 3, 4)], 3, dtype=torch.float32)
-    args = [t.to(device) for t in problem.teacher], problem.placed_tokens(device), problem.composed(device)
-    student = problem.student[0].to(device)
     with torch.no_grad():
-        without = F.masked_distill_loss([student], *args, impl=impl)
+        without = problem.loss(target)
     assert not without.requires_grad
-    assert torch.equal(without, F.masked_distill_loss([student], *args, impl=impl))
-    loss = F.masked_distill_loss([student.requires_grad_()], *args, impl=impl)
+    assert torch.equal(without, problem.loss(target))
+    loss = problem.loss(target, [s.requires_grad_() for s in problem.student])
     assert loss.requires_grad
     assert torch.equal(without, loss.detach())
 
 
 def test_only_one_level_of_the_student_requires_grad(target: Target) -> None:
     problem = Problem([(2, 5, 2, 3), (2, 4, 1, 3)], 2)
-    _, grads = problem.expected()
-    impl, device = target
-    student = [s.to(device) for s in problem.student]
+    _, grads = problem.literal()
+    student = [s.to(target[1]) for s in problem.student]
     student[1].requires_grad_()
-    teacher = [t.to(device) for t in problem.teacher]
-    F.masked_distill_loss(student, teacher, problem.placed_tokens(device), problem.composed(device), impl=impl).backward()
+    problem.loss(target, student).backward()
     assert student[0].grad is None
     close(student[1].grad, grads[1], 1e-12)
 
@@ -406,28 +321,24 @@ def test_empty_batch_trains(target: Target) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_autocast_changes_nothing(dtype: torch.dtype, target: Target) -> None:
     """Sums stay in float32 where the criterion is called inside an autocast region."""
-    impl, device = target
     problem = Problem([(2, 6, 3, 4)], 3, dtype=torch.float32)
-    args = (
-        [s.to(device) for s in problem.student], [t.to(device) for t in problem.teacher],
-        problem.placed_tokens(device), problem.composed(device),
-    )  # fmt: skip
-    expected = F.masked_distill_loss(*args, custom_mask=True, impl=impl)
-    with torch.autocast(device, dtype):
-        got = F.masked_distill_loss(*args, custom_mask=True, impl=impl)
+    expected = problem.loss(target, custom_mask=True)
+    student, teacher = ([x.to(target[1]) for x in xs] for xs in (problem.student, problem.teacher))
+    tokens, weighting = problem.parameters(target[1])
+    with torch.autocast(target[1], dtype):
+        got = F.masked_distill_loss(student, teacher, tokens, weighting, custom_mask=True, impl=target[0])
     assert torch.equal(got, expected)
 
 
 def test_teacher_in_inference_mode(target: Target) -> None:
     """Either it works or it says what to do; torch's own words come from the middle of the graph."""
-    impl, device = target
     problem = Problem([(2, 6, 3, 4)], 3)
-    losses, grads = problem.expected()
-    student = problem.student[0].detach().to(device).requires_grad_()
+    losses, grads = problem.literal()
+    student = problem.student[0].detach().to(target[1]).requires_grad_()
     with torch.inference_mode():
-        teacher = problem.teacher[0].to(device) * 1
+        teacher = problem.teacher[0].to(target[1]) * 1
     try:
-        loss = F.masked_distill_loss(student, teacher, problem.placed_tokens(device), problem.composed(device), impl=impl)
+        loss = problem.loss(target, [student], [teacher])
     except ValueError as error:
         assert "teacher[0]" in str(error)  # noqa: PT017
         assert "no_grad" in str(error)  # noqa: PT017
@@ -446,10 +357,10 @@ def warm_up(target: Target, warmup: int, **options: object) -> tuple[MaskedDisti
     problem = Problem([(2, 4, 2, 3)], 2, weighted=False)
     criterion = MaskedDistillLoss(
         4, 2, weight_mask=False, custom_mask_warmup=warmup, impl=impl,
-        pretrained={"mask_modules.0.mask_token": problem.tokens[0]}, **options,
+        pretrained=problem.learner, **options,
     )  # fmt: skip
     criterion.to(device, torch.float64)
-    before, after = (problem.expected(custom_mask=custom)[0].sum() for custom in (False, True))
+    before, after = (problem.literal(custom_mask=custom)[0].sum() for custom in (False, True))
     assert (before - after).abs() > 1e-3 * before
     return criterion, problem, before, after
 
@@ -526,20 +437,28 @@ def test_align_is_trained_through_the_loss(target: Target) -> None:
         close(got.grad, expected.grad.cpu(), 1e-12)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_wide_offsets(layout: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of 2**31 elements and more take 64-bit offsets; the same path, forced on small ones."""
-    if target[0] != "triton":
-        pytest.skip("eager torch has no offsets of its own")
-    from maskd_triton.kernels import launch, tuning
+def far_apart(x: Tensor, layout: str, device: str) -> Tensor:
+    """``x [2, 9, 5, 7]`` in float16 with an image of 2**31 elements or more, in memory that nobody else touches."""
+    strides = {"nchw": (64, 2**28, 7, 1), "channels_last": (16, 1, 7 * 2**26, 2**26)}[layout]
+    size = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    if device == "cpu":
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * size, flags), dtype=torch.float16)
+    else:
+        memory = torch.zeros(size, dtype=torch.float16, device=device)
+    return memory.as_strided(x.shape, strides).copy_(x)
 
-    problem = Problem([(2, 9, 5, 7)], 6)
-    losses, grads = problem.expected(custom_mask=True)
-    monkeypatch.setattr(launch, "_wide", lambda *_: True)
-    monkeypatch.setattr(tuning, "_generation", -1)  # no plans from other tests, none for other tests
-    got, got_grads = problem.measured(target, layout, custom_mask=True)
-    close(got, losses, 1e-12)
-    close(got_grads[0], grads[0], 1e-12)
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_offsets(layout: str, target: Target) -> None:
+    """Images of 2**31 elements and more take 64-bit offsets."""
+    problem = Problem([(2, 9, 5, 7)], 6, dtype=torch.float16)
+    losses, grads = problem.literal(custom_mask=True)
+    student, teacher = (far_apart(x, layout, target[1]) for x in (problem.student[0], problem.teacher[0]))
+    loss = problem.loss(target, [student.requires_grad_()], [teacher], custom_mask=True)
+    loss.backward()
+    close(loss, losses.sum(), 1e-6)
+    close(student.grad, grads[0], rounding(torch.float16, target) + 2e-6)
 
 
 def test_when_offsets_become_wide() -> None:
@@ -554,8 +473,8 @@ def test_when_offsets_become_wide() -> None:
 def test_features_without_a_contiguous_axis(target: Target) -> None:
     """Gradients keep such strides, too."""
     problem = Problem([(2, 9, 5, 7), (2, 4, 2, 2)], 6)
-    losses, grads = problem.expected(custom_mask=True)
-    got, got_grads = problem.measured(target, BATCH_LAST, custom_mask=True)
+    losses, grads = problem.literal(custom_mask=True)
+    got, got_grads = problem.ours(target, BATCH_LAST, custom_mask=True)
     close(got, losses, 1e-12)
     for g, e in zip(got_grads, grads, strict=True):
         close(g, e, 1e-12)
@@ -563,7 +482,7 @@ def test_features_without_a_contiguous_axis(target: Target) -> None:
 
 def test_many_channels(target: Target) -> None:
     problem = Problem([(1, 4096, 1, 3)], 2, weighted=False)
-    losses, grads = problem.expected()
-    got, got_grads = problem.measured(target)
+    losses, grads = problem.literal()
+    got, got_grads = problem.ours(target)
     close(got, losses, 1e-12)
     close(got_grads[0], grads[0], 1e-12)

@@ -17,7 +17,7 @@ def main(dtype_name: str, layout: str) -> None:
     dtype = getattr(torch, dtype_name)
     random.seed(0)
     tokens, rows, bias = ([torch.empty(shape) for _ in range(5)] for shape in ((6, 16), (9, 6, 16), (6,)))
-    with inspect._compiling_for(inspect.TARGETS["sm_90"]):
+    with inspect.compiling_for(inspect.TARGETS["sm_90"]):
         for _ in range(500):
             h, w, n = random.randint(320, 800), random.randint(320, 1344), random.randint(1, 3)
             sizes = [(-(-h // stride), -(-w // stride)) for stride in (8, 16, 32, 64, 128)]

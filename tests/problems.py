@@ -1,0 +1,119 @@
+"""Problems with a known answer: features, parameters of the size trained ones have, and the literal formulas of both."""
+
+import copy
+
+import torch
+from helpers import in_layout
+from torch import Tensor
+
+from maskd_triton import MaskLearner, MaskModule, reference
+from maskd_triton import functional as F
+
+Target = tuple[str, str]
+Shape = tuple[int, ...]
+
+
+def close(got: Tensor, want: Tensor, bound: float, name: str = "") -> None:
+    """``|got - want| <= bound * max |want|``, of the same shape, no NaN."""
+    assert got.shape == want.shape, name
+    if want.numel():
+        error = (got.detach().cpu().double() - want.detach().double()).abs().max().item()
+        largest = want.detach().abs().max().item()
+        assert error <= bound * largest, (name, error, largest)
+
+
+def strides(x: Tensor) -> list[int]:
+    """Those that say where an element lies: an axis of one element has any."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+def standardised(module: MaskModule, x: Tensor) -> Tensor:
+    """What masks and weights are taken of."""
+    if not module.standardize:
+        return x
+    mean, std = (v.to(x.device, x.dtype)[:, None, None] for v in (module.channel_mean, module.channel_std))
+    return (x - mean) / std
+
+
+def literal_losses(learner: MaskLearner, student: list[Tensor], teacher: list[Tensor], **options: object) -> Tensor:
+    """Stage 2 of every level with the tokens, weighting and statistics of ``learner``, in the dtype of ``student``."""
+    dtype = student[0].dtype
+    modules = copy.deepcopy(learner).to(student[0].device, dtype).requires_grad_(False).mask_modules
+    weighting = [module.weighting() for module in modules] if learner.weight_mask else None
+    teacher = [standardised(module, t.to(dtype)) for module, t in zip(modules, teacher, strict=True)]
+    return reference.distill_loss_levels(student, teacher, [m.mask_token for m in modules], weighting, **options)  # type: ignore[arg-type]
+
+
+def literal_learn(module: MaskModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Stage 1 of one level: masked features and Dice loss, in the dtype of ``x`` and with the graph of both."""
+    weighting = module.weighting() if module.weight_mask else None
+    return reference.masked_features_and_dice(x, module.mask_token, weighting, standardised(module, x))
+
+
+class Problem:
+    """Both stages' inputs and learned parameters; features are exact in ``dtype``, parameters in float32.
+
+    Attributes:
+        student, teacher: of every level, on the CPU, contiguous; a test may put others in their place.
+        learner: what stage 1 has learned.
+    """
+
+    def __init__(self, shapes: list[Shape], num_tokens: int, weighted: bool = True, dtype: torch.dtype = torch.float64):
+        generator = torch.Generator().manual_seed(sum(map(sum, shapes)) + num_tokens)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(shape, generator=generator)).to(torch.float32)
+
+        self.dtype = dtype
+        self.teacher = [normal(*shape).to(dtype) for shape in shapes]
+        self.student = [(t.float() + normal(*t.shape)).to(dtype) for t in self.teacher]
+        self.learner = MaskLearner([shape[1] for shape in shapes], num_tokens, weighted)
+        for token in self.tokens:
+            token.copy_(normal(*token.shape, scale=token.shape[1] ** -0.5))
+        for module in self.learner.mask_modules if weighted else ():
+            for i, p in enumerate(module.weighting()):
+                p.detach().copy_(normal(*p.shape, scale=(0.3, 1, 1, 1)[i] * (p.shape[1] ** -0.5 if p.dim() > 1 else 1)))
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """``[T, C]`` of every level, the learner's own: to be written in place."""
+        return [module.mask_token.detach() for module in self.learner.mask_modules]
+
+    def literal(self, dtype: torch.dtype = torch.float64, **options: object) -> tuple[Tensor, list[Tensor]]:
+        """Losses of every level and the gradients of their sum, by the literal formulas in ``dtype``."""
+        student = [s.detach().to(dtype).requires_grad_() for s in self.student]
+        losses = literal_losses(self.learner, student, self.teacher, **options)
+        losses.sum().backward()
+        return losses.detach().double(), [s.grad.double() for s in student]  # type: ignore[union-attr]
+
+    def ours(self, target: Target, layout: str = "nchw", **options: object) -> tuple[Tensor, list[Tensor]]:
+        """The same from the library, with features in a layout of ``helpers.in_layout``."""
+        student = [in_layout(s, layout).detach().to(target[1]).requires_grad_() for s in self.student]
+        losses = self.loss(target, student, [in_layout(t, layout) for t in self.teacher], reduction="none", **options)
+        losses.sum().backward()
+        for s in student:
+            assert s.grad is not None
+            assert s.grad.dtype == s.dtype
+            assert strides(s.grad) == strides(s)
+        assert losses.dtype == self.precise
+        return losses.detach().cpu().double(), [s.grad.cpu().double() for s in student]  # type: ignore[union-attr]
+
+    def loss(
+        self, target: Target, student: list[Tensor] | None = None, teacher: list[Tensor] | None = None, **options: object
+    ) -> Tensor:
+        """``functional.masked_distill_loss`` of these levels, or of the problem's own, and the learner's parameters."""
+        impl, device = target
+        student, teacher = ([x.to(device) for x in given] for given in (student or self.student, teacher or self.teacher))
+        tokens, weighting = self.parameters(device)
+        return F.masked_distill_loss(student, teacher, tokens, weighting, impl=impl, **options)  # type: ignore[arg-type]
+
+    def parameters(self, device: str = "cpu") -> tuple[list[Tensor], list[tuple[Tensor, Tensor]] | None]:
+        """Tokens and composed weighting of every level, as precise as sums over the features are."""
+        modules = copy.deepcopy(self.learner).to(device, self.precise).requires_grad_(False).mask_modules
+        weighting = [F.compose_weighting(*m.weighting()) for m in modules] if self.learner.weight_mask else None
+        return [module.mask_token for module in modules], weighting
+
+    @property
+    def precise(self) -> torch.dtype:
+        """Of the losses."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
