@@ -6,7 +6,7 @@ import torch
 from helpers import in_layout
 from torch import Tensor
 
-from maskd_triton import MaskLearner, MaskModule, reference
+from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
 from maskd_triton import functional as F
 
 Target = tuple[str, str]
@@ -35,13 +35,16 @@ def standardised(module: MaskModule, x: Tensor) -> Tensor:
     return (x - mean) / std
 
 
-def literal_losses(learner: MaskLearner, student: list[Tensor], teacher: list[Tensor], **options: object) -> Tensor:
-    """Stage 2 of every level with the tokens, weighting and statistics of ``learner``, in the dtype of ``student``."""
-    dtype = student[0].dtype
-    modules = copy.deepcopy(learner).to(student[0].device, dtype).requires_grad_(False).mask_modules
+def literal_losses(
+    learner: MaskLearner, student: list[Tensor], teacher: list[Tensor], dtype: torch.dtype = torch.float64, **options: object
+) -> Tensor:
+    """Stage 2 of every level with the tokens, weighting and statistics of ``learner``, on the CPU in ``dtype``."""
+    modules = copy.deepcopy(learner).to("cpu", dtype).requires_grad_(False).mask_modules
     weighting = [module.weighting() for module in modules] if learner.weight_mask else None
-    teacher = [standardised(module, t.to(dtype)) for module, t in zip(modules, teacher, strict=True)]
-    return reference.distill_loss_levels(student, teacher, [m.mask_token for m in modules], weighting, **options)  # type: ignore[arg-type]
+    teacher = [standardised(module, t.to("cpu", dtype)) for module, t in zip(modules, teacher, strict=True)]
+    return reference.distill_loss_levels(
+        [s.to("cpu", dtype) for s in student], teacher, [m.mask_token for m in modules], weighting, **options
+    )  # type: ignore[arg-type]
 
 
 def literal_learn(module: MaskModule, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,7 @@ class Problem:
     def literal(self, dtype: torch.dtype = torch.float64, **options: object) -> tuple[Tensor, list[Tensor]]:
         """Losses of every level and the gradients of their sum, by the literal formulas in ``dtype``."""
         student = [s.detach().to(dtype).requires_grad_() for s in self.student]
-        losses = literal_losses(self.learner, student, self.teacher, **options)
+        losses = literal_losses(self.learner, student, self.teacher, dtype, **options)
         losses.sum().backward()
         return losses.detach().double(), [s.grad.double() for s in student]  # type: ignore[union-attr]
 
@@ -106,6 +109,12 @@ class Problem:
         student, teacher = ([x.to(device) for x in given] for given in (student or self.student, teacher or self.teacher))
         tokens, weighting = self.parameters(device)
         return F.masked_distill_loss(student, teacher, tokens, weighting, impl=impl, **options)  # type: ignore[arg-type]
+
+    def criterion(self, **options: object) -> MaskedDistillLoss:
+        """With the learner's tokens."""
+        learner, num_tokens = self.learner, len(self.tokens[0])
+        options = {"weight_mask": learner.weight_mask, "standardize": learner.standardize} | options
+        return MaskedDistillLoss(learner.channels, num_tokens, pretrained=learner, **options)  # type: ignore[arg-type]
 
     def parameters(self, device: str = "cpu") -> tuple[list[Tensor], list[tuple[Tensor, Tensor]] | None]:
         """Tokens and composed weighting of every level, as precise as sums over the features are."""

@@ -12,47 +12,22 @@ import numpy as np
 import pytest
 import torch
 from helpers import default_dtype
+from problems import Problem, literal_losses
 from torch import Tensor
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
+from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule
 from maskd_triton import functional as F
 from maskd_triton.diagnostics import suggest_loss_weight
 
 SHAPES = [(2, 4, 6, 5), (2, 3, 3, 2)]
-CHANNELS = [4, 3]
 
 
-def trained(channels: int | list[int] = CHANNELS, num_tokens: int = 6) -> MaskLearner:
-    """A learner whose masks differ visibly from 0.5."""
-    torch.manual_seed(0)
-    learner = MaskLearner(channels, num_tokens)
-    with torch.no_grad():
-        for module in learner.mask_modules:
-            module.mask_token.mul_(100)
-    return learner
+PROBLEM = Problem(SHAPES, 6, dtype=torch.float32)
+S, T = PROBLEM.student, PROBLEM.teacher
 
 
-LEARNER = trained()
-
-
-def criterion_of(learner: MaskLearner = LEARNER, **options: object) -> MaskedDistillLoss:
-    return MaskedDistillLoss(learner.channels, pretrained=learner, **options)  # type: ignore[arg-type]
-
-
-def features(seed: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
-
-
-def expected(student: list[Tensor], teacher: list[Tensor], learner: MaskLearner = LEARNER) -> Tensor:
-    """The literal formulas in float64 with the learner's parameters: one loss per level."""
-    modules = [module.double() for module in copy.deepcopy(learner).mask_modules]
-    return reference.distill_loss_levels(
-        [s.double() for s in student],
-        [t.double() for t in teacher],
-        [m.mask_token for m in modules],
-        [m.weighting() for m in modules],
-    ).detach()
+def cast(levels: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.to(dtype) for x in levels]
 
 
 def agree(got: Tensor, want: Tensor) -> None:
@@ -63,30 +38,30 @@ def agree(got: Tensor, want: Tensor) -> None:
 
 
 def test_containers() -> None:
-    criterion, s, t = criterion_of(), features(1), features(2)
-    want = expected(s, t)
+    criterion, s, t = PROBLEM.criterion(), S, T
+    want = literal_losses(PROBLEM.learner, s, t)
     agree(criterion(s, t, reduction="none"), want)
     agree(criterion(tuple(s), tuple(t)), want.sum())
     keyed_teacher = OrderedDict(p3=t[0], p4=t[1])
     agree(criterion({"p4": s[1], "p3": s[0]}, keyed_teacher, reduction="none"), want)  # by key, in the teacher's order
-    learner = trained(4)
-    single = criterion_of(learner)
-    agree(single(s[0], t[0]), expected(s[:1], t[:1], learner).sum())
-    agree(single([s[0]], t[0]), expected(s[:1], t[:1], learner).sum())
+    one = Problem(SHAPES[:1], 6, dtype=torch.float32)
+    single, want = one.criterion(), literal_losses(one.learner, s[:1], t[:1]).sum()
+    agree(single(s[0], t[0]), want)
+    agree(single([s[0]], t[0]), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loss_dtype(dtype: torch.dtype) -> None:
-    criterion = criterion_of()
-    loss = criterion(features(1, dtype), features(2, dtype))
+    s, t = cast(S, dtype), cast(T, dtype)
+    loss = PROBLEM.criterion()(s, t)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert loss.shape == ()
-    agree(loss, expected(features(1, dtype), features(2, dtype)).sum())
+    agree(loss, literal_losses(PROBLEM.learner, s, t).sum())
 
 
 def test_only_align_is_trained() -> None:
-    assert not [n for n, p in criterion_of().named_parameters() if p.requires_grad]
-    criterion = criterion_of(student_channels=[2, 5])
+    assert not [n for n, p in PROBLEM.criterion().named_parameters() if p.requires_grad]
+    criterion = PROBLEM.criterion(student_channels=[2, 5])
     assert {n for n, p in criterion.named_parameters() if p.requires_grad} == {
         f"align.{i}.{name}" for i in range(2) for name in ("weight", "bias")
     }
@@ -94,15 +69,15 @@ def test_only_align_is_trained() -> None:
 
 def test_align_runs_in_the_features_dtype() -> None:
     """Half features from an autocast region meet a float32 criterion outside of it, and inside."""
-    criterion = criterion_of(student_channels=[2, 5])
+    criterion = PROBLEM.criterion(student_channels=[2, 5])
     s = [torch.randn(2, c, *shape[2:]).bfloat16().requires_grad_() for c, shape in zip((2, 5), SHAPES, strict=True)]
-    t = features(2, torch.bfloat16)
+    t = cast(T, torch.bfloat16)
     aligned = [
         torch.nn.functional.conv2d(x, conv.weight.bfloat16(), conv.bias.bfloat16())
         for x, conv in zip(s, criterion.align, strict=True)
     ]
     outside = criterion(s, t)
-    agree(outside, expected(aligned, t).sum())
+    agree(outside, literal_losses(PROBLEM.learner, aligned, t).sum())
     with torch.autocast("cpu", torch.bfloat16):
         inside = criterion(s, t)
     agree(inside, outside.double())
@@ -118,7 +93,7 @@ def test_untrained_tokens_warn_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         criterion(torch.ones(1, 4, 2, 2, requires_grad=True), torch.zeros(1, 4, 2, 2))
-        criterion_of()
+        PROBLEM.criterion()
 
 
 INTS: list[Callable[[int], Any]] = [np.int64, np.uint8, np.array, torch.tensor]
@@ -142,8 +117,8 @@ def test_ints_of_other_kinds(kind: Callable[[int], Any]) -> None:
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_numbers_of_other_kinds(kind: Callable[[float], Any]) -> None:
-    criterion = criterion_of(loss_weight=kind(2.5), eps=kind(0.5))
-    want = criterion_of(loss_weight=2.5, eps=0.5)(S, T)
+    criterion = PROBLEM.criterion(loss_weight=kind(2.5), eps=kind(0.5))
+    want = PROBLEM.criterion(loss_weight=2.5, eps=0.5)(S, T)
     assert torch.equal(criterion(S, T), want)
     assert type(criterion.eps) is float
     assert F.masked_distill_loss(X, X + 1, [torch.zeros(6, 4)], loss_weight=kind(2.5), eps=kind(0.5)) > 0
@@ -202,7 +177,6 @@ def test_wrong_constructions(call: Callable[[], object], error: type[Exception],
     assert sentence in str(caught.value)
 
 
-S, T = features(1), features(2)
 WRONG_CALLS: list[tuple[str, object, object, type[Exception], str]] = [
     ("too few levels", S[:1], T[:1], ValueError, "teacher: expected 2 levels, got 1"),
     ("unequal levels", S[:1], T, ValueError, "student and teacher: expected as many levels in both, got 1 and 2"),
@@ -233,7 +207,7 @@ WRONG_CALLS: list[tuple[str, object, object, type[Exception], str]] = [
     ("student", "teacher", "error", "sentence"), [c[1:] for c in WRONG_CALLS], ids=[c[0] for c in WRONG_CALLS]
 )
 def test_wrong_calls(student: object, teacher: object, error: type[Exception], sentence: str) -> None:
-    criterion = criterion_of()
+    criterion = PROBLEM.criterion()
     with pytest.raises(error) as caught:
         criterion(student, teacher)
     assert sentence in str(caught.value)
@@ -245,7 +219,7 @@ def test_wrong_calls(student: object, teacher: object, error: type[Exception], s
 )
 def test_wrong_calls_after_right_ones(student: object, teacher: object, error: type[Exception], sentence: str) -> None:
     """What looked right before is not checked again; nothing else may pass for it."""
-    criterion = criterion_of()
+    criterion = PROBLEM.criterion()
     for _ in range(2):
         criterion(S, T)
     with pytest.raises(error) as caught:
@@ -255,7 +229,7 @@ def test_wrong_calls_after_right_ones(student: object, teacher: object, error: t
 
 def test_wrong_reduction() -> None:
     with pytest.raises(ValueError, match="reduction: expected one of 'sum', 'none', got 'mean'"):
-        criterion_of()(S, T, reduction="mean")
+        PROBLEM.criterion()(S, T, reduction="mean")
 
 
 WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
@@ -308,7 +282,7 @@ def test_wrong_formulas(call: Callable[[], object], error: type[Exception], sent
 
 
 def test_a_model_that_is_unfrozen_keeps_its_criterion() -> None:
-    criterion = criterion_of()
+    criterion = PROBLEM.criterion()
     want = criterion(S, T)
     torch.nn.ModuleList([criterion]).requires_grad_(True)
     student = [s.clone().requires_grad_() for s in S]
@@ -329,7 +303,7 @@ def test_pickles_do_not_grow() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 def test_copies_are_equal_and_independent(copied: Callable[[MaskedDistillLoss], MaskedDistillLoss]) -> None:
-    criterion = criterion_of(student_channels=[4, 3])
+    criterion = PROBLEM.criterion(student_channels=[4, 3])
     criterion(S, T)
     other = copied(criterion)
     assert int(other.warmup_step) == 1
@@ -343,31 +317,34 @@ def test_copies_are_equal_and_independent(copied: Callable[[MaskedDistillLoss], 
 
 def test_tables_in_float64() -> None:
     with default_dtype(torch.float64):
-        criterion = criterion_of()
-    s, t = features(1, torch.float64), features(2, torch.float64)
-    torch.testing.assert_close(criterion(s, t, reduction="none"), expected(s, t), rtol=1e-12, atol=0)
+        criterion = PROBLEM.criterion()
+    s, t = cast(S, torch.float64), cast(T, torch.float64)
+    want = literal_losses(PROBLEM.learner, s, t)
+    torch.testing.assert_close(criterion(s, t, reduction="none"), want, rtol=1e-12, atol=0)
 
 
 def test_half_tables() -> None:
     """model.half() on the whole rounds the tables; sums stay in float32."""
-    criterion, s, t = criterion_of().half(), features(1, torch.float16), features(2, torch.float16)
-    rounded = [(x.half(), rows.half(), bias.half()) for x, (rows, bias), _ in (m.tables() for m in criterion_of().mask_modules)]
+    criterion, s, t = PROBLEM.criterion().half(), cast(S, torch.float16), cast(T, torch.float16)
+    rounded = [
+        (x.half(), rows.half(), bias.half()) for x, (rows, bias), _ in (m.tables() for m in PROBLEM.criterion().mask_modules)
+    ]
     want = F.masked_distill_loss(s, t, [x.double() for x, *_ in rounded], [(r.double(), b.double()) for _, r, b in rounded])
     agree(criterion(s, t), want.double())
 
 
 def test_gives_the_same_inside_inference_mode_and_no_grad() -> None:
-    criterion = criterion_of()
+    criterion = PROBLEM.criterion()
     want = criterion(S, T)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.equal(criterion(S, T), want)
-            made_inside = criterion_of()
+            made_inside = PROBLEM.criterion()
         assert torch.equal(made_inside(S, T), want)
 
 
 def test_repr_shows_the_settings() -> None:
-    text = repr(criterion_of(loss_weight=7.0, custom_mask_warmup=8500))
+    text = repr(PROBLEM.criterion(loss_weight=7.0, custom_mask_warmup=8500))
     assert "num_tokens=6" in text
     assert "loss_weight=7.0" in text
     assert "custom_mask_warmup=8500" in text
