@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import LAYOUTS, default_dtype, in_layout
+from problems import Target, literal_learn, literal_losses
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
@@ -13,7 +14,6 @@ from maskd_triton import MaskedDistillLoss, MaskLearner, _eager, shapes
 from maskd_triton import functional as F
 from maskd_triton._ops.pool import pool, strip_sums, valid_weights
 
-Target = tuple[str, str]
 STRIDES, CHANNELS = (2, 4), (5, 3)
 IMAGES = [(8, 12), (4, 8), (8, 4), (0, 0)]  # the last has no valid pixel
 SIZE = (8, 16)
@@ -64,10 +64,9 @@ def test_loss_equals_crops(weight_mask: bool, standardize: bool, eps: float, tar
     student, teacher = maps(device, grad=True), maps(device)
     loss = criterion(student, teacher, valid=valid_of(IMAGES, device))
     grads = torch.autograd.grad(loss, student)
-    literal = MaskedDistillLoss.__call__
-    criterion.impl = "eager"
-    expected = sum(literal(criterion, crop(student, n), crop(teacher, n)) for n in range(3)) / len(IMAGES)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    crops = (literal_losses(learner, crop(student, n), crop(teacher, n), custom_mask=True, eps=eps) for n in range(3))
+    expected = sum(losses.sum() for losses in crops) / len(IMAGES)
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
     for g, e in zip(grads, torch.autograd.grad(expected, student), strict=True):  # zero outside the crops
         torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-15)
 
@@ -83,17 +82,19 @@ def test_stage_1_equals_crops(weight_mask: bool, standardize: bool, target: Targ
     dice = learner.dice_loss()
     loss = sum((y * u).sum() for y, u in zip(masked, ups, strict=True)) + 3 * dice
     grads = torch.autograd.grad(loss, leaves)
-    learner.impl, expected, dices = "eager", 0.0, []
+    expected = expected_dice = 0.0
     for n in range(3):
-        for y, whole, u, s in zip(learner(crop(features, n)), masked, crop(ups, n), STRIDES, strict=True):
+        crops = zip(learner.mask_modules, crop(features, n), masked, crop(ups, n), STRIDES, strict=True)
+        for module, x, whole, u, s in crops:
+            y, d = literal_learn(module, x)
             h, w = (side // s for side in IMAGES[n])
             torch.testing.assert_close(whole[n : n + 1, :, :h, :w], y, rtol=1e-12, atol=1e-14)
             assert not whole[n, :, h:].any()
             assert not whole[n, :, :, w:].any()
             expected = expected + (y * u).sum()
-        dices.append(learner.dice_loss() / len(IMAGES))
-    torch.testing.assert_close(dice, sum(dices), rtol=1e-12, atol=0)
-    expected = expected + 3 * sum(dices)
+            expected_dice = expected_dice + d / len(IMAGES)
+    torch.testing.assert_close(dice, expected_dice, rtol=1e-12, atol=0)
+    expected = expected + 3 * expected_dice
     for g, e in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-13)
 
