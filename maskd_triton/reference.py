@@ -27,6 +27,20 @@ def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> T
     return torch.softmax(conv2d(pooled, w1, b1).flatten(1), dim=1)
 
 
+def masked_distance(
+    s: Tensor, t: Tensor, m: Tensor, w: Tensor | None = None, *, mask_power: int = 2, eps: float = 1e-12
+) -> Tensor:
+    """Stage 2 of one level, of masks ``m [N, T, H, W]`` and weights ``w [N, T]`` (1 / T without); see :func:`distill_loss`.
+
+    ``mask_power=1`` puts ``m`` itself before the squared difference, in place of its square.
+    """
+    factor = m if mask_power == 2 else m.sqrt()
+    masked = factor[:, :, None] * (s - t)[:, None]  # [N, T, C, H, W]
+    per_token = masked.square().sum((2, 3, 4)) / (s.shape[1] * (m.sum((2, 3)) + eps))
+    per_image = per_token.mean(1) if w is None else (w * per_token).sum(1)
+    return per_image.sum() / max(s.shape[0], 1)
+
+
 def distill_loss_levels(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -43,13 +57,8 @@ def distill_loss_levels(
         m = masks(t, e)
         if custom_mask:
             m = m * masks(s, e).detach()
-        masked = m[:, :, None] * (s - t)[:, None]  # [N, T, C, H, W]
-        per_token = masked.square().sum((2, 3, 4)) / (s.shape[1] * (m.sum((2, 3)) + eps))
-        if weighting is not None:
-            per_image = (mask_weights(t, *weighting[i]) * per_token).sum(1)
-        else:
-            per_image = per_token.mean(1)
-        losses.append(loss_weight * per_image.sum() / max(s.shape[0], 1))
+        w = None if weighting is None else mask_weights(t, *weighting[i])
+        losses.append(loss_weight * masked_distance(s, t, m, w, eps=eps))
     return torch.stack(losses)
 
 

@@ -59,6 +59,7 @@ class Problem:
     Attributes:
         student, teacher: of every level, on the CPU, contiguous; a test may put others in their place.
         learner: what stage 1 has learned.
+        masks, mask_weights: ``[N, T, H, W]`` and ``[N, T]`` of every level, to be given in place of the learner's.
     """
 
     def __init__(self, shapes: list[Shape], num_tokens: int, weighted: bool = True, dtype: torch.dtype = torch.float64):
@@ -76,6 +77,8 @@ class Problem:
         for module in self.learner.mask_modules if weighted else ():
             for i, p in enumerate(module.weighting()):
                 p.detach().copy_(normal(*p.shape, scale=(0.3, 1, 1, 1)[i] * (p.shape[1] ** -0.5 if p.dim() > 1 else 1)))
+        self.masks = [torch.rand(n, num_tokens, h, w, generator=generator).to(dtype) for n, _, h, w in shapes]
+        self.mask_weights = [torch.rand(n, num_tokens, generator=generator).to(dtype) for n, *_ in shapes]
 
     @property
     def tokens(self) -> list[Tensor]:

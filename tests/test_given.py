@@ -5,26 +5,23 @@ from typing import Any
 import pytest
 import torch
 from helpers import LAYOUTS, in_layout
+from problems import Problem, Target
 from torch import Tensor
 
-from maskd_triton import MaskedDistillLoss, MaskLearner
+from maskd_triton import MaskedDistillLoss, MaskLearner, reference
 from maskd_triton import functional as F
 
-Target = tuple[str, str]
 SHAPES = [(2, 5, 6, 7), (2, 3, 3, 3)]
 
 
-def literal(s: Tensor, t: Tensor, m: Tensor, w: Tensor, power: int, eps: float) -> Tensor:
-    d = (s - t).square().sum(1)
-    per_mask = (m**power * d[:, None]).sum((2, 3)) / (s.shape[1] * (m.sum((2, 3)) + eps))
-    return (w * per_mask).sum() / s.shape[0]
+def problem(tokens: int, device: str) -> tuple[list[Tensor], ...]:
+    drawn = Problem(SHAPES, tokens)
+    return tuple([x.to(device) for x in xs] for xs in (drawn.student, drawn.teacher, drawn.masks, drawn.mask_weights))
 
 
-def problem(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], ...]:
-    torch.manual_seed(0)
-    students, teachers = ([torch.randn(shape, dtype=dtype) for shape in SHAPES] for _ in range(2))
-    masks = [torch.rand(n, tokens, h, w, dtype=dtype) for n, _, h, w in SHAPES]
-    return students, teachers, masks, [torch.rand(2, tokens, dtype=dtype) for _ in SHAPES]
+def literal(*levels: list[Any], **options: Any) -> Tensor:
+    """The sum over levels of student, teacher, masks and weights."""
+    return sum(reference.masked_distance(*level, **options) for level in zip(*levels, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -32,21 +29,18 @@ def problem(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tenso
 @pytest.mark.parametrize(("tokens", "weighed"), [(1, False), (3, True), (9, True), (9, False)])
 def test_literal(tokens: int, weighed: bool, power: int, layout: str, target: Target) -> None:
     impl, device = target
-    students, teachers, masks, weights = problem(tokens)
-    xs = [in_layout(s, layout).to(device).requires_grad_() for s in students]
+    students, teachers, masks, weights = problem(tokens, device)
+    xs = [in_layout(s, layout).requires_grad_() for s in students]
+    options = {"mask_power": power, "eps": 1e-3}
     loss = F.masked_distill_loss(
-        xs, [in_layout(t, layout).to(device) for t in teachers], masks=[m.to(device) for m in masks],
-        mask_weights=[w.to(device) for w in weights] if weighed else None,
-        mask_power=power, loss_weight=2.5, eps=1e-3, impl=impl,
+        xs, [in_layout(t, layout) for t in teachers], masks=masks, mask_weights=weights if weighed else None,
+        loss_weight=2.5, impl=impl, **options,
     )  # fmt: skip
-    grads = torch.autograd.grad(loss, xs)
-    leaves = [s.clone().requires_grad_() for s in students]
-    if not weighed:
-        weights = [torch.full_like(w, 1 / tokens) for w in weights]
-    expected = sum(2.5 * literal(*level, power, 1e-3) for level in zip(leaves, teachers, masks, weights, strict=True))
-    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
-    for g, e in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
-        torch.testing.assert_close(g.cpu(), e, rtol=1e-11, atol=1e-15)
+    leaves = [s.detach().clone().requires_grad_() for s in students]
+    expected = 2.5 * literal(leaves, teachers, masks, weights if weighed else [None] * len(SHAPES), **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for g, e in zip(torch.autograd.grad(loss, xs), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -71,41 +65,37 @@ def test_box_of_one_mask_is_a_mean(dtype: torch.dtype, target: Target) -> None:
 def test_tokens_with_given_weights_and_valid(target: Target) -> None:
     """Weights from outside on the tokens' masks, and given masks on valid pixels."""
     impl, device = target
-    students, teachers, masks, weights = problem(3)
-    students, teachers, masks, weights = ([x.to(device) for x in xs] for xs in (students, teachers, masks, weights))
+    students, teachers, masks, weights = problem(3, device)
     valid = torch.rand(2, 12, 14, device=device) > 0.4
     seen = [valid[:, ::2, ::2], valid[:, ::4, [0, 4, 9]]]
     tokens = [torch.randn(3, c, dtype=torch.float64, device=device) for _, c, _, _ in SHAPES]
     found = F.masked_distill_loss(students, teachers, tokens, mask_weights=weights, valid=valid, mask_power=1, impl=impl)
     own = [F.receptive_masks(t, e) * v[:, None] for t, e, v in zip(teachers, tokens, seen, strict=True)]
-    expected = sum(literal(*level, 1, 1e-12) for level in zip(students, teachers, own, weights, strict=True))
+    expected = literal(students, teachers, own, weights, mask_power=1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     found = F.masked_distill_loss(students, teachers, masks=masks, valid=valid, impl=impl)
-    given, even = [m * v[:, None] for m, v in zip(masks, seen, strict=True)], [torch.full_like(w, 1 / 3) for w in weights]
-    expected = sum(literal(*level, 2, 1e-12) for level in zip(students, teachers, given, even, strict=True))
+    expected = literal(students, teachers, [m * v[:, None] for m, v in zip(masks, seen, strict=True)])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_standardised_difference(target: Target) -> None:
     impl, device = target
-    students, teachers, masks, weights = problem(3)
-    levels, expected = [], torch.zeros((), dtype=torch.float64)
-    for s, t, m, w in zip(students, teachers, masks, weights, strict=True):
-        mean, std = torch.randn(t.shape[1]).double(), torch.rand(t.shape[1]).double() + 0.5
-        standard, _ = F.compose_standardization(torch.zeros(3, t.shape[1]).double(), mean, std)
-        levels.append(F.Standardization(*(x.to(device) for x in standard)))
-        expected += literal(s, (t - mean[:, None, None]) / std[:, None, None], m, w, 2, 1e-12)
-    students, teachers, masks, weights = ([x.to(device) for x in xs] for xs in (students, teachers, masks, weights))
+    students, teachers, masks, weights = problem(3, device)
+    levels, targets = [], []
+    for t in teachers:
+        mean, std = torch.randn_like(t[0, :, 0, 0]), torch.rand_like(t[0, :, 0, 0]) + 0.5
+        levels.append(F.compose_standardization(torch.zeros_like(t[0, :, 0, :3].T), mean, std)[0])
+        targets.append((t - mean[:, None, None]) / std[:, None, None])
     loss = F.masked_distill_loss(students, teachers, masks=masks, mask_weights=weights, standardize=levels, impl=impl)
-    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, literal(students, targets, masks, weights), rtol=1e-12, atol=0)
 
 
 def test_criterion(target: Target) -> None:
     """By key, in any order; without tokens of its own, and instead of its own, which the warm-up does not touch."""
     impl, device = target
-    students, teachers, masks, weights = problem(4)
-    expected = sum(literal(*level, 1, 1e-12) for level in zip(students, teachers, masks, weights, strict=True))
-    s, t, m, w = ({k: x.to(device) for k, x in zip("ab", xs, strict=True)} for xs in (students, teachers, masks, weights))
+    students, teachers, masks, weights = problem(4, device)
+    expected = literal(students, teachers, masks, weights, mask_power=1)
+    s, t, m, w = (dict(zip("ab", xs, strict=True)) for xs in (students, teachers, masks, weights))
     m, w = dict(reversed(m.items())), dict(reversed(w.items()))
     options: dict[str, Any] = {"mask_power": 1, "impl": impl}
     without = MaskedDistillLoss([5, 3], None, **options).to(device)
@@ -113,18 +103,18 @@ def test_criterion(target: Target) -> None:
     own = MaskedDistillLoss([5, 3], 3, custom_mask_warmup=0, pretrained=MaskLearner([5, 3], 3), **options).to(device)
     for criterion in (without, own):
         loss = criterion(s, t, masks=m, mask_weights=w)
-        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         level = criterion.diagnostics()["b"]
-        torch.testing.assert_close(level.coverage.cpu(), masks[1].mean((0, 2, 3)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(level.coverage, masks[1].mean((0, 2, 3)), rtol=1e-12, atol=0)
         share = weights[1] / weights[1].sum(1, keepdim=True)
-        torch.testing.assert_close(level.weight.cpu(), share.mean(0), rtol=1e-9, atol=0)
+        torch.testing.assert_close(level.weight, share.mean(0), rtol=1e-9, atol=0)
     with pytest.raises(ValueError, match="masks: expected masks with every call, because num_tokens=None"):
         without(s, t)
 
 
 def test_one_mask_for_all_images() -> None:
     """Expanded over the batch."""
-    students, teachers, masks, _ = problem(2)
+    students, teachers, masks, _ = problem(2, "cpu")
     one = [m[:1].expand_as(m) for m in masks]
     loss = F.masked_distill_loss(students, teachers, masks=one)
     assert torch.equal(loss, F.masked_distill_loss(students, teachers, masks=[m.contiguous() for m in one]))
