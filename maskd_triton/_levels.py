@@ -1,15 +1,16 @@
 """Features as lists of levels: one tensor, a sequence matched by position, or a mapping matched by key."""
 
 import copy
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks as check
 from .shapes import valid_pixels
 
+X = TypeVar("X")
 Levels = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
 
 
@@ -28,6 +29,50 @@ def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
     if levels is not None and len(found) != levels:
         raise ValueError(f"{name}: expected one value for each of the {levels} levels, got {len(found)}: {value!r}")
     return found
+
+
+def named(channels: Any) -> tuple[list[int], list[Any] | None]:
+    """``channels=`` as one int per level, and the names of the levels, if it is a mapping."""
+    if not isinstance(channels, Mapping):
+        return per_level(channels, "channels"), None
+    taken = nn.ModuleDict()
+    for name in channels:
+        text = str(name)
+        if isinstance(name, bool) or not isinstance(name, str | int) or not text or "." in text or hasattr(taken, text):
+            raise ValueError(
+                f"channels: {name!r} cannot name a level: expected an int, or a str without '.' that is no attribute of "
+                "nn.ModuleDict"
+            )
+    if len({str(name) for name in channels}) < len(channels):
+        raise ValueError(f"channels: expected names that differ as strings, got {list(channels)}")
+    return per_level(list(channels.values()), "channels"), list(channels)
+
+
+def in_order(value: X | Mapping[Any, Any], name: str, names: Sequence[Any] | None, of: str = "channels") -> X:
+    """A mapping by level as a list in the order of ``names``, which those of ``of`` are; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    if names is None:
+        raise TypeError(f"{name}: a mapping by level, but {of} is none, so levels have no names")
+    if set(value) != set(names):
+        raise ValueError(f"{name}: expected the levels {list(names)}, got {list(value)}")
+    return [value[key] for key in names]  # type: ignore[return-value]
+
+
+def container(modules: Sequence[nn.Module], names: Sequence[Any] | None) -> nn.ModuleList | nn.ModuleDict:
+    """One module per level, by name if the levels have names."""
+    return nn.ModuleList(modules) if names is None else nn.ModuleDict(dict(zip(map(str, names), modules, strict=True)))
+
+
+def members(modules: nn.Module) -> list[Any]:
+    """The modules in a :func:`container`."""
+    return list(modules._modules.values())
+
+
+def usual(keys: Iterable[Any], order: Sequence[Any] | None) -> list[Any]:
+    """``keys`` in the ``order`` in which the same ones came before; as they are, if those were others."""
+    found = list(keys)
+    return found if order is None or found == order or set(found) != set(order) else list(order)
 
 
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
@@ -110,16 +155,18 @@ def _wrapped_like(old: Any, x: Tensor) -> Any:
 
 
 class Matched(NamedTuple):
-    """Student and teacher levels side by side, in the teacher's order (that in which its tokens were learned).
+    """Student and teacher levels side by side.
 
     Attributes:
         students, teachers: tensors of every level.
-        keys: of the levels, where they are mappings.
+        keys: names of the levels, if they have any.
+        by_key: what else is given by level must be a mapping; False: or a sequence, if the levels have an order.
     """
 
     students: list[Tensor]
     teachers: list[Tensor]
     keys: list[Any] | None
+    by_key: bool
 
     @property
     def labels(self) -> list[str]:
@@ -127,10 +174,17 @@ class Matched(NamedTuple):
         return labels(len(self.teachers), self.keys)
 
 
-def match(student: Levels, teacher: Levels) -> Matched:
-    """TypeError or ValueError unless both have the same levels."""
-    teachers, keys = as_list(teacher, "teacher")
-    if isinstance(student, Mapping) != (keys is not None):
+def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None, order: Sequence[Any] | None = None) -> Matched:
+    """TypeError or ValueError unless both have the same levels.
+
+    Levels come in the order of their ``names``; each may then be a mapping or a sequence. Without names both or neither are
+    mappings, whose order is the teacher's, or the ``order`` of an earlier call.
+    """
+    expected = usual(teacher, order) if names is None and isinstance(teacher, Mapping) else names
+    teachers, keys = as_list(teacher, "teacher", expected)
+    if names is not None:
+        keys = list(names)
+    elif isinstance(student, Mapping) != (keys is not None):
         raise TypeError(
             "student and teacher: expected both or neither to be a mapping of levels, "
             f"got {type(student).__name__} and {type(teacher).__name__}"
@@ -138,7 +192,7 @@ def match(student: Levels, teacher: Levels) -> Matched:
     students, _ = as_list(student, "student", keys)
     if len(students) != len(teachers):
         raise ValueError(f"student and teacher: expected as many levels in both, got {len(students)} and {len(teachers)}")
-    return Matched(students, teachers, keys)
+    return Matched(students, teachers, keys, keys is not None and names is None)
 
 
 def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
@@ -178,10 +232,17 @@ def without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:
     return [x.masked_fill((v == 0).view(len(x), 1, *x.shape[2:]), 0) for x, v in zip(levels, counted, strict=True)]
 
 
-def maps_of_levels(masks: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, name: str = "masks") -> list[Tensor]:
-    """Given masks as contiguous ``[N, T, P]``, matched with the ``levels`` of the teacher, whose ``keys`` they have."""
-    found = _given(masks, levels, keys, name)
-    for m, x, label in zip(found, levels, labels(len(levels), keys), strict=True):
+def entries(value: Sequence[X] | Mapping[Any, X] | None, name: str, levels: Matched) -> Sequence[X] | None:
+    """Parameters given by level, one for each: a sequence in the order of the teacher, or a mapping with its keys."""
+    found: Any = in_order(value, name, levels.keys, "student")
+    check.per_level(found, name, len(levels.teachers))
+    return found
+
+
+def maps_of_levels(masks: Levels, levels: Matched, name: str = "masks") -> list[Tensor]:
+    """Given masks as contiguous ``[N, T, P]``, matched with the teacher's levels."""
+    found = _given(masks, levels, name)
+    for m, x, label in zip(found, levels.teachers, levels.labels, strict=True):
         check.maps(m, f"{name}{label}", x)
         if m.shape[1] != found[0].shape[1]:
             raise ValueError(
@@ -190,24 +251,23 @@ def maps_of_levels(masks: Levels, levels: Sequence[Tensor], keys: Sequence[Any] 
     return [m.flatten(2).contiguous() for m in found]
 
 
-def weights_of_levels(
-    weights: Levels, shape: Sequence[int], dtype: torch.dtype, levels: Sequence[Tensor], keys: Sequence[Any] | None
-) -> Tensor:
+def weights_of_levels(weights: Levels, shape: Sequence[int], dtype: torch.dtype, levels: Matched) -> Tensor:
     """Given mask weights as ``[levels, N, T]`` in ``dtype``; every level's are of ``shape`` ``[N, T]``."""
-    found = _given(weights, levels, keys, "mask_weights")
-    for w, label in zip(found, labels(len(levels), keys), strict=True):
-        check.parameter(w, f"mask_weights{label}", shape, levels[0].device)
+    found = _given(weights, levels, "mask_weights")
+    for w, label in zip(found, levels.labels, strict=True):
+        check.parameter(w, f"mask_weights{label}", shape, levels.teachers[0].device)
         check.frozen(w, f"mask_weights{label}")
     return torch.stack([w.to(dtype) for w in found])
 
 
-def _given(given: Levels, levels: Sequence[Tensor], keys: Sequence[Any] | None, name: str) -> list[Tensor]:
-    """One entry for each of the teacher's levels, by its keys if it is a mapping."""
-    if isinstance(given, Mapping) != (keys is not None):
+def _given(given: Levels, levels: Matched, name: str) -> list[Tensor]:
+    """One entry for each of the levels, by key if it is a mapping."""
+    mapping = isinstance(given, Mapping)
+    if (mapping and levels.keys is None) or (not mapping and levels.by_key):
         raise TypeError(
             f"{name} and teacher: expected both or neither to be a mapping of levels, {name} is a {type(given).__name__}"
         )
-    found, _ = as_list(given, name, keys)
-    if len(found) != len(levels):
-        raise ValueError(f"{name}: expected one entry for each of the {len(levels)} levels, got {len(found)}")
+    found, _ = as_list(given, name, levels.keys)
+    if len(found) != len(levels.teachers):
+        raise ValueError(f"{name}: expected one entry for each of the {len(levels.teachers)} levels, got {len(found)}")
     return found

@@ -18,7 +18,7 @@ from .tables import COMPOSED, PUBLISHED, LevelTables, MaskLevel
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 
-_KEY = re.compile(r"(?:^|.*\.)(mask_modules\.\d+\..+)$")
+_KEY = re.compile(r"(?:^|.*\.)(mask_modules\.[^.]+\..+)$")
 _STATISTIC = re.compile(r"\.(?:channel_mean|channel_std|statistics)$")
 _BARE = COMPOSED | PUBLISHED | {"mask_token"}
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
@@ -44,7 +44,7 @@ _DAMAGE = (
 
 
 def mask_state(source: Source) -> dict[str, Tensor]:
-    """All mask entries of ``source`` as ``mask_modules.{i}.<parameter>``, on the CPU when read from a file.
+    """All mask entries of ``source`` as ``mask_modules.{level}.<parameter>``, on the CPU when read from a file.
 
     ``source`` is a path, a module (``MaskLearner``, ``MaskedDistillLoss``), or a state dict: our own, a whole detector's
     (any prefix before ``mask_modules``, also below a ``"state_dict"`` key), the YOLOv5 port's (below ``"maskd_model"``),
@@ -83,16 +83,16 @@ def mask_state(source: Source) -> dict[str, Tensor]:
     return found
 
 
-def load_masks(modules: nn.ModuleList, source: Source) -> None:
+def load_masks(modules: nn.ModuleList | nn.ModuleDict, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
     ``modules`` are the ``mask_modules`` of a learner, or of a criterion, which composes its tables of them or copies those of
-    another criterion.
+    another criterion. Named levels are found by name; in a source whose levels are numbered, by position.
 
     Raises:
         ValueError: a list of all missing, unexpected, misshapen, sparse and non-finite entries, and statistics
-            (``standardize=True``) that were never gathered; a criterion as the source of a learner; ``modules`` on the meta
-            device.
+            (``standardize=True``) that were never gathered; a criterion as the source of a learner; named levels for modules
+            without names; ``modules`` on the meta device.
 
     Example:
         >>> from maskd_triton import MaskedDistillLoss, MaskLearner
@@ -105,7 +105,7 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
             "pretrained: tensors on the meta device hold no values; build the module without pretrained= there, and load the "
             "tokens once it has memory (to_empty): checkpoints.load_masks(module.mask_modules, pretrained), or load_state_dict"
         )
-    found = mask_state(source)
+    found = _for_levels(mask_state(source), modules)
     composed = any(key.split(".", 2)[2] in COMPOSED for key in found)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for i, module in modules.named_children():
@@ -146,8 +146,23 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
     modules.load_state_dict({k.removeprefix("mask_modules."): v for k, v in found.items()})
 
 
-def save_masks(modules: nn.ModuleList, path: str | os.PathLike[str]) -> None:
-    """Write the tokens and mask weights of ``modules`` as CPU tensors ``mask_modules.{i}.<parameter>``.
+def _for_levels(found: dict[str, Tensor], modules: nn.ModuleList | nn.ModuleDict) -> dict[str, Tensor]:
+    """``found`` under the names of ``modules``: by name where it has them, by position where its levels are numbered."""
+    own, given = list(modules._modules), list(dict.fromkeys(key.split(".", 2)[1] for key in found))
+    numbered = all(name.isdecimal() for name in given)
+    if isinstance(modules, nn.ModuleList) and not numbered:
+        tokens = {name: found.get(f"mask_modules.{name}.mask_token") for name in given}
+        shown = {name: x.shape[-1] for name, x in tokens.items() if x is not None}
+        raise ValueError(f"pretrained: its levels have names, so the module needs them, too: give channels={shown}")
+    if isinstance(modules, nn.ModuleList) or set(given) == set(own) or not numbered or len(given) != len(own):
+        return found  # what is missing or unexpected is listed
+    renamed = dict(zip(sorted(given, key=int), own, strict=True))
+    parts = [(key.split(".", 2), value) for key, value in found.items()]
+    return {f"{container}.{renamed[name]}.{entry}": value for (container, name, entry), value in parts}
+
+
+def save_masks(modules: nn.ModuleList | nn.ModuleDict, path: str | os.PathLike[str]) -> None:
+    """Write the tokens and mask weights of ``modules`` as CPU tensors ``mask_modules.{level}.<parameter>``.
 
     In safetensors' format when ``path`` ends in ``.safetensors``, by ``torch.save`` otherwise; :func:`mask_state` reads both.
     An existing file is replaced in one step once the new one is on disk: a process killed while saving leaves the old file

@@ -3,7 +3,7 @@
 Source of every formula: *Masked Distillation with Receptive Tokens*, ICLR 2023, https://arxiv.org/abs/2205.14589.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +36,10 @@ REDUCTIONS = ("sum", "none")
 def masked_distill_loss(
     student: Levels,
     teacher: Levels,
-    tokens: Sequence[Tensor] | None = None,
-    weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
+    tokens: Sequence[Tensor] | Mapping[Any, Tensor] | None = None,
+    weighting: Sequence[tuple[Tensor, Tensor]] | Mapping[Any, tuple[Tensor, Tensor]] | None = None,
     *,
-    standardize: Sequence[Standardization] | None = None,
+    standardize: Sequence[Standardization] | Mapping[Any, Standardization] | None = None,
     valid: Any = None,
     masks: Levels | None = None,
     mask_weights: Levels | None = None,
@@ -63,9 +63,10 @@ def masked_distill_loss(
     gradient is ``(s - t)`` times one number per pixel, so nothing of size ``[N, T, C, H, W]`` is built.
 
     Args:
-        student: features ``[N, C_i, H_i, W_i]`` of each level: a tensor, a sequence, or a mapping matched by key.
+        student: features ``[N, C_i, H_i, W_i]`` of each level: a tensor, a sequence, or a mapping, matched by key.
         teacher: features of the same shapes; must not require grad.
-        tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype.
+        tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype. This and all else by level may be a
+            mapping with the keys of the features, in any order; sequences follow the order of ``teacher``.
         weighting: ``(rows [9, T, C_i], bias)`` of each level from :func:`compose_weighting` (with ``standardize``, from
             :func:`compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
         valid: the pixels that count in a padded batch: bool or integer ``[N, H0, W0]`` (transformers' ``pixel_mask``) at the
@@ -109,8 +110,9 @@ def masked_distill_loss(
     """
     loss_weight = check.scale(loss_weight, "loss_weight")
     levels = _levels.match(student, teacher)
-    for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
-        check.per_level(given, name, len(levels.students))
+    tokens = _levels.entries(tokens, "tokens", levels)
+    weighting = _levels.entries(weighting, "weighting", levels)
+    standardize = _levels.entries(standardize, "standardize", levels)
     if (tokens is None) == (masks is None):
         raise ValueError(f"tokens and masks: expected one of them, got {'none' if masks is None else 'both'}")
     if masks is not None and (custom_mask or weighting is not None):
@@ -181,17 +183,17 @@ def distill(
     check.choice(reduction, "reduction", REDUCTIONS)
     check.choice(impl, "impl", IMPLS)
     _check_fit(levels, channels, options)
-    students, teachers, keys = levels
+    students, teachers = levels.students, levels.teachers
     impl, tables = resolve_impl(impl, students[0].device), options.tables
     weighed = bool(tables.pool_rows) or given.mask_weights is not None
     if any(x is not None for x in given):
         pixels = _levels.valid_of_levels(given.valid, teachers)
-        masks = [] if given.masks is None else _levels.maps_of_levels(given.masks, teachers, keys)
+        masks = [] if given.masks is None else _levels.maps_of_levels(given.masks, levels)
         weights = None
         if given.mask_weights is not None:
             shape = [teachers[0].shape[0], masks[0].shape[1] if masks else len(tables.tokens[0])]
             acc = _eager.acc_dtype(teachers[0].dtype)
-            weights = _levels.weights_of_levels(given.mask_weights, shape, acc, teachers, keys)
+            weights = _levels.weights_of_levels(given.mask_weights, shape, acc, levels)
         elif pixels and tables.pool_rows:
             flat, pool = [t.flatten(2) for t in teachers], list(zip(tables.pool_rows, tables.pool_bias, strict=True))
             weights = torch.stack(valid_weights(flat, pool, pixels, [t.shape[2] for t in teachers], impl))
@@ -201,8 +203,8 @@ def distill(
     outputs = masked_distill(students, teachers, options, impl)
     per_image = outputs.per_image * loss_weight
     loss = per_image.sum() if reduction == "sum" else per_image.sum(1)
-    latest = Latest(outputs._replace(per_image=per_image.detach()), [t.shape for t in teachers], keys, options.valid, weighed)
-    return loss, latest
+    outputs = outputs._replace(per_image=per_image.detach())
+    return loss, Latest(outputs, [t.shape for t in teachers], levels.keys, options.valid, weighed)
 
 
 def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions) -> None:

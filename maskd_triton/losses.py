@@ -12,7 +12,20 @@ from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
 from ._hooks import graph_task, warn_without_gradient
-from ._levels import Levels, Matched, as_list, like, match, per_level, without_padding
+from ._levels import (
+    Levels,
+    Matched,
+    as_list,
+    container,
+    in_order,
+    like,
+    match,
+    members,
+    named,
+    per_level,
+    usual,
+    without_padding,
+)
 from ._ops.library import outside_transforms
 from ._records import DistillOptions, DistillTables, Latest
 from .checkpoints import Source, load_masks
@@ -32,7 +45,9 @@ class MaskedDistillLoss(nn.Module):
     ``m = sigmoid(E t) * sigmoid(E s)``, no gradient through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
 
     Args:
-        channels: channels of the teacher's features, one per level; an int means a single level.
+        channels: channels of the teacher's features, one per level; an int means a single level. A mapping ``{name: C}`` names
+            the levels: then features, ``masks=``, ``student_channels`` and ``align`` may be mappings in any order, and the
+            state dict says ``mask_modules.{name}``.
         num_tokens: T, receptive tokens per level; None: no tokens, ``masks=`` come with every call.
         student_channels: channels of the student's features if it needs aligning: then a biased 1x1 convolution per
             level, ``align.{i}``, belongs to the criterion's parameters and must be trained with the student. None: no
@@ -60,9 +75,9 @@ class MaskedDistillLoss(nn.Module):
             ``TRITON_INTERPRET=1``) or ``"eager"``.
 
     Shape:
-        ``student`` and ``teacher``: levels ``[N, C_i, H_i, W_i]``, a tensor, a sequence (matched by position) or a mapping
-        (matched by key, in the teacher's order); ``valid [N, H0, W0]``. Returns a float32 scalar (float64
-        for float64 features), or ``[levels]`` for ``reduction="none"``.
+        ``student`` and ``teacher``: levels ``[N, C_i, H_i, W_i]``, a tensor, a sequence in the order of ``channels``, or a
+        mapping, in any order if the levels have names; without, its order in the first call is that of ``channels``. ``valid
+        [N, H0, W0]``. Returns a float32 scalar (float64 for float64 features), or ``[levels]`` for ``reduction="none"``.
 
     Tokens and mask weights are frozen: ``mask_modules`` holds a :class:`maskd_triton.tables.LevelTables` per level, buffers in
     the default dtype, composed once in float64 when they are loaded. State dicts hold these; a learner's entries in their place
@@ -91,11 +106,11 @@ class MaskedDistillLoss(nn.Module):
 
     def __init__(
         self,
-        channels: int | Sequence[int],
+        channels: int | Sequence[int] | Mapping[Any, int],
         num_tokens: int | None = 6,
         *,
-        student_channels: int | Sequence[int] | None = None,
-        align: nn.Module | Sequence[nn.Module] | None = None,
+        student_channels: int | Sequence[int] | Mapping[Any, int] | None = None,
+        align: nn.Module | Sequence[nn.Module] | Mapping[Any, nn.Module] | None = None,
         weight_mask: bool = True,
         standardize: bool = False,
         custom_mask: bool = True,
@@ -115,7 +130,7 @@ class MaskedDistillLoss(nn.Module):
             raise ValueError("num_tokens: None means masks given with every call, without pretrained= and standardize=True")
         self.resize = resize
         self.mask_power = F.check_power(mask_power)
-        self.channels = per_level(channels, "channels")
+        self.channels, self.names = named(channels)
         self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask and num_tokens is not None
         self.standardize = standardize
@@ -123,17 +138,17 @@ class MaskedDistillLoss(nn.Module):
         self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
         self.eps = check.amount(eps, "eps")
         self.impl = impl
-        self.mask_modules = nn.ModuleList()
-        if self.num_tokens is not None:
-            self.mask_modules.extend(LevelTables(c, self.num_tokens, weight_mask, standardize) for c in self.channels)
+        tables = [] if num_tokens is None else [LevelTables(c, num_tokens, weight_mask, standardize) for c in self.channels]
+        self.mask_modules = container(tables, self.names if tables else None)
         if align is not None and student_channels is not None:
             raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
-        self.align: nn.ModuleList | None = None
+        self.align: nn.ModuleList | nn.ModuleDict | None = None
         if align is not None:
-            self.align = _modules(align, len(self.channels))
+            self.align = container(_modules(in_order(align, "align", self.names), len(self.channels)), self.names)
         elif student_channels is not None:
-            narrow = per_level(student_channels, "student_channels", len(self.channels))
-            self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True))
+            given = in_order(student_channels, "student_channels", self.names)
+            narrow = per_level(given, "student_channels", len(self.channels))
+            self.align = container([nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)], self.names)
         with torch.inference_mode(False):  # also when it is made inside of such a block, a training step counts
             self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
             self.register_buffer("loss_weight", torch.ones(()))
@@ -147,12 +162,13 @@ class MaskedDistillLoss(nn.Module):
                 "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
                 stacklevel=2,
             )
-            for tables, c in zip(self.mask_modules, self.channels, strict=True):
+            for level, c in zip(tables, self.channels, strict=True):
                 learned = MaskModule(c, self.num_tokens, weight_mask, standardize=standardize)
                 if not learned.mask_token.is_meta:
-                    tables.load_state_dict(learned.state_dict())
+                    level.load_state_dict(learned.state_dict())
         self._warned: set[str] = set()
         self._latest: Latest | None = None
+        self._order: list[Any] | None = None  # of the levels in the first mapping: later ones may come in another
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
@@ -216,13 +232,15 @@ class MaskedDistillLoss(nn.Module):
         """
         again = graph_task() != -1  # activation checkpointing repeats a call, which was counted the first time
         counts, compiling, step = self.training and advance, torch.compiler.is_compiling(), self.warmup_step
-        levels = match(student, teacher)
+        levels = match(student, teacher, self.names, self._order)
         if len(levels.teachers) != len(self.channels):
             raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(levels.teachers)}")
         if masks is None and self.num_tokens is None:
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
         if self.training and torch.is_grad_enabled() and not compiling:
             warn_without_gradient(levels.students, levels.keys, self._warned, stacklevel=4)  # through nn.Module's two functions
+        if levels.by_key and not compiling:
+            _keep(self, "_order", levels.keys)
         levels = self._prepared(levels, valid)
         options = DistillOptions(
             tables=self._tables(levels.students[0].dtype, mask_weights is None) if masks is None else DistillTables(),
@@ -233,7 +251,7 @@ class MaskedDistillLoss(nn.Module):
             eps=self.eps,
         )
         if not again:
-            _keep(self, None)  # what it holds is free for this call
+            _keep(self, "_latest", None)  # what it holds is free for this call
         loss, latest = F.distill(
             levels,
             self.channels,
@@ -244,7 +262,7 @@ class MaskedDistillLoss(nn.Module):
             impl=self.impl,
         )
         if not again and not compiling:
-            _keep(self, latest)
+            _keep(self, "_latest", latest)
         if counts and not again:
             with outside_transforms(step):
                 step.add_(1)
@@ -264,7 +282,8 @@ class MaskedDistillLoss(nn.Module):
         """
         if self.num_tokens is None:
             raise RuntimeError("masks: this criterion has no tokens (num_tokens=None)")
-        tensors, keys = as_list(features, "features")
+        order = usual(features, self._order) if isinstance(features, Mapping) else None
+        tensors, keys = as_list(features, "features", self.names or order)
         if len(tensors) != len(self.channels):
             raise ValueError(f"features: expected {len(self.channels)} levels, got {len(tensors)}")
         with torch.no_grad():
@@ -300,7 +319,7 @@ class MaskedDistillLoss(nn.Module):
         """Levels aligned and resized; where that mixes pixels, those of the padding are 0 beforehand."""
         if self.align is None and self.resize is None:
             return levels
-        students, teachers, keys = levels
+        students, teachers = levels.students, levels.teachers
         if valid is not None and (self.align is not None or self.resize == "student"):
             students = without_padding(students, valid)
         if valid is not None and self.resize == "teacher":
@@ -309,13 +328,13 @@ class MaskedDistillLoss(nn.Module):
             students = self._aligned(students, levels.labels)
         if self.resize is not None:
             students, teachers = self._resized(students, teachers, levels.labels)
-        return Matched(students, teachers, keys)
+        return levels._replace(students=students, teachers=teachers)
 
     def _aligned(self, students: list[Tensor], labels: list[str]) -> list[Tensor]:
         """Every level's module called as it is; half features may have left the autocast region that their student ran in."""
         assert self.align is not None
         outputs = []
-        for module, x, c, label in zip(self.align, students, self.channels, labels, strict=True):
+        for module, x, c, label in zip(members(self.align), students, self.channels, labels, strict=True):
             check.features(x, f"student{label}", module.in_channels if isinstance(module, nn.Conv2d) else None)
             half = x.dtype.itemsize == 2 and torch.amp.is_autocast_available(x.device.type)
             try:
@@ -359,18 +378,18 @@ class MaskedDistillLoss(nn.Module):
 
     def _levels(self) -> list[MaskLevel]:
         levels: list[MaskLevel] = []
-        for level in self.mask_modules:
+        for level in members(self.mask_modules):
             if not isinstance(level, MaskLevel):
                 raise TypeError(f"mask_modules: expected LevelTables (or MaskModule), got {type(level).__name__}")
             levels.append(level)
         return levels
 
 
-def _keep(criterion: MaskedDistillLoss, latest: Latest | None) -> None:
-    object.__setattr__(criterion, "_latest", latest)  # nn.Module's takes 3 us
+def _keep(criterion: MaskedDistillLoss, name: str, value: Any) -> None:
+    object.__setattr__(criterion, name, value)  # nn.Module's takes 3 us
 
 
-def _modules(align: Any, levels: int) -> nn.ModuleList:
+def _modules(align: Any, levels: int) -> list[nn.Module]:
     """``align=`` as one module per level."""
     sequence = isinstance(align, nn.ModuleList) or not isinstance(align, nn.Module)
     if sequence and (isinstance(align, str) or not isinstance(align, Sequence | nn.ModuleList)):
@@ -381,4 +400,4 @@ def _modules(align: Any, levels: int) -> nn.ModuleList:
     for i, module in enumerate(modules):
         if not isinstance(module, nn.Module):
             raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
-    return nn.ModuleList(modules)
+    return modules

@@ -13,7 +13,7 @@ from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
 from ._hooks import UNREAD, Hooked, Output, Target, Valid, Where, frozen, names_of
-from ._levels import Levels, as_list, labels, like, per_level, valid_of_levels
+from ._levels import Levels, as_list, container, labels, like, members, named, usual, valid_of_levels
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
@@ -143,7 +143,8 @@ class MaskLearner(nn.Module):
     """Stage 1 for all feature levels of a frozen teacher: replaces its features by masked ones, keeps the Dice loss.
 
     Args:
-        channels: channels of each level, an int for a single level.
+        channels: channels of each level, an int for a single level, or a mapping ``{name: C}``, which names the levels: then
+            features may be mappings in any order.
         num_tokens: T, receptive tokens per level.
         weight_mask: weigh the masks per image.
         standardize: masks and weights see every channel of the teacher's features with mean 0 and deviation 1, by statistics
@@ -176,7 +177,7 @@ class MaskLearner(nn.Module):
 
     def __init__(
         self,
-        channels: int | Sequence[int],
+        channels: int | Sequence[int] | Mapping[Any, int],
         num_tokens: int = 6,
         weight_mask: bool = True,
         *,
@@ -187,10 +188,10 @@ class MaskLearner(nn.Module):
         super().__init__()
         check.choice(impl, "impl", F.IMPLS)
         self.impl = impl
-        self.channels = per_level(channels, "channels")
+        self.channels, self.names = named(channels)
         self.standardize = standardize
-        self.mask_modules = nn.ModuleList(
-            MaskModule(c, num_tokens, weight_mask, standardize=standardize, impl=impl) for c in self.channels
+        self.mask_modules = container(
+            [MaskModule(c, num_tokens, weight_mask, standardize=standardize, impl=impl) for c in self.channels], self.names
         )
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
@@ -199,29 +200,38 @@ class MaskLearner(nn.Module):
         self._seen: dict[Any, Seen] = {}  # what was seen by the end of the latest attach block
         self._warned: set[Any] = set()
         self._attached = False
+        self._order: list[Any] | None = None  # of the levels in the first mapping: later ones may come in another
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is a learner that no teacher is attached to and that has seen nothing."""
         return self.__dict__ | {"_latest": [], "_seen": {}, "_attached": False}
 
     def forward(self, features: Levels, valid: Any = None) -> Levels:
-        tensors, keys = self._checked(features, "features")
+        tensors, keys = self._by_name(*as_list(features, "features", self.names), "features")
+        if len(tensors) != len(self.channels):
+            raise ValueError(f"features: expected {len(self.channels)} levels, got {len(tensors)}")
+        for x, c, label in zip(tensors, self.channels, labels(len(tensors), self.names or keys), strict=True):
+            check.features(x, f"features{label}", c)
         masked, dice, seen = _learn(self._modules_of_levels(), tensors, valid, self.impl)
-        part = _Call(0, len(seen), (), dice.sum(), dict(zip(keys or range(len(seen)), seen, strict=True)))
-        self._latest = [_Pass([part])]
+        own = dict(zip(self.names or keys or range(len(seen)), seen, strict=True))
+        self._latest = [_Pass([_Call(0, len(seen), (), dice.sum(), own)])]
         return like(features, masked, keys)
 
-    def _checked(self, features: Levels, name: str) -> tuple[list[Tensor], list[Any] | None]:
-        """The levels and, of a mapping, their keys; ValueError or TypeError where they do not fit the learner."""
-        tensors, keys = as_list(features, name)
-        if len(tensors) != len(self.mask_modules):
-            raise ValueError(f"{name}: expected {len(self.mask_modules)} levels, got {len(tensors)}")
-        for x, c, label in zip(tensors, self.channels, labels(len(tensors), keys), strict=True):
-            check.features(x, f"{name}{label}", c)
-        return tensors, keys
+    def _by_name(self, tensors: list[Tensor], keys: list[Any] | None, name: str) -> tuple[list[Tensor], list[Any] | None]:
+        """A mapping's levels and keys in the learner's order: of its names, or of the first mapping; ValueError for others."""
+        if keys is None:
+            return tensors, keys
+        if self.names is None:
+            order = self._order = usual(keys, self._order)
+        elif set(keys) <= set(self.names):
+            order = [key for key in self.names if key in keys]
+        else:
+            raise ValueError(f"{name}: expected levels of {self.names}, got {keys}")
+        found = dict(zip(keys, tensors, strict=True))
+        return [found[key] for key in order], order
 
     def _modules_of_levels(self) -> list[MaskModule]:
-        return [module for module in self.mask_modules if isinstance(module, MaskModule)]
+        return [module for module in members(self.mask_modules) if isinstance(module, MaskModule)]
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest pass.
@@ -298,8 +308,10 @@ class MaskLearner(nn.Module):
 
     def _trains(self, part: _Call | None = None) -> bool:
         """Whether a pass now should give the tokens, of all levels or of the call's, gradients."""
-        modules = self.mask_modules if part is None else self.mask_modules[part.first : (part.first or 0) + part.levels]
-        return self.training and torch.is_grad_enabled() and any(p.requires_grad for p in modules.parameters())
+        modules = self._modules_of_levels()
+        if part is not None:
+            modules = modules[part.first : (part.first or 0) + part.levels]
+        return self.training and torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters())
 
     def _all_seen(self) -> dict[Any, Seen]:
         """Masks, weights and valid pixels of the latest pass, by level."""
@@ -435,8 +447,8 @@ class MaskLearner(nn.Module):
         where = Where(names_of(names), call, output, layout, grid, prefix_tokens)
         with self._hooked("calibrate", teacher, where, valid, watch), torch.no_grad():
             yield self
-        for i, level in enumerate(statistics):
-            level.check(f"calibrate: level {i}")
+        for name, level in zip(self.names or range(len(statistics)), statistics, strict=True):
+            level.check(f"calibrate: level {name!r}")
         for module, level in zip(self._modules_of_levels(), statistics, strict=True):
             module.channel_mean.copy_(level.mean)
             module.channel_std.copy_(level.std())
@@ -488,6 +500,7 @@ class _TeacherLevels:
     def act(self, target: Target, result: Any, number: int | None) -> Any:
         where = self.where
         found, tensors, keys = where.find(result, target.label)
+        tensors, keys = self.learner._by_name(tensors, keys, target.label)
         shapes = tuple(x.shape for x in tensors)
         if number is None:
             first = self._recomputed(target, shapes)
@@ -498,6 +511,9 @@ class _TeacherLevels:
             first = self._next(target, tensors, not isinstance(found, Sequence | Mapping), number)
         if first is None:
             return None
+        names = None if self.learner.names is None else self.learner.names[first : first + len(tensors)]
+        if names is not None and keys not in (None, names):
+            raise ValueError(f"{target.label}: expected the levels {names}, got {keys}")
         maps = []
         for x, c, label in zip(tensors, self.learner.channels[first:], labels(len(tensors), keys), strict=False):
             maps.append(where.maps(x, f"{target.label}{label}", target.images, c))
@@ -509,8 +525,8 @@ class _TeacherLevels:
         masked, dice, seen = used
         self.ran, self.taught = True, self.taught or dice.requires_grad
         if number is not None:
-            names = keys if keys and len(self.first) == 1 else range(first, first + len(maps))
-            own = dict(zip(names, seen, strict=True))
+            known = names or (keys if len(self.first) == 1 else None)
+            own = dict(zip(known or range(first, first + len(maps)), seen, strict=True))
             target.parts.append(_Call(first, len(maps), shapes, dice.sum(), own))
         else:
             dice.sum()  # a recomputation does what the pass did
