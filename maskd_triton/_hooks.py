@@ -307,19 +307,11 @@ class Target:
         return self.__dict__ | fresh.__dict__ | {"depth": 0, "skipped": False}
 
 
-def _nothing(_target: Target) -> None:
-    """Picklable, as a lambda is not."""
-
-
-Act = Callable[[Target, Any, int | None], Any]
-
-
 class Hooked:
     """Hooks on the modules that ``where`` names, while the block lasts; nothing of them acts on a copy of the model.
 
-    ``act(target, result, number)`` sees every call of a target, numbered from 0 in its pass, or None in a recomputation by a
-    backward pass; what it returns replaces the result, unless that is None. ``done(target)`` follows the end of a pass.
-    ``bounds=False``: the caller says where passes begin. ``exclusive``: RuntimeError for a module that has such a hook already.
+    A subclass says what they do. ``bounds=False``: the caller says where passes begin. ``exclusive``: RuntimeError for a module
+    that has such a hook already.
     """
 
     def __init__(
@@ -328,13 +320,11 @@ class Hooked:
         role: str,
         model: nn.Module,
         where: Where,
-        act: Act,
         valid: Valid | None = None,
-        done: Callable[[Target], None] = _nothing,
         bounds: bool = True,
         exclusive: bool = False,
     ) -> None:
-        self.caller, self.role, self.model, self.where, self.act, self.done = caller, role, model, where, act, done
+        self.caller, self.role, self.model, self.where = caller, role, model, where
         self.chains = dict(named_paths(model))  # a shared module has several names
         self.targets = [Target(name, role, self._chain(name)) for name in where.names]
         self.roots = [model]
@@ -388,6 +378,16 @@ class Hooked:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def act(self, target: Target, result: Any, number: int | None) -> Any:
+        """Sees every call of a target, numbered from 0 in its pass, or None in a recomputation by a backward pass.
+
+        What it returns replaces the result, unless that is None.
+        """
+        raise NotImplementedError
+
+    def done(self, target: Target) -> None:
+        """Follows the end of a pass."""
+
     def start(self, target: Target, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A new pass, unless it is one that does not count."""
         frozen = isinstance(module, FrozenTeacher) and not module.with_gradient
@@ -428,7 +428,8 @@ class Hooked:
     def _chain(self, name: str) -> tuple[nn.Module, ...]:
         """The model, ..., the submodule of that dotted name; AttributeError with the names that come near."""
         if name not in self.chains:
-            near = difflib.get_close_matches(name, self.chains, n=5, cutoff=0.4)
+            inside = [known for known in self.chains if known.endswith(f".{name}")]  # the name before something was wrapped
+            near = inside[:5] or difflib.get_close_matches(name, self.chains, n=5, cutoff=0.4)
             own = [child for child in self.chains if child and "." not in child]
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {own}"
             kind = type(self.model).__name__

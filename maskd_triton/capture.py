@@ -78,12 +78,12 @@ class FeatureCapture:
             chosen = (names if role == "student" else names.values()) if isinstance(names, Mapping) else names
             where = Where(names_of(chosen if isinstance(chosen, str) else list(chosen)), **_of_side(options, role))
             self._sides.append(_Recorder(role, model, where))
-        students, teachers = ({m for t in side.hooked.targets for m in t.chain} for side in self._sides)
+        students, teachers = ({m for t in side.targets for m in t.chain} for side in self._sides)
         self._one_model = not students.isdisjoint(teachers)
-        if not {t.module for t in self._sides[0].hooked.targets}.isdisjoint(t.module for t in self._sides[1].hooked.targets):
+        if not {t.module for t in self._sides[0].targets}.isdisjoint(t.module for t in self._sides[1].targets):
             for side in self._sides:
-                for target in side.hooked.targets:
-                    target.only = side.hooked.role == "student"
+                for target in side.targets:
+                    target.only = side.role == "student"
         self._stack: ExitStack | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class FeatureCapture:
             raise RuntimeError("capture: entered already; leave that block first")
         with ExitStack() as stack:
             for side in self._sides:
-                stack.enter_context(side.hooked)
+                stack.enter_context(side)
             self._stack = stack.pop_all()
         return self
 
@@ -108,7 +108,7 @@ class FeatureCapture:
         """The student's and the teacher's levels of their latest passes; nothing of them is kept."""
         passes = set().union(*(side.passes for side in self._sides))
         students, teachers = [side.checked(taken) for side, taken in [(side, side.forget()) for side in self._sides]]
-        if self._one_model and passes == {True, False} and self._sides[0].hooked.targets[0].only is None:
+        if self._one_model and passes == {True, False} and self._sides[0].targets[0].only is None:
             raise RuntimeError(
                 "capture: student and teacher are one model, which ran both with and without gradients since the latest "
                 "take(), so it is not known which pass is whose; call take() after every pass"
@@ -144,9 +144,9 @@ def call(
     """
     recorder = _Recorder("model", model, Where(names_of(names), call, output, layout, grid, prefix_tokens), bounds=False)
     try:
-        with recorder.hooked:
-            for target in recorder.hooked.targets:
-                recorder.hooked.start(target, model, args, kwargs)
+        with recorder:
+            for target in recorder.targets:
+                recorder.start(target, model, args, kwargs)
                 target.depth = 1  # this call is the pass, whichever module is called in it
             result = model(*args, **kwargs)
     finally:
@@ -162,15 +162,15 @@ class _Level(NamedTuple):
 _Taken = tuple[str, int, bool, list[_Level]]  # a module's name, number of calls, whether they are direct, and levels
 
 
-class _Recorder:
+class _Recorder(Hooked):
     """The levels of one model's latest pass."""
 
     def __init__(self, role: str, model: nn.Module, where: Where, bounds: bool = True) -> None:
-        self.hooked = Hooked("capture", role, model, where, self.record, bounds=bounds)
+        super().__init__("capture", role, model, where, bounds=bounds)
         self.passes: set[bool] = set()  # with gradients or without
 
-    def record(self, target: Target, result: Any, number: int | None) -> None:
-        where = self.hooked.where
+    def act(self, target: Target, result: Any, number: int | None) -> None:
+        where = self.where
         if number is None or where.call not in (None, number):
             return
         if target.direct and number > 0:
@@ -187,15 +187,15 @@ class _Recorder:
 
     def forget(self) -> list[_Taken]:
         """What the latest pass has left; nothing of it is kept."""
-        taken = [(target.name, target.calls, target.direct, target.parts) for target in self.hooked.targets]
-        for target in self.hooked.targets:
+        taken = [(target.name, target.calls, target.direct, target.parts) for target in self.targets]
+        for target in self.targets:
             target.clear()
         self.passes.clear()
         return taken
 
     def checked(self, taken: list[_Taken], since: str = "since the latest take()") -> list[Tensor]:
         """The levels of all modules; RuntimeError unless they are complete, of one pass, and as the modules gave them."""
-        role, only = self.hooked.role, self.hooked.targets[0].only
+        role, only = self.role, self.targets[0].only
         if missing := [name for name, calls, _, _ in taken if not calls]:
             how = {None: "", True: " with gradients", False: " without gradients"}[only]
             one = "; student and teacher are one model: run the teacher's pass under torch.no_grad()"
@@ -207,8 +207,8 @@ class _Recorder:
                     f"capture: the {role}'s {name!r} ran {calls} times outside of a call of the {role} {since}, so it is not "
                     f"known which calls belong together; call the {role} itself, or take() after every call"
                 )
-            if not parts and self.hooked.where.call is not None:
-                raise RuntimeError(f"capture: the {role}'s {name!r} ran {calls} times, it has no call {self.hooked.where.call}")
+            if not parts and self.where.call is not None:
+                raise RuntimeError(f"capture: the {role}'s {name!r} ran {calls} times, it has no call {self.where.call}")
             if any(level.version != level.tensor._version for level in parts if level.version is not None):
                 raise RuntimeError(
                     f"capture: a later layer has overwritten the features of the {role}'s {name!r} in place; make that layer "

@@ -460,10 +460,10 @@ class MaskLearner(nn.Module):
         if self._attached:
             raise RuntimeError(f"{caller}: this learner is attached already; leave that block first")
         levels = _TeacherLevels(self, caller, teacher, where, valid, use)
-        with frozen(levels.hooked):
-            self._attached, self._latest, self._seen = True, levels.hooked.targets, {}
+        with frozen(levels):
+            self._attached, self._latest, self._seen = True, levels.targets, {}
             try:
-                with levels.hooked:
+                with levels:
                     yield
                 if levels.ran and not levels.taught and self._trains():
                     warnings.warn(
@@ -475,25 +475,25 @@ class MaskLearner(nn.Module):
             finally:
                 self._seen = self._all_seen()
                 self._attached, self._latest = False, []
-                for target in levels.hooked.targets:
+                for target in levels.targets:
                     target.clear()
 
 
-class _TeacherLevels:
+class _TeacherLevels(Hooked):
     """Which of a learner's levels the calls of a teacher's modules give, and what becomes of them."""
 
     def __init__(
         self, learner: MaskLearner, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: Use
     ) -> None:
-        self.learner, self.caller, self.where, self.use = learner, caller, where, use
-        self.hooked = Hooked(caller, "teacher", teacher, where, self.act, valid, self.done, exclusive=True)
-        modules, count = [target.module for target in self.hooked.targets], len(learner.mask_modules)
+        super().__init__(caller, "teacher", teacher, where, valid, exclusive=True)
+        self.learner, self.use = learner, use
+        modules, count = [target.module for target in self.targets], len(learner.mask_modules)
         if len(set(modules)) < len(modules):
             raise ValueError(f"{caller}: names: expected every module once, got {list(where.names)}")
         self.each, rest = divmod(count, len(modules))
         if rest:
             raise ValueError(f"{caller}: {count} levels cannot be divided among {len(modules)} modules, {list(where.names)}")
-        self.first = {target: i * self.each for i, target in enumerate(self.hooked.targets)}
+        self.first = {target: i * self.each for i, target in enumerate(self.targets)}
         self.ran, self.taught = False, False  # whether tokens could learn from any call
         self.recomputed, self.open = False, 0  # passes with valid pixels that backward has not recomputed
 
@@ -518,7 +518,7 @@ class _TeacherLevels:
         for x, c, label in zip(tensors, self.learner.channels[first:], labels(len(tensors), keys), strict=False):
             maps.append(where.maps(x, f"{target.label}{label}", target.images, c))
             check.features(maps[-1], f"{target.label}{label}", c)
-        used = self.use(first, maps, self._valid(target, number))
+        used = self.use(first, maps, self._valid_pixels(target, number))
         if used is None:
             target.parts.append(_Call(first, len(maps), shapes, None, {}))
             return None
@@ -568,8 +568,8 @@ class _TeacherLevels:
             )
         return levels.pop()
 
-    def _valid(self, target: Target, number: int | None) -> Any:
-        if self.hooked.valid is None and self.hooked.padding is None:
+    def _valid_pixels(self, target: Target, number: int | None) -> Any:
+        if self.valid is None and self.padding is None:
             return None
         if number is not None and not target.whole:
             raise RuntimeError(

@@ -143,6 +143,12 @@ def test_calls_of_a_shared_head() -> None:
             assert all(torch.equal(a, b) for a, b in zip(levels, plain, strict=True))
 
 
+def test_the_name_before_something_was_wrapped_is_near() -> None:
+    """As by DDP or an adapter."""
+    with pytest.raises(AttributeError, match=r"has no module 'p3'; did you mean 'module\.net\.p3'\?"):
+        capture.call(nn.ModuleDict({"module": nn.ModuleDict({"net": Yolo()})}), "p3", IMAGES)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_one_call_of_a_shared_head(number: int) -> None:
     teacher, learner = seeded(SharedHead), learner_of(4)
@@ -827,6 +833,26 @@ def test_nothing_stays_alive_without_the_garbage_collector() -> None:
             teacher(IMAGES)
         with pytest.raises(RuntimeError, match="3 channels"):
             capture.call(nn.Sequential(teacher.p3, teacher.p3), "0", IMAGES)
+        assert [ref() for ref in alive] == [None] * 2
+    finally:
+        gc.enable()
+
+
+def test_models_are_freed_without_the_garbage_collector() -> None:
+    """No block leaves a cycle that holds them."""
+    student, teacher, learner = seeded(Yolo), seeded(Yolo), learner_of(4)
+    alive = [weakref.ref(model) for model in (student, teacher)]
+    gc.collect()
+    gc.disable()
+    try:
+        with learner.attach(teacher, "p3"):
+            gradients(learner, teacher(IMAGES)[1].mean() + learner.dice_loss())
+        with FeatureCapture(student, teacher, "p3") as features:
+            student(IMAGES)
+            teacher(IMAGES)
+            features.take()
+        capture.call(teacher, "p3", IMAGES)
+        del student, teacher, features
         assert [ref() for ref in alive] == [None] * 2
     finally:
         gc.enable()
