@@ -12,10 +12,11 @@ import math
 import operator
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import EllipsisType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -556,6 +557,42 @@ _FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.Mult
 _RANDOM = re.compile(r"Drop(?:Path|Block|out)|StochasticDepth")  # timm's, transformers' and torchvision's, by their names
 
 
+class _Found:
+    """How a block has found a model, to leave it like that; what a block that lasts longer has found, too, is left to it."""
+
+    open: ClassVar[list["_Found"]] = []
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        held = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_inference()]
+        self.holders = {m: m.with_gradient for m in modules if isinstance(m, FrozenTeacher)}
+        self.training = {m: m.training for m in plain}
+        self.parameters = {p: p.requires_grad for m in modules for p in m._parameters.values() if p is not None}
+        self.buffers = {m: m._buffers.copy() for m in plain}
+        self.values = {b: (b.clone(), b._version) for b in held}
+        self.open.append(self)
+
+    def restore(self) -> None:
+        place = self.open.index(self)
+        del self.open[place]
+        for other in self.open[place:]:
+            for mine, others in zip(vars(self).values(), vars(other).values(), strict=True):
+                others.update({key: mine.pop(key) for key in mine.keys() & others.keys()})
+        for parameter, flag in self.parameters.items():
+            if not parameter.is_inference():  # which cannot be set outside of inference mode
+                parameter.requires_grad_(flag)
+        for holder, flag in self.holders.items():
+            holder.with_gradient = flag
+        for module, flag in self.training.items():
+            module.training = flag
+        for module, own in self.buffers.items():
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, (value, version) in self.values.items():
+                if buffer._version != version:  # a backward pass after the block may need the others untouched
+                    buffer.copy_(value)
+
+
 @contextmanager
 def frozen(hooked: Hooked) -> Iterator[None]:
     """The model's parameters without gradients, its normalisation and random layers in eval mode; restored at the end."""
@@ -563,44 +600,28 @@ def frozen(hooked: Hooked) -> Iterator[None]:
     fixed = [m for m in modules if isinstance(m, _FIXED) or _RANDOM.search(type(m).__name__)]
     compiled = {m for m in modules if _is_compiled(m)}
     deaf = {c[-1] for c in hooked.chains.values() if not compiled.isdisjoint(c)} if compiled else set()  # they see no hooks
-    holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
-    training = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has none
-    parameters = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
-    buffers = [(m, m._buffers.copy()) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
-    held = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_inference()]
-    values = [(b, b.clone(), b._version) for b in held]
-    watch = _Watch(hooked)
-    for module in modules:
-        if module in deaf:
-            continue
-        layers = [m for m in fixed if m in deaf] if module in hooked.roots else [module] if module in fixed else []
-        if layers or module._parameters:
-            hook = _Hook(module, functools.partial(watch.before, layers))
-            watch.stack.callback(module.register_forward_pre_hook(hook).remove)
+    found, watch = _Found(modules), _Watch(hooked)
     try:
-        for parameter, _ in parameters:
-            parameter.requires_grad_(False)
+        for module in modules:
+            if module in deaf:
+                continue
+            layers = [m for m in fixed if m in deaf] if module in hooked.roots else [module] if module in fixed else []
+            if layers or module._parameters:
+                hook = _Hook(module, functools.partial(watch.before, layers))
+                watch.stack.callback(module.register_forward_pre_hook(hook).remove)
+        for parameter in found.parameters:
+            if not parameter.is_inference():
+                parameter.requires_grad_(False)
         for layer in fixed:
             layer.training = False
-        for holder, _ in holders:
+        for holder in found.holders:
             holder.with_gradient = True
         yield
-        watch.left = watch.pending
+        watch.left = watch.pending()
     finally:
         if not watch.left:
             watch.stack.close()
-        for parameter, flag in parameters:
-            parameter.requires_grad_(flag)
-        for holder, flag in holders:
-            holder.with_gradient = flag
-        for module, flag in training:
-            module.training = flag
-        for module, own in buffers:
-            module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, value, version in values:
-                if buffer._version != version:  # a backward pass after the block may need the others untouched
-                    buffer.copy_(value)
+        found.restore()
 
 
 class _Watch:
@@ -608,7 +629,8 @@ class _Watch:
 
     def __init__(self, hooked: Hooked) -> None:
         self.hooked, self.stack = hooked, ExitStack()
-        self.pending = False  # a backward pass will recompute
+        self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()  # hooks by which graphs ask for a recomputation
+        self.reentrant = 0  # calls in reentrant checkpoints that backward has not repeated
         self.left = False
 
     def before(self, layers: list[nn.Module], *_: Any) -> None:
@@ -625,10 +647,20 @@ class _Watch:
         for layer in layers:
             layer.training = False
         if not torch.compiler.is_compiling():
-            self.pending = not again and (self.pending or self._checkpointed())
+            self._count(again)
 
-    def _checkpointed(self) -> bool:
+    def pending(self) -> bool:
+        """Whether a backward pass may yet recompute."""
+        return self.reentrant > 0 or len(self.graphs) > 0
+
+    def _count(self, again: bool) -> None:
+        """A call of a module, which a checkpoint may repeat, or has repeated."""
         if not torch.is_grad_enabled():  # inside of a pass with gradients: a reentrant checkpoint
-            return any(target.depth and target.gradient for target in self.hooked.targets)
+            self.reentrant += any(target.depth and target.gradient for target in self.hooked.targets)
+            return
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
+        kind = getattr(hooks[0], "__qualname__", "") if hooks is not None else ""
+        if kind.startswith("_checkpoint_hook") and hooks is not None:
+            self.graphs.add(hooks[1])
+        elif again and self.reentrant and not kind.startswith("_recomputation_hook"):
+            self.reentrant -= 1

@@ -518,6 +518,42 @@ def test_tokens_before_an_in_place_layer() -> None:
     assert learner.mask_modules[0].mask_token.grad is not None
 
 
+# The teacher as it was
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    flags = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    return [*flags, *(b.tolist() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_learners_leave_in_any_order(first: int) -> None:
+    """As hooks of a trainer do: who came first leaves first."""
+    teacher = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))).train()
+    teacher[0].bias.requires_grad_(False)
+    before = state_of(teacher)
+    learners, blocks = [learner_of(4), learner_of(4)], [contextlib.ExitStack(), contextlib.ExitStack()]
+    for learner, block, name in zip(learners, blocks, "12", strict=True):
+        block.enter_context(learner.attach(teacher, name))
+    blocks[first].close()
+    assert not any(p.requires_grad for p in teacher.parameters())
+    gradients(learners[1 - first], teacher(IMAGES).mean() + learners[1 - first].dice_loss())
+    blocks[1 - first].close()
+    assert state_of(teacher) == before
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_parameters_of_inference_mode() -> None:
+    """They need no gradient to be switched off, and it cannot be switched on again."""
+    with torch.inference_mode():
+        norm = nn.BatchNorm2d(3)
+    teacher, learner = nn.Sequential(norm, nn.Conv2d(3, 4, 1)), learner_of(4)
+    before = state_of(teacher)
+    with learner.attach(teacher, "1"):
+        gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
+    assert state_of(teacher) == before
+
+
 # Whose
 
 
@@ -785,6 +821,30 @@ def test_backward_after_the_block(kind: str, head: bool) -> None:
     assert teacher.block.weight.grad is not None
     with learner.attach(teacher, "block"):  # a block of its own again
         gradients(learner, teacher(IMAGES.clone().requires_grad_()).square().mean())
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_one_of_two_backward_passes_after_the_block(kind: str) -> None:
+    """One that has been recomputed in the block does not vouch for the other."""
+    teacher, learner = seeded(lambda: Checkpointed(kind)), learner_of(6)
+    with learner.attach(teacher, "block"):
+        losses = [teacher(IMAGES.clone().requires_grad_()).square().mean() for _ in range(2)]
+        losses[0].backward()
+    with pytest.raises(RuntimeError, match=r"backward\(\) recomputes the checkpointed teacher, but the block"):
+        losses[1].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    with learner.attach(teacher, "block"):
+        losses = [teacher(IMAGES.clone().requires_grad_()).square().mean() for _ in range(2)]
+        for loss in losses:
+            loss.backward()
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_a_graph_that_nobody_holds_is_not_waited_for() -> None:
+    teacher, learner = seeded(lambda: Checkpointed("non-reentrant")), learner_of(6)
+    with learner.attach(teacher, "block"):
+        teacher(IMAGES)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in teacher.modules())
 
 
 def test_recomputed_levels_of_a_shared_head() -> None:
