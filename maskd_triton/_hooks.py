@@ -558,37 +558,42 @@ _RANDOM = re.compile(r"Drop(?:Path|Block|out)|StochasticDepth")  # timm's, trans
 
 
 class _Found:
-    """How a block has found a model, to leave it like that; what a block that lasts longer has found, too, is left to it."""
+    """How a block has found a model, by the ids of its parts, to leave it like that."""
 
     open: ClassVar[list["_Found"]] = []
 
     def __init__(self, modules: list[nn.Module]) -> None:
         plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         held = [b for m in modules for b in m._buffers.values() if b is not None and not b.is_inference()]
-        self.holders = {m: m.with_gradient for m in modules if isinstance(m, FrozenTeacher)}
-        self.training = {m: m.training for m in plain}
-        self.parameters = {p: p.requires_grad for m in modules for p in m._parameters.values() if p is not None}
-        self.buffers = {m: m._buffers.copy() for m in plain}
-        self.values = {b: (b.clone(), b._version) for b in held}
+        self.holders = {id(m): (m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)}
+        self.training = {id(m): (m, m.training) for m in plain}
+        self.parameters = {id(p): (p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None}
+        self.buffers = {id(m): (m, m._buffers.copy()) for m in plain}
+        self.values = {id(b): (b, (b.clone(), b._version)) for b in held}
         self.open.append(self)
 
     def restore(self) -> None:
+        """Put everything back, but what a block that lasts longer holds, too: that is left to it."""
         place = self.open.index(self)
         del self.open[place]
         for other in self.open[place:]:
             for mine, others in zip(vars(self).values(), vars(other).values(), strict=True):
                 others.update({key: mine.pop(key) for key in mine.keys() & others.keys()})
-        for parameter, flag in self.parameters.items():
-            if not parameter.is_inference():  # which cannot be set outside of inference mode
+        for parameter, flag in self.parameters.values():
+            if parameter.is_inference():
+                with torch.inference_mode():
+                    parameter.requires_grad_(flag)
+            else:
                 parameter.requires_grad_(flag)
-        for holder, flag in self.holders.items():
+        for holder, flag in self.holders.values():
             holder.with_gradient = flag
-        for module, flag in self.training.items():
-            module.training = flag
-        for module, own in self.buffers.items():
+        for module, flag in self.training.values():
+            if module.training != flag:  # nn.Module takes long to set anything
+                module.training = flag
+        for module, own in self.buffers.values():
             module._buffers.update(own)
         with torch.no_grad():
-            for buffer, (value, version) in self.values.items():
+            for buffer, (value, version) in self.values.values():
                 if buffer._version != version:  # a backward pass after the block may need the others untouched
                     buffer.copy_(value)
 
@@ -609,12 +614,12 @@ def frozen(hooked: Hooked) -> Iterator[None]:
             if layers or module._parameters:
                 hook = _Hook(module, functools.partial(watch.before, layers))
                 watch.stack.callback(module.register_forward_pre_hook(hook).remove)
-        for parameter in found.parameters:
-            if not parameter.is_inference():
-                parameter.requires_grad_(False)
+        for parameter, _ in found.parameters.values():
+            parameter.requires_grad_(False)
         for layer in fixed:
-            layer.training = False
-        for holder in found.holders:
+            if layer.training:
+                layer.training = False
+        for holder, _ in found.holders.values():
             holder.with_gradient = True
         yield
         watch.left = watch.pending()
@@ -645,7 +650,8 @@ class _Watch:
             self.stack.close()  # a new pass: the old one is done with
             return
         for layer in layers:
-            layer.training = False
+            if layer.training:
+                layer.training = False
         if not torch.compiler.is_compiling():
             self._count(again)
 

@@ -106,9 +106,10 @@ def named_paths(
     """
     path = (*above, model)
     yield prefix, path
-    inner = model.model if isinstance(model, FrozenTeacher) else dict(model._modules.items()).get("_orig_mod")
+    children = model._modules
+    inner = model.model if isinstance(model, FrozenTeacher) else children["_orig_mod"] if "_orig_mod" in children else None
     if inner is not None:
         yield from named_paths(inner, prefix, path)
-    for name, child in model._modules.items():
+    for name, child in children.items():
         if child is not None and name != "_orig_mod":
             yield from named_paths(child, f"{prefix}.{name}" if prefix else name, path)
