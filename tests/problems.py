@@ -53,8 +53,30 @@ def literal_learn(module: MaskModule, x: Tensor) -> tuple[Tensor, Tensor]:
     return reference.masked_features_and_dice(x, module.mask_token, weighting, standardised(module, x))
 
 
+DICE_SCALE = 3.0
+
+
+def results(module: MaskModule, x: Tensor, y: Tensor, dice: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Masked features, Dice loss and the gradients of ``(y * g).sum() + DICE_SCALE * dice``, in float64 on the CPU."""
+    torch.autograd.backward([y, dice], [g, torch.full_like(dice, DICE_SCALE)])
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    return {k: v.detach().cpu().double() for k, v in {"y": y, "dice": dice, "x": x.grad, **grads}.items()}
+
+
+def literal_results(module: MaskModule, x: Tensor, g: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The same by the literal formulas in ``dtype``."""
+    module = copy.deepcopy(module).to("cpu", dtype)
+    x = x.detach().to("cpu", dtype).requires_grad_()
+    return results(module, x, *literal_learn(module, x), g.to("cpu", dtype))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 class Problem:
-    """Both stages' inputs and learned parameters; features are exact in ``dtype``, parameters in float32.
+    """Both stages' inputs and learned parameters; features are exact in ``dtype``, parameters in float32. With
+    ``standardize``, the teacher's channels are of very different size and offset, and the learner knows both.
 
     Attributes:
         student, teacher: of every level, on the CPU, contiguous; a test may put others in their place.
@@ -62,21 +84,39 @@ class Problem:
         masks, mask_weights: ``[N, T, H, W]`` and ``[N, T]`` of every level, to be given in place of the learner's.
     """
 
-    def __init__(self, shapes: list[Shape], num_tokens: int, weighted: bool = True, dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        shapes: list[Shape],
+        num_tokens: int,
+        weighted: bool = True,
+        dtype: torch.dtype = torch.float64,
+        standardize: bool = False,
+    ):
         generator = torch.Generator().manual_seed(sum(map(sum, shapes)) + num_tokens)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (scale * torch.randn(shape, generator=generator)).to(torch.float32)
 
         self.dtype = dtype
-        self.teacher = [normal(*shape).to(dtype) for shape in shapes]
-        self.student = [(t.float() + normal(*t.shape)).to(dtype) for t in self.teacher]
-        self.learner = MaskLearner([shape[1] for shape in shapes], num_tokens, weighted)
+        self.learner = MaskLearner([shape[1] for shape in shapes], num_tokens, weighted, standardize=standardize)
+        modules = self.learner.mask_modules
+        self.teacher = [normal(*shape) for shape in shapes]
+        for i, module in enumerate(modules if standardize else ()):
+            scale = torch.logspace(-1, 1, module.channels)
+            module.channel_std.copy_(scale)
+            module.channel_mean.copy_(3 * scale * normal(module.channels))
+            module.pixels_seen.fill_(1)
+            self.teacher[i] = self.teacher[i] * scale[:, None, None] + module.channel_mean[:, None, None]
+        self.teacher = [t.to(dtype) for t in self.teacher]
+        seen = [standardised(*level) for level in zip(modules, self.teacher, strict=True)]
+        self.student = [(t.float() + normal(*t.shape)).to(dtype) for t in seen]
         for token in self.tokens:
             token.copy_(normal(*token.shape, scale=token.shape[1] ** -0.5))
-        for module in self.learner.mask_modules if weighted else ():
-            for i, p in enumerate(module.weighting()):
-                p.detach().copy_(normal(*p.shape, scale=(0.3, 1, 1, 1)[i] * (p.shape[1] ** -0.5 if p.dim() > 1 else 1)))
+        for module in modules if weighted else ():
+            w3, b3, w1, b1 = (p.detach() for p in module.weighting())
+            fan_in = module.channels**-0.5
+            for p, scale in ((w3, 0.3 * fan_in), (b3, 1), (w1, fan_in), (b1, 1)):
+                p.copy_(normal(*p.shape, scale=scale))
         self.masks = [torch.rand(n, num_tokens, h, w, generator=generator).to(dtype) for n, _, h, w in shapes]
         self.mask_weights = [torch.rand(n, num_tokens, generator=generator).to(dtype) for n, *_ in shapes]
 

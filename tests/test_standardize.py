@@ -6,81 +6,32 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import LAYOUTS, NLC, default_dtype, in_layout, rounding
+from problems import Problem, Shape, Target, close, literal_results, normal, results, standardised
 from torch import Tensor, nn
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
+from maskd_triton import MaskedDistillLoss, MaskLearner, reference
 from maskd_triton.checkpoints import mask_state
 
-Target = tuple[str, str]
 SHAPES = [((2, 6, 5, 7), 3), ((3, 5, 1, 7), 2), ((2, 33, 4, 1), 6), ((1, 4, 1, 1), 1), ((1, 16, 3, 3), 19)]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def raw_features(*shape: int, seed: int = 0) -> Tensor:
-    """Channels of very different size and offset, as raw features have."""
-    c = shape[1]
-    scale = torch.logspace(-1, 1, c)[:, None, None]
-    return normal(*shape, seed=seed) * scale + 3 * normal(c, 1, 1, seed=99) * scale
-
-
-def learner_with_statistics(channels: list[int], num_tokens: int, weighted: bool, impl: str = "eager") -> MaskLearner:
-    """Parameters of the size trained ones have; statistics near those of :func:`raw_features`."""
-    torch.manual_seed(sum(channels) + num_tokens)
-    learner = MaskLearner(channels, num_tokens, weighted, standardize=True, impl=impl)
-    with torch.no_grad():
-        for module, c in zip(learner.mask_modules, channels, strict=True):
-            module.mask_token.mul_(100 * c**-0.5)
-            x = raw_features(8, c, 6, 6, seed=5)
-            module.channel_mean.copy_(x.mean((0, 2, 3)))
-            module.channel_std.copy_(x.std((0, 2, 3)))
-            module.pixels_seen.fill_(288)
-            if weighted:
-                module.prob[0].weight.mul_(0.3)
-                module.prob[0].bias.normal_()
-                module.prob[2].bias.normal_()
-    return learner
-
-
-def standardised(module: MaskModule, x: Tensor) -> Tensor:
-    mean, std = (v.to(x.device, x.dtype)[:, None, None] for v in (module.channel_mean, module.channel_std))
-    return (x - mean) / std
-
-
-def close(got: Tensor, want: Tensor, bound: float, name: str = "") -> None:
-    error, largest = (got.detach().cpu().double() - want.double()).abs().max().item(), want.abs().max().item()
-    assert error <= bound * largest, (name, error / max(largest, 1e-300))
-
-
-def stage2(learner: MaskLearner, s: Tensor, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Loss and gradient by the literal formulas on standardised teacher features, in ``dtype``."""
-    module = copy.deepcopy(learner).cpu().to(dtype).mask_modules[0].requires_grad_(False)
-    s = s.detach().cpu().to(dtype).requires_grad_()
-    weighting = [module.weighting()] if module.weight_mask else None
-    target = standardised(module, t.cpu().to(dtype))
-    loss = reference.distill_loss([s], [target], [module.mask_token], weighting, custom_mask=True)
-    loss.backward()
-    return loss.detach().double(), s.grad.double()
+def standard(shapes: list[Shape], num_tokens: int, weighted: bool = True, dtype: torch.dtype = torch.float32) -> Problem:
+    return Problem(shapes, num_tokens, weighted, dtype, standardize=True)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize(("shape", "num_tokens"), SHAPES, ids=str)
 def test_stage_2_in_float64(shape: tuple[int, ...], num_tokens: int, weighted: bool, target: Target) -> None:
     impl, device = target
-    learner = learner_with_statistics([shape[1]], num_tokens, weighted)
+    problem = standard([shape], num_tokens, weighted, torch.float64)
     with default_dtype(torch.float64):
-        criterion = MaskedDistillLoss(
-            shape[1], num_tokens, weight_mask=weighted, standardize=True, custom_mask_warmup=0, pretrained=learner, impl=impl
-        ).to(device)
-    t, s = raw_features(*shape).double(), normal(*shape, seed=1).double()
-    loss, grad = stage2(learner, s, t, torch.float64)
+        criterion = problem.criterion(custom_mask_warmup=0, impl=impl).to(device)
+    losses, (grad,) = problem.literal(custom_mask=True)
     for layout in (*LAYOUTS, NLC) if impl == "eager" else [(*LAYOUTS, NLC)[num_tokens % 3]]:
-        student = in_layout(s, layout).to(device).detach().requires_grad_()
-        got = criterion(student, in_layout(t, layout).to(device))
+        student = in_layout(problem.student[0], layout).to(device).detach().requires_grad_()
+        got = criterion(student, in_layout(problem.teacher[0], layout).to(device))
         got.backward()
-        close(got, loss, 1e-12)
+        close(got, losses.sum(), 1e-12)
         close(student.grad, grad, 1e-12)
 
 
@@ -88,13 +39,12 @@ def test_stage_2_in_float64(shape: tuple[int, ...], num_tokens: int, weighted: b
 def test_stage_2_error_is_that_of_the_dtype(dtype: torch.dtype, target: Target) -> None:
     """Features are exact in ``dtype``; only the gradient's last rounding depends on it."""
     impl, device = target
-    learner = learner_with_statistics([32], 6, True)
-    criterion = MaskedDistillLoss(32, standardize=True, custom_mask_warmup=0, pretrained=learner, impl=impl).to(device)
-    t, s = raw_features(2, 32, 6, 9).to(dtype), normal(2, 32, 6, 9, seed=1).to(dtype)
-    loss, grad = stage2(learner, s, t, torch.float64)
-    plain, plain_grad = stage2(learner, s, t, torch.float32)
-    student = s.to(device).requires_grad_()
-    got = criterion(student, t.to(device))
+    problem = standard([(2, 32, 6, 9)], 6, dtype=dtype)
+    criterion = problem.criterion(custom_mask_warmup=0, impl=impl).to(device)
+    (loss,), (grad,) = problem.literal(custom_mask=True)
+    (plain,), (plain_grad,) = problem.literal(torch.float32, custom_mask=True)
+    student = problem.student[0].to(device).requires_grad_()
+    got = criterion(student, problem.teacher[0].to(device))
     got.backward()
     # A kernel's bfloat16 tokens keep 16 bits; all others are float32 or exact
     sums = 1e-4 if (impl, dtype) == ("triton", torch.bfloat16) else 2e-6
@@ -107,37 +57,22 @@ def test_stage_2_error_is_that_of_the_dtype(dtype: torch.dtype, target: Target) 
         assert (student.grad.cpu().double() - grad).abs().max() <= bound
 
 
-def stage1(learner: MaskLearner, x: Tensor, g: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Masked raw features, Dice loss and all gradients: masks and weights by the formulas on standardised features."""
-    module = copy.deepcopy(learner).cpu().to(dtype).mask_modules[0]
-    x = x.detach().cpu().to(dtype).requires_grad_()
-    seen = standardised(module, x)
-    m = reference.masks(seen, module.mask_token)
-    w = reference.mask_weights(seen, *module.weighting()) if module.weight_mask else torch.ones_like(m[:, :, 0, 0])
-    y = x * torch.einsum("nt,nthw->nhw", w, m)[:, None]
-    return results(module, x, y, reference.dice(m), g.cpu().to(dtype))
-
-
-def results(module: MaskModule, x: Tensor, y: Tensor, dice: Tensor, g: Tensor) -> dict[str, Tensor]:
-    torch.autograd.backward([y, dice], [g, torch.full_like(dice, 3.0)])
-    grads = {name: p.grad for name, p in module.named_parameters()}
-    return {k: v.detach().cpu().double() for k, v in {"y": y, "dice": dice, "x": x.grad, **grads}.items()}
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize(("shape", "num_tokens"), SHAPES, ids=str)
 def test_stage_1(shape: tuple[int, ...], num_tokens: int, weighted: bool, dtype: torch.dtype, target: Target) -> None:
-    """No more than twice the error of the formulas in the same dtype, beside a few units of the dtype."""
+    """No more than twice the error of the formulas in the same dtype, beside a few units of the offsets that cancel."""
     impl, device = target
-    learner = learner_with_statistics([shape[1]], num_tokens, weighted, impl).to(device, dtype)
-    x, g = raw_features(*shape).to(dtype), normal(*shape, seed=1).to(dtype)
-    want, plain = stage1(learner, x, g, torch.float64), stage1(learner, x, g, dtype)
-    units = 2e-12 if dtype == torch.float64 else 13 * torch.finfo(dtype).eps  # measured: 5e-14, 10 units (one thread)
+    problem = standard([shape], num_tokens, weighted, dtype)
+    learner, (x,), g = problem.learner.to(device, dtype), problem.teacher, normal(*shape, seed=1).to(dtype)
+    learner.impl, (module,) = impl, learner.mask_modules
+    want, plain = literal_results(module, x, g), literal_results(module, x, g, dtype)
+    offset = 1 + (module.channel_mean / module.channel_std).abs().max().item()
+    units = 2e-12 if dtype == torch.float64 else 6 * offset * torch.finfo(dtype).eps  # measured: 4.9
     for layout in (*LAYOUTS, NLC) if impl == "eager" else [(*LAYOUTS, NLC)[num_tokens % 3]]:
         learner.zero_grad()
         placed = in_layout(x, layout).to(device).detach().requires_grad_()
-        got = results(learner.mask_modules[0], placed, learner(placed), learner.dice_loss(), g.to(device))
+        got = results(module, placed, learner(placed), learner.dice_loss(), g.to(device))
         assert got.keys() == want.keys()
         for name, value in want.items():
             error, allowed = (got[name] - value).abs().max(), 2 * (plain[name] - value).abs().max()
@@ -146,13 +81,13 @@ def test_stage_1(shape: tuple[int, ...], num_tokens: int, weighted: bool, dtype:
 
 def test_masks_and_weights(target: Target) -> None:
     _, device = target
-    module = learner_with_statistics([6], 3, True).double().mask_modules[0]
-    x = raw_features(2, 6, 5, 7).double()
+    problem = standard([(2, 6, 5, 7)], 3, dtype=torch.float64)
+    (module,), (x,) = problem.learner.double().mask_modules, problem.teacher
     seen = standardised(module, x)
     masks, weights = reference.masks(seen, module.mask_token), reference.mask_weights(seen, *module.weighting())
     module.to(device)
-    close(module.masks(x.to(device)), masks.detach(), 1e-12)
-    close(module.weights(x.to(device)), weights.detach(), 1e-12)
+    close(module.masks(x.to(device)), masks, 1e-12)
+    close(module.weights(x.to(device)), weights, 1e-12)
 
 
 class Teacher(nn.Module):
@@ -227,7 +162,8 @@ def test_calibrate_errors_name_what_is_wrong() -> None:
 
 
 def test_statistics_travel_with_the_tokens(tmp_path: Path) -> None:
-    learner = learner_with_statistics([4, 6], 3, True)
+    problem = standard([(2, 4, 5, 5), (2, 6, 5, 5)], 3)
+    learner = problem.learner
     learner.save(tmp_path / "tokens.pt")
     want = {k: v.clone() for k, v in learner.state_dict().items()}
     assert sorted(k for k in want if "mask_modules.0" in k and "prob" not in k) == [
@@ -238,14 +174,13 @@ def test_statistics_travel_with_the_tokens(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[k], v) for k, v in want.items())
     criteria = [MaskedDistillLoss([4, 6], 3, standardize=True, pretrained=p) for p in (tmp_path / "tokens.pt", learner)]
     criteria.append(MaskedDistillLoss([4, 6], 3, standardize=True, pretrained=criteria[0]))
-    x = [raw_features(2, c, 5, 5) for c in (4, 6)]
     for criterion in criteria:
-        for got, module, features in zip(criterion.masks(x), learner.mask_modules, x, strict=True):
+        for got, module, features in zip(criterion.masks(problem.teacher), learner.mask_modules, problem.teacher, strict=True):
             close(got, module.masks(features).detach(), 1e-6)
 
 
 def test_tokens_of_the_other_kind_are_refused() -> None:
-    learner, plain = learner_with_statistics([4], 3, True), MaskLearner(4, 3)
+    learner, plain = standard([(1, 4, 1, 1)], 3).learner, MaskLearner(4, 3)
     with pytest.raises(ValueError, match=r"unexpected: mask_modules.0.channel_mean(.|\n)*standardize=True"):
         MaskedDistillLoss(4, 3, pretrained=learner)
     with pytest.raises(ValueError, match=r"missing: mask_modules.0.channel_mean(.|\n)*standardize=False"):
@@ -263,15 +198,16 @@ def test_tokens_of_the_other_kind_are_refused() -> None:
 def test_compile_fullgraph(weighted: bool, target: Target) -> None:
     impl, device = target
     torch._dynamo.reset()
-    learner = learner_with_statistics([4], 3, weighted, impl).to(device)
-    criterion = MaskedDistillLoss(4, 3, weight_mask=weighted, standardize=True, pretrained=learner, impl=impl).to(device)
+    problems = [standard([(2, 4, h, w)], 3, weighted) for h, w in ((5, 7), (6, 9))]
+    learner, criterion = problems[0].learner.to(device), problems[0].criterion(impl=impl).to(device)
+    learner.impl = impl
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return criterion(s, t) + learner(t).square().mean() + learner.dice_loss()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    for h, w in ((5, 7), (6, 9)):
-        s, t = normal(2, 4, h, w).to(device), raw_features(2, 4, h, w).to(device)
+    for problem in problems:
+        s, t = problem.student[0].to(device), problem.teacher[0].to(device)
         got = []
         for function in (loss, compiled):
             learner.zero_grad()
