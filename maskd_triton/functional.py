@@ -3,14 +3,14 @@
 Source of every formula: *Masked Distillation with Receptive Tokens*, ICLR 2023, https://arxiv.org/abs/2205.14589.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _eager, _levels
+from . import _distributed, _eager, _levels
 from ._eager import Standardization, compose_standardization, compose_weighting
 from ._levels import Levels, Matched
 from ._ops.distill import masked_distill
@@ -178,11 +178,30 @@ def distill(
     """The one door of stage 2: checks everything but the tables, which are the caller's, and gives the loss.
 
     ``channels``: of every level; none: any. ``options``: but for what ``given`` brings. Returns the loss, and without gradient
-    what it was made of.
+    what it was made of: of DTensors, this rank's images.
     """
     check.choice(reduction, "reduction", REDUCTIONS)
     check.choice(impl, "impl", IMPLS)
     _check_fit(levels, channels, options)
+    if spread := _distributed.spread_of(levels.students + levels.teachers, "student and teacher"):
+        students, teachers = (
+            [spread.local(x, f"{name}{label}") for x, label in zip(maps, levels.labels, strict=True)]
+            for name, maps in (("student", levels.students), ("teacher", levels.teachers))
+        )
+        whole = _distributed.whole
+        options = options._replace(
+            tables=DistillTables(*([whole(x) for x in field] for field in options.tables)), step=whole(options.step)
+        )
+        loss, latest = distill(
+            levels._replace(students=students, teachers=teachers),
+            channels,
+            options,
+            Given(*(None if x is None else spread.local(x, name) for x, name in zip(given, Given._fields, strict=True))),
+            loss_weight=whole(loss_weight),
+            reduction=reduction,
+            impl=impl,
+        )
+        return spread.mean(loss), latest
     students, teachers = levels.students, levels.teachers
     impl, tables = resolve_impl(impl, students[0].device), options.tables
     weighed = bool(tables.pool_rows) or given.mask_weights is not None
@@ -379,13 +398,31 @@ def masked_features_and_dice(
         check.features(x, f"features[{i}]", e.shape[1])
         if token_bias is not None:
             check.parameter(token_bias[i], f"token_bias[{i}]", [len(e)], device)
-    tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
+    given_tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
+
+    def tables(on_this_rank: OnThisRank) -> LearnTables:
+        fields = zip(given_tables, LearnTables._fields, strict=True)
+        return LearnTables(*([on_this_rank(x, name) for x in field] for field, name in fields))
+
     return learn(features, tables, valid, impl)[:2]
 
 
-def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str) -> tuple[list[Tensor], Tensor, list[Seen]]:
-    """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of."""
-    first = features[0]
+OnThisRank = Callable[[Tensor, str], Tensor]
+
+
+def learn(
+    features: Sequence[Tensor], tables_of: Callable[[OnThisRank], LearnTables], valid: Any, impl: str
+) -> tuple[list[Tensor], Tensor, list[Seen]]:
+    """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of.
+
+    ``tables_of`` makes the tables. It is given a function of a parameter and its name, which brings it to this rank.
+    """
+    if spread := _distributed.spread_of(features, "features"):
+        own = [spread.local(x, f"features[{i}]") for i, x in enumerate(features)]
+        tables = tables_of(spread.parameter)
+        masked, dice, seen = learn(own, lambda _: tables, None if valid is None else spread.local(valid, "valid"), impl)
+        return [spread.joined(y, x) for y, x in zip(masked, features, strict=True)], spread.mean(dice), seen
+    first, tables = features[0], tables_of(lambda x, _: x)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
     for token in tables.tokens:

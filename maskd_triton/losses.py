@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional as F
+from ._distributed import is_dtensor
 from ._eager import acc_dtype
 from ._hooks import graph_task, warn_without_gradient
 from ._levels import (
@@ -341,6 +342,11 @@ class MaskedDistillLoss(nn.Module):
                 with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
                     y = module(x)
             except RuntimeError as error:
+                if is_dtensor(x) and not any(map(is_dtensor, module.parameters())):
+                    raise TypeError(
+                        f"align{label}: its parameters are plain tensors, the student's features DTensors; pass the criterion "
+                        "through torch.distributed.tensor.distribute_module"
+                    ) from error
                 dtypes = {p.dtype for p in module.parameters()}
                 if not dtypes or x.dtype in dtypes:
                     raise
