@@ -574,9 +574,9 @@ class _Found:
 
     def restore(self) -> None:
         """Put everything back, but what a block that lasts longer holds, too: that is left to it."""
-        place = self.open.index(self)
-        del self.open[place]
-        for other in self.open[place:]:
+        later = self.open[self.open.index(self) + 1 :]
+        self.open.remove(self)
+        for other in later:
             for mine, others in zip(vars(self).values(), vars(other).values(), strict=True):
                 others.update({key: mine.pop(key) for key in mine.keys() & others.keys()})
         for parameter, flag in self.parameters.values():

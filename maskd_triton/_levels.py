@@ -221,9 +221,14 @@ def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -
 
 
 def pixels_in(result: Any) -> Any:
-    """What says which pixels are valid in the output of a module that pads: itself, or the first such part of a tuple."""
-    parts = [result, *(result if isinstance(result, tuple | list) else ())]
-    return next((x for x in parts if _tensor_in(x) and (hasattr(x, "image_sizes") or hasattr(x, "mask"))), result)
+    """What says which pixels are valid in the output of a module that pads: the first such part of a tuple, or itself."""
+
+    def tells(x: Any) -> bool:
+        if isinstance(x, Tensor):
+            return x.dim() == 3 and not x.is_floating_point()
+        return _tensor_in(x) is not None and (hasattr(x, "image_sizes") or hasattr(x, "mask"))
+
+    return next(filter(tells, result), result) if isinstance(result, tuple | list) else result
 
 
 def without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:

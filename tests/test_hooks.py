@@ -1436,13 +1436,19 @@ def test_valid_of_a_module_that_pads() -> None:
         for a, b, c in zip(want, results[i], results[2 + i], strict=True):
             torch.testing.assert_close(b, a)
             torch.testing.assert_close(c, a)
+    plain = padded.tensors.amax(1) > 0  # any mask
+    for given in (plain, (padded.tensors, plain), [padded.tensors, plain.int()]):
+        teacher.transform.forward = lambda images, targets, given=given: given
+        teacher.forward = lambda images: (teacher.transform(images, None), teacher.backbone(padded.tensors))[1]
+        with learner.attach(teacher, "backbone", valid="transform"):
+            assert torch.equal(teacher(images), learner(teacher.backbone.forward(padded.tensors), plain))
     late = Detector(late=True)
     with (
         learner.attach(late, "backbone", valid="transform"),
         pytest.raises(RuntimeError, match="the module of valid= has not run before 'backbone' in this pass"),
     ):
         late(images)
-    teacher.transform.forward = lambda images, targets: (SimpleNamespace(tensors=IMAGES), targets)
+    teacher.transform.forward = lambda *_: (SimpleNamespace(tensors=IMAGES), None)
     with (
         learner.attach(teacher, "backbone", valid="transform"),
         pytest.raises(TypeError, match="valid: expected a bool tensor"),

@@ -69,7 +69,7 @@ def _segformer() -> Built:
     return (
         hf().SegformerForSemanticSegmentation(config),
         [8, 16, 24, 32],
-        {"pixel_values": IMAGES, "output_hidden_states": True},
+        {"pixel_values": IMAGES},
     )
 
 

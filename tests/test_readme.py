@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.workloads import GROWTH
+from maskd_triton._hooks import Where
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -126,3 +127,16 @@ def test_integrations_run() -> None:
     page = (ROOT / "docs/integrations.md").read_text()
     assert set(re.findall(r"\(\.\./examples/recipes/(\w+\.py)\)", page)) == recipes
     assert all((ROOT / path).exists() for path in re.findall(r"`(tests/\w+\.py)`", page))
+
+
+def test_reaching_into_models() -> None:
+    names = program("reaching-into-models.md")
+    assert [len(levels) for levels in (names["students"], names["teachers"])] == [2, 2]
+    assert all(module.mask_token.grad is not None for module in names["learner"].mask_modules)
+    page = (ROOT / "docs/reaching-into-models.md").read_text()
+    rows = re.findall(r"^  \| `(.*)` \| (.*) \| `(.*)` \|$", page, re.M)
+    tensors = {name: torch.zeros(1, 1, 1, i) for i, name in enumerate(("features", "p2", "p3", "p4", "p6", "mask", "loss"))}
+    assert len(rows) == 4
+    for returned, levels, output in rows:
+        _, found, _ = Where(("",), output=eval(output)).find(eval(returned, tensors), "output")
+        assert [x.shape[3] for x in found] == [tensors[name].shape[3] for name in re.findall(r"`(\w+)`", levels)]
