@@ -17,8 +17,8 @@ class FeatureCapture:
 
     Args:
         student, teacher: the models; a :class:`FrozenTeacher` is looked through.
-        names: modules by their dotted names (``""``: the model itself): a mapping from the student's to the teacher's, or a name
-            or names that both have.
+        names: modules by their dotted names, ``""`` is the model itself: a mapping from the student's to the teacher's, or a
+            name or names that both have.
         call: which call of a module that runs several times in one pass of its model, counted from 0; None: all, in order.
         output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of those
             as a path, in which ``...`` stands for every part and a list for several; None: ``"feature_maps"`` of a dataclass,

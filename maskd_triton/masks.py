@@ -349,9 +349,9 @@ class MaskLearner(nn.Module):
         Args:
             teacher: the frozen model, on the learner's device; a :class:`FrozenTeacher` is looked through. A compiled module
                 may be in it, but not around what is masked: ``torch.compile`` the whole inside the block.
-            names: dotted name or names of modules whose outputs are masked (``""``: the teacher itself). One gives all levels: a tensor, sequence or
-                mapping of them, or a dataclass like transformers' ``BackboneOutput``; or one level in every call of a head that
-                the levels share. Several give the same number of levels each.
+            names: dotted name or names of modules whose outputs are masked; ``""`` is the teacher itself. One gives all levels:
+                a tensor, sequence or mapping of them, or a dataclass like transformers' ``BackboneOutput``; or one level in
+                every call of a head that the levels share. Several give the same number of levels each.
             call: which call of a module that runs several times in one pass, counted from 0; the others are left alone.
                 None: all of them, in order.
             output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of
