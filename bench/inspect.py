@@ -382,7 +382,7 @@ def main() -> int:
     jobs = [(target, case) for target, case in jobs if target in arguments.target]
     with contextlib.ExitStack() as stack:
         if arguments.jobs == 1:
-            reports = map(_inspected, *zip(*jobs, strict=True))
+            reports: Iterator[list[Facts]] = map(_inspected, *zip(*jobs, strict=True))
         else:  # fresh processes: the compiler is not safe to fork
             pool = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
             reports = stack.enter_context(pool).map(_inspected, *zip(*jobs, strict=True))

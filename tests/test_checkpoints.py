@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import literal_losses
+from programs.without import Absent
 from torch import Tensor, nn
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, reference
+from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton import functional as F
 from maskd_triton.checkpoints import load_masks, mask_state
 
@@ -69,13 +71,7 @@ def assert_holds(criterion: MaskedDistillLoss, learner: MaskLearner) -> None:
     loss = loss_of(criterion)
     generator = torch.Generator().manual_seed(2)
     s, t = ([torch.randn(2, c, 5, 4, generator=generator).double() for c in criterion.channels] for _ in range(2))
-    weighting = [module.weighting() for module in modules] if modules[0].weight_mask else None
-    torch.testing.assert_close(
-        loss.double(),
-        reference.distill_loss_levels(s, t, [m.mask_token for m in modules], weighting).detach(),
-        rtol=1e-5,
-        atol=0,
-    )
+    torch.testing.assert_close(loss.double(), literal_losses(learner, s, t), rtol=1e-5, atol=0)
     assert (loss > 0.01).all()
 
 
@@ -636,31 +632,13 @@ def test_failed_save_leaves_the_old_file_alone(
     assert path.read_bytes() == before
 
 
-KILLED = """
-import os, sys, torch
-from maskd_triton import MaskLearner
-path, step = sys.argv[1:]
-def die(*arguments, **options):
-    os._exit(42)
-def die_halfway(state, file):
-    file.write(b"PK" * 100)
-    file.flush()
-    os._exit(42)
-learner = MaskLearner([4, 6], 3)
-if step == "write":
-    torch.save = die_halfway
-else:
-    setattr(os, step, die)
-learner.save(path)
-"""
-
-
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 def test_killed_save_leaves_the_old_file_whole(step: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens.pt"
     learned().save(path)
     before = path.read_bytes()
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(path), step], capture_output=True, text=True)
+    command = [sys.executable, str(Path(__file__).parent / "programs" / "killed_save.py"), str(path), step]
+    killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == 42, killed.stderr
     assert path.read_bytes() == before
     assert_equal_entries(learned(), MaskLearner(CHANNELS, TOKENS, pretrained=path))
@@ -672,7 +650,7 @@ def test_killed_save_leaves_the_old_file_whole(step: str, tmp_path: Path) -> Non
 def test_safetensors_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(sys, "meta_path", [WithoutSafetensors(), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Absent("safetensors"), *sys.meta_path])
     sentence = r"a \.safetensors file needs the safetensors package.*pip install 'maskd-triton\[safetensors\]'"
     with pytest.raises(ModuleNotFoundError, match="save: .*" + sentence) as caught:
         learned().save(tmp_path / "tokens.safetensors")
@@ -683,9 +661,3 @@ def test_safetensors_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "tokens.safetensors")
     learned().save(tmp_path / "tokens.pt")
     assert_equal_entries(learned(), MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "tokens.pt"))
-
-
-class WithoutSafetensors:
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name.partition(".")[0] == "safetensors":
-            raise ModuleNotFoundError(f"No module named {name!r}", name="safetensors")

@@ -15,6 +15,8 @@ from maskd_triton.diagnostics import describe
 pytest.importorskip("matplotlib", reason="needs the viz extra")
 from maskd_triton.viz import plot_masks
 
+PROGRAMS = Path(__file__).parent / "programs"
+
 
 def drawn(n: int = 2, tokens: int = 3, sides: tuple[tuple[int, int], ...] = ((6, 8), (3, 4))) -> dict[str, Any]:
     g = torch.Generator().manual_seed(n + tokens)
@@ -171,40 +173,16 @@ def test_wrong_arguments(changed: dict[str, Any], sentence: str) -> None:
         plot_masks(**drawn() | changed)
 
 
-NO_SIDE_EFFECTS = """
-import sys, torch
-import maskd_triton
-assert "matplotlib" not in sys.modules
-from maskd_triton.viz import plot_masks
-plot_masks(torch.rand(1, 3, 8, 8), [torch.rand(1, 2, 4, 4)]).savefig(sys.argv[1])
-assert "matplotlib.pyplot" not in sys.modules
-"""
-
-
 def test_neither_pyplot_nor_a_backend_is_touched(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", NO_SIDE_EFFECTS, str(tmp_path / "masks.png")]
+    command = [sys.executable, str(PROGRAMS / "picture.py"), str(tmp_path / "masks.png")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "masks.png").stat().st_size > 5000
 
 
-WITHOUT_MATPLOTLIB = """
-import sys
-class NoMatplotlib:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "matplotlib":
-            raise ModuleNotFoundError(f"No module named {name!r}", name="matplotlib")
-sys.meta_path.insert(0, NoMatplotlib())
-import maskd_triton
-try:
-    import maskd_triton.viz
-except ModuleNotFoundError as error:
-    print(error.name, error)
-"""
-
-
 def test_without_matplotlib() -> None:
-    result = subprocess.run([sys.executable, "-c", WITHOUT_MATPLOTLIB], capture_output=True, text=True)
+    command = [sys.executable, str(PROGRAMS / "without.py"), "matplotlib"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     sentence = "maskd_triton.viz needs matplotlib, which is not installed: pip install 'maskd-triton[viz]'"
     assert result.stdout.strip() == f"matplotlib {sentence}"

@@ -1,0 +1,47 @@
+"""What ``test_install.py`` and ``test_viz.py`` run: the package where another one, the argument, is not installed; prints the
+error."""
+
+import sys
+from typing import Any
+
+
+class Absent:
+    """For ``sys.meta_path``: finds no package of this name."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=self.package)
+
+
+def triton() -> None:
+    import torch
+
+    from maskd_triton import MaskedDistillLoss, MaskLearner
+
+    torch.manual_seed(0)
+    learner = MaskLearner(4)
+    student, teacher = torch.zeros(1, 4, 3, 3, requires_grad=True), torch.ones(1, 4, 3, 3)
+    MaskedDistillLoss(4, pretrained=learner)(student, teacher).backward()
+    assert student.grad is not None
+    assert abs(student.grad.sum().item() + 1) < 1e-2  # masks of about a half: half of the MSE's -2
+    assert "triton" not in sys.modules
+    MaskedDistillLoss(4, pretrained=learner, impl="triton")(student, teacher)
+
+
+def matplotlib() -> None:
+    import maskd_triton.viz  # noqa: F401
+
+
+def main(package: str) -> None:
+    sys.meta_path.insert(0, Absent(package))
+    try:
+        {"triton": triton, "matplotlib": matplotlib}[package]()
+    except ModuleNotFoundError as error:
+        print(error.name, error)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
