@@ -296,12 +296,15 @@ def test_learner_describes_its_latest_forward(weighted: bool, target: tuple[str,
 
 
 def test_learner_warns_once_per_level(tmp_path: Path) -> None:
-    learner, features = learner_and_features("cpu", "eager")
-    features = {name: x.abs() for name, x in features.items()}
-    with torch.no_grad():
-        learner.mask_modules[1].mask_token.copy_(torch.tensor([100.0, -100.0, -100.0])[:, None].expand(3, 5))
-    learner(features)
+    def collapsed_learner() -> MaskLearner:
+        learner, features = learner_and_features("cpu", "eager")
+        with torch.no_grad():
+            learner.mask_modules[1].mask_token.copy_(torch.tensor([100.0, -100.0, -100.0])[:, None].expand(3, 5))
+        learner({name: x.abs() for name, x in features.items()})
+        return learner
+
     sentence = r"MaskLearner, level 'p4': masks have collapsed: token 0 is on everywhere.*; tokens 1 and 2 are empty"
+    learner = collapsed_learner()
     with pytest.warns(UserWarning, match=sentence) as caught:
         learner.diagnostics()
     assert len(caught) == 1
@@ -310,9 +313,8 @@ def test_learner_warns_once_per_level(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         learner.diagnostics()
         learner.save(tmp_path / "tokens.pt")
-    learner._warned.clear()
     with pytest.warns(UserWarning, match=sentence):
-        learner.save(tmp_path / "tokens.pt")
+        collapsed_learner().save(tmp_path / "tokens.pt")
 
 
 def test_untrained_tokens_are_no_collapse() -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import LAYOUTS, in_layout
+from problems import close, literal_learn
 from torch import Tensor, nn
 
 from maskd_triton import MaskLearner, MaskModule, reference
@@ -38,21 +39,10 @@ def filled(module: nn.Module) -> Any:
     return module
 
 
-def reference_of(module: MaskModule, x: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
-    """Leaf copies in float64 of ``x`` and the module's parameters, and the literal forward of them."""
-    x = x.detach().double().contiguous().requires_grad_()
-    parameters = {k: p.detach().double().requires_grad_() for k, p in module.named_parameters()}
-    weighting = tuple(p for k, p in parameters.items() if k != "mask_token")
-    return x, parameters, reference.masked_features_and_dice(x, parameters["mask_token"], weighting or None)
-
-
-def close(got: Tensor | None, expected: Tensor | None, bound: float) -> None:
-    """``|got - expected| <= bound * max |expected|``, no NaN."""
-    assert got is not None
-    assert expected is not None
-    assert got.shape == expected.shape
-    error = (got.detach().double() - expected.detach().double()).abs().max().item()
-    assert error <= bound * expected.detach().abs().max().item()
+def reference_of(module: MaskModule, x: Tensor) -> tuple[Tensor, MaskModule, tuple[Tensor, Tensor]]:
+    """Leaf copies in float64 of ``x`` and of the module, and the literal forward of them."""
+    x, module = x.detach().double().contiguous().requires_grad_(), copy.deepcopy(module).double()
+    return x, module, literal_learn(module, x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,9 +53,9 @@ def test_module(n: int, c: int, h: int, w: int, t: int, weight_mask: bool, layou
     x = in_layout(normal(n, c, h, w), layout).requires_grad_()
     x_ref, expected, (y_ref, dice_ref) = reference_of(module, x)
 
-    close(module.masks(x), reference.masks(x_ref, expected["mask_token"]), 1e-12)
+    close(module.masks(x), reference.masks(x_ref, expected.mask_token), 1e-12)
     if weight_mask:
-        close(module.weights(x), reference.mask_weights(x_ref, *module.weighting()), 1e-12)
+        close(module.weights(x), reference.mask_weights(x_ref, *expected.weighting()), 1e-12)
     y, dice = module(x)
     assert y.dtype == dice.dtype == torch.float64
     close(y, y_ref, 1e-12)
@@ -77,9 +67,9 @@ def test_module(n: int, c: int, h: int, w: int, t: int, weight_mask: bool, layou
     ((y * upstream).sum() + 3 * dice).backward()
     ((y_ref * upstream).sum() + 3 * dice_ref).backward()
     close(x.grad, x_ref.grad, 1e-12)
-    assert len(expected) == (5 if weight_mask else 1)
-    for name, parameter in module.named_parameters():
-        close(parameter.grad, expected[name].grad, 1e-12)
+    assert len(list(module.parameters())) == (5 if weight_mask else 1)
+    for parameter, want in zip(module.parameters(), expected.parameters(), strict=True):
+        close(parameter.grad, want.grad, 1e-12)
 
 
 @pytest.mark.parametrize("weight_mask", [True, False], ids=["weighted", "unweighted"])
@@ -104,8 +94,8 @@ def test_half_features(dtype: torch.dtype, half_parameters: bool) -> None:
     masks, weights, (y, dice) = module.masks(x), module.weights(x), module(x)
     assert y.dtype == dtype
     assert masks.dtype == weights.dtype == dice.dtype == torch.float32
-    close(masks, reference.masks(x_ref, expected["mask_token"]), 1e-6)
-    close(weights, reference.mask_weights(x_ref, *module.weighting()), 1e-6)
+    close(masks, reference.masks(x_ref, expected.mask_token), 1e-6)
+    close(weights, reference.mask_weights(x_ref, *expected.weighting()), 1e-6)
     close(dice, dice_ref, 1e-6)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), y_ref, rtol=0.51 * eps, atol=1e-6)
@@ -116,8 +106,8 @@ def test_half_features(dtype: torch.dtype, half_parameters: bool) -> None:
     assert x.grad is not None
     assert x.grad.dtype == dtype
     close(x.grad, x_ref.grad, 2 * eps)
-    for name, parameter in module.named_parameters():
-        close(parameter.grad, expected[name].grad, 2 * eps if half_parameters else 1e-5)
+    for parameter, want in zip(module.parameters(), expected.parameters(), strict=True):
+        close(parameter.grad, want.grad, 2 * eps if half_parameters else 1e-5)
 
 
 def test_autocast_changes_nothing() -> None:
