@@ -393,7 +393,7 @@ def _plan_forward(
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
     launches = [(group, *_forward_numbers(group, student, teacher, heights, variant)) for group in groups]
-    return all(map(launch.in_place, maps)), launches
+    return launch.in_place(maps, (student, teacher)), launches
 
 
 def _forward_numbers(
@@ -479,7 +479,7 @@ def _plan_backward(
     written = [launch.writable(x) for x in others[0]]
     groups = launch.groups(student, teacher, written)
     launches = [(group, _backward_numbers(group, student, teacher, written, *options)) for group in groups]
-    return all(map(launch.in_place, (*maps, others[0]))), launches
+    return launch.in_place((*maps, others[0]), (student, teacher, written)), launches
 
 
 def _backward_numbers(

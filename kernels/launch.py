@@ -183,9 +183,9 @@ def planned(
     )
     found = _plans.get(key)
     if found is None:
-        if len(_plans) >= MOST_PLANS:  # endless new sizes must not fill the memory
-            _plans.clear()
         found = _plans[key] = plan(options, maps, parameters)
+        while len(_plans) > MOST_PLANS:  # endless new sizes must not fill the memory: the oldest goes
+            _plans.pop(next(iter(_plans)), None)
     return found  # type: ignore[no-any-return]
 
 
@@ -193,9 +193,9 @@ MOST_PLANS = 4096
 _plans: dict[Any, Any] = {}
 
 
-def in_place(tensors: Sequence[Tensor]) -> bool:
-    """Whether a kernel can address all of them where they are."""
-    return all(addressable(x).data_ptr() == x.data_ptr() for x in tensors)
+def in_place(maps: Sequence[Sequence[Tensor]], flat: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether ``flat``, what kernels address, are all ``maps`` where they are."""
+    return all(x.data_ptr() == y.data_ptr() for each in zip(maps, flat, strict=True) for x, y in zip(*each, strict=True))
 
 
 def _axes(tensors: Sequence[Tensor]) -> list[int]:

@@ -179,6 +179,17 @@ def test_a_plan_lasts_until_configurations_change(monkeypatch: pytest.MonkeyPatc
     assert configs[2:] == configs[:1]
 
 
+def test_endless_sizes_drop_the_oldest_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, config = [], tuning.config
+    criterion = MaskedDistillLoss(4, 2, pretrained=MaskLearner(4, 2), impl="triton").eval()
+    monkeypatch.setattr(launch, "MOST_PLANS", 2)
+    monkeypatch.setattr(tuning, "config", lambda *arguments: planned.append(width) or config(*arguments))
+    for width in (1, 2, 2, 1, 3, 2, 3, 1, 3, 2):
+        x = torch.randn(1, 4, 3, width)
+        criterion(x, x)
+    assert planned == [1, 2, 3, 1, 2]
+
+
 def test_environment_variables_are_documented() -> None:
     sources = [path for folder in ("maskd_triton", "kernels") for path in (ROOT / folder).rglob("*.py")]
     read = {name for path in sources for name in re.findall(r"MASKD_TRITON_\w+", path.read_text())}
