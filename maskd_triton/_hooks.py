@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._levels import Levels, as_list, labels, mapping_like, pixels_in, sequence_like, tensor_of
+from ._ops.library import graph_task
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher, named_paths
 
@@ -32,11 +33,6 @@ Key = str | int
 Step = Key | EllipsisType | list[Key]  # of a path: one part, every part, or several
 Output = Step | tuple[Step, ...]
 Valid = str | Callable[..., Any]
-
-
-def graph_task() -> int:
-    """The backward pass that is running now, -1 if none is: a module that runs inside of one is recomputed (checkpointing)."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 # Where, and in what layout

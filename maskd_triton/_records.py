@@ -66,6 +66,7 @@ class DistillOptions(NamedTuple):
         step: int64 scalar; masks follow the student once it has reached ``warmup``. None: from the start.
         custom_mask: masks follow the student at all.
         warmup: see ``step``.
+        counted: ``step`` counts this call when it is over, so one that a backward pass repeats sees the step before.
         mask_power: power of the mask in front of the squared difference, 2 or 1.
         eps: added to mask areas.
     """
@@ -77,6 +78,7 @@ class DistillOptions(NamedTuple):
     step: Tensor | None = None
     custom_mask: bool = False
     warmup: int = 0
+    counted: bool = False
     mask_power: int = 2
     eps: float = 1e-12
 

@@ -12,7 +12,7 @@ from . import _checks as check
 from . import functional as F
 from ._distributed import is_dtensor
 from ._eager import acc_dtype
-from ._hooks import graph_task, warn_without_gradient
+from ._hooks import warn_without_gradient
 from ._levels import (
     Levels,
     Matched,
@@ -27,7 +27,8 @@ from ._levels import (
     usual,
     without_padding,
 )
-from ._ops.library import outside_transforms
+from ._ops.distill import count
+from ._ops.library import graph_task
 from ._records import DistillOptions, DistillTables, Latest
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
@@ -231,7 +232,7 @@ class MaskedDistillLoss(nn.Module):
         (not customised), all as in :func:`functional.masked_distill_loss`. ``advance=False``: this call does not count for the
         warm-up; with gradient accumulation, pass it for every batch but the last before an optimiser step.
         """
-        again = graph_task() != -1  # activation checkpointing repeats a call, which was counted the first time
+        again = graph_task() != -1  # activation checkpointing repeats a call
         counts, compiling, step = self.training and advance, torch.compiler.is_compiling(), self.warmup_step
         levels = match(student, teacher, self.names, self._order)
         if len(levels.teachers) != len(self.channels):
@@ -247,7 +248,8 @@ class MaskedDistillLoss(nn.Module):
             tables=self._tables(levels.students[0].dtype, mask_weights is None) if masks is None else DistillTables(),
             step=step,
             custom_mask=self.custom_mask and masks is None,
-            warmup=min(self.custom_mask_warmup + (again and counts), 2**63 - 1),
+            warmup=self.custom_mask_warmup,
+            counted=counts,
             mask_power=self.mask_power,
             eps=self.eps,
         )
@@ -264,9 +266,8 @@ class MaskedDistillLoss(nn.Module):
         )
         if not again and not compiling:
             _keep(self, "_latest", latest)
-        if counts and not again:
-            with outside_transforms(step):
-                step.add_(1)
+        if counts:
+            count(step)
         return loss
 
     def masks(self, features: Levels) -> Levels:

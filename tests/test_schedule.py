@@ -1,6 +1,7 @@
 """What changes from step to step: the loss weight, and the warm-up, which counts a step once."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton import functional as F
-from maskd_triton._hooks import graph_task
+from maskd_triton._ops.library import graph_task
 
 torch.manual_seed(0)
 LEARNER = MaskLearner([8, 6], 4)
@@ -140,6 +141,40 @@ def test_checkpointed_calls_count_once(reentrant: bool, step: int, mode: str) ->
     (loss, gradients), (again, repeated) = results
     assert torch.equal(loss, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
+
+
+@pytest.mark.parametrize("compiled", ["criterion", "region"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_compiled_and_checkpointed_calls_count_once(reentrant: bool, step: int, compiled: str) -> None:
+    """Code that is compiled once runs in the forward and in the backward pass; the checkpoint is around it or inside."""
+    torch._dynamo.reset()
+    results = []
+    for kind in (None, reentrant):
+        criterion = criterion_of(custom_mask_warmup=2)
+        criterion.warmup_step.fill_(step)
+        if kind is None:
+            results.append(run(criterion, None))
+        elif compiled == "criterion":
+            results.append(run(torch.compile(criterion, backend="aot_eager", fullgraph=True), kind))
+        else:
+            student, gain = leaves(), torch.tensor(0.7, requires_grad=True)
+
+            @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+            def repeated(*levels: Tensor) -> Tensor:
+                def region(*xs: Tensor) -> Tensor:
+                    return (criterion([x * gain for x in xs], TEACHER) * gain).exp()  # noqa: B023
+
+                return checkpoint(region, *levels, use_reentrant=reentrant)
+
+            loss = repeated(*student)
+            loss.backward()
+            results.append((loss.detach(), [gain.grad, *(s.grad for s in student)]))
+        assert int(criterion.warmup_step) == step + 1
+    (loss, gradients), (again, others) = results
+    torch.testing.assert_close(loss, again)
+    for a, b in zip(gradients, others, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("warmup", [0, 2**63 - 1])

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from .. import _eager
 from .._records import Distilled, DistillOptions, DistillTables, flat, tables_of
-from .library import Function, call, differentiable, in_lists, kernels, needs_dispatcher, once_differentiable, operator
+from .library import (
+    Function,
+    call,
+    differentiable,
+    graph_task,
+    in_lists,
+    kernels,
+    needs_dispatcher,
+    once_differentiable,
+    operator,
+    outside_transforms,
+)
 
 
 def _new(student: Sequence[Tensor], options: DistillOptions) -> Distilled:
@@ -21,7 +32,8 @@ def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> D
 
 @operator(
     "(Tensor[] student, Tensor[] teacher, str impl, Tensor[] tables, Tensor[] valid, Tensor[] masks, Tensor? weights, "
-    "Tensor? step, bool custom_mask, SymInt warmup, SymInt mask_power, float eps) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "Tensor? step, bool custom_mask, SymInt warmup, bool counted, SymInt mask_power, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])",
     fake=lambda student, teacher, impl, *options: _new(student, _options(student, *options)),
 )
 def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) -> Distilled:
@@ -32,6 +44,8 @@ def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: A
 
 def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
     outputs = _new(student, options)
+    if options.counted and graph_task() != -1:
+        options = options._replace(warmup=min(options.warmup + 1, 2**63 - 1))
     forward = kernels("distill").forward if impl == "triton" else _eager.distill_forward
     forward(student, teacher, options, outputs)
     return outputs
@@ -88,3 +102,19 @@ def masked_distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options
 differentiable(
     distill, lambda student, teacher, impl, *options: masked_distill(student, teacher, _options(student, *options), impl)
 )
+
+
+def distill_count(step: Tensor) -> None:
+    """``step += 1``, but not where a backward pass repeats the call: known when it runs."""
+    if graph_task() == -1:
+        with outside_transforms(step):
+            step.add_(1)
+
+
+_count_in_graphs = operator("(Tensor(a!) step) -> ()", fake=lambda step: None)(distill_count)
+
+
+def count(step: Tensor) -> None:
+    """``distill_count``, also in compiled code; in an exported graph, where nothing is repeated, plain addition."""
+    in_graphs = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    (_count_in_graphs if in_graphs else distill_count)(step)

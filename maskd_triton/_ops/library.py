@@ -190,6 +190,11 @@ def once_differentiable(name: str) -> Callable[[_Backward], _Backward]:
     return decorator
 
 
+def graph_task() -> int:
+    """The backward pass that is running now, -1 if none is. What runs inside of one is recomputed: activation checkpointing."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
 @functools.cache
 def kernels(stage: str) -> ModuleType:
     """The Triton launchers of a stage, imported on first use: the package itself must work without triton."""
