@@ -349,6 +349,8 @@ class Hooked:
 
     def __enter__(self) -> "Hooked":
         self.task = graph_task()
+        for target in self.targets:
+            target.depth, target.skipped = 0, False  # an interrupt may have left a pass open
         for target in self.targets if self.exclusive else ():
             if any(
                 isinstance(hook, _Exclusive) and hook.module is target.module for hook in target.module._forward_hooks.values()
@@ -360,7 +362,8 @@ class Hooked:
             for target in self.targets:
                 kind = _Exclusive if self.exclusive else _Hook
                 hook = kind(target.module, functools.partial(self._output, target))
-                stack.callback(target.module.register_forward_hook(hook).remove)
+                # what replaces an output comes first: others, like those by which transformers collects hidden states, see it
+                stack.callback(target.module.register_forward_hook(hook, prepend=self.exclusive).remove)
             if self.padding is not None:
                 stack.callback(self.padding.register_forward_hook(_Hook(self.padding, self._padded)).remove)
             bounds = {m: None for target in self.targets for m in target.chain if m is not target.module or m in self.roots}
@@ -549,7 +552,7 @@ def warn_without_gradient(features: Sequence[Tensor], keys: Sequence[Any] | None
 # Freezing
 
 
-_FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention)
+_FIXED = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
 _RANDOM = re.compile(r"Drop(?:Path|Block|out)|StochasticDepth")  # timm's, transformers' and torchvision's, by their names
 
 

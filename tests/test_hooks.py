@@ -233,6 +233,37 @@ def test_a_pass_that_raises_leaves_no_trace() -> None:
         assert [len(levels) for levels in features.take()] == [2, 2]
 
 
+def test_an_interrupted_pass_leaves_no_trace() -> None:
+    """Hooks that end a pass are not called then."""
+    student, teacher = seeded(SharedHead), seeded(SharedHead)
+    block = FeatureCapture(student, teacher, "tower")
+    handle = student.tower.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), block:
+        student(IMAGES)
+    handle.remove()
+    with block as features:
+        for _ in range(2):
+            student(IMAGES)
+            teacher(IMAGES)
+        assert [len(levels) for levels in features.take()] == [2, 2]
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_other_hooks_see_masked_features() -> None:
+    """As those by which transformers collects hidden states: they were set before, and stay."""
+    teacher, learner = seeded(Yolo), learner_of(4)
+    seen: list[Tensor] = []
+    teacher.p3.register_forward_hook(lambda _module, _inputs, x: seen.append(x))
+    with FeatureCapture(seeded(Yolo), teacher, "p3") as features, learner.attach(teacher, "p3"):
+        masked, _ = teacher(IMAGES)
+        features._sides[0].model(IMAGES)
+        assert features.take()[1][0] is masked
+    assert seen[0] is masked
+
+
 def test_a_hook_that_raises_leaves_no_trace() -> None:
     """Before the pass has begun, or in the function that reads valid pixels."""
     teacher, learner = seeded(SharedHead), learner_of(4, 4)

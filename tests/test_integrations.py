@@ -345,3 +345,15 @@ def test_line(name: str, line: str) -> None:
     assert found
     assert all(module.mask_token.grad.abs().max() > 0 for module in learner.mask_modules)
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hidden_states_that_transformers_collects() -> None:
+    """It does so by hooks of its own, which stay in the model from its first call on."""
+    (teacher, _, arguments), learner = _vit(), MaskLearner(32, num_tokens=3)
+    plain = teacher.eval()(**arguments, output_hidden_states=True).hidden_states[1]
+    for _ in range(2):
+        with learner.attach(teacher, "layers.0", layout="tokens", prefix_tokens=1):
+            masked = teacher(**arguments, output_hidden_states=True).hidden_states[1]
+        torch.testing.assert_close(masked[:, 0], plain[:, 0])
+        torch.testing.assert_close(masked[:, 1:], plain[:, 1:] / 2, rtol=0.2, atol=0.1)  # of untrained tokens
