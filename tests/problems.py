@@ -74,6 +74,37 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def draw_parameters(learner: MaskLearner, generator: torch.Generator) -> None:
+    """Tokens, then weighting, level by level: masks away from 0.5 and from each other, weights away from 1 / T."""
+    modules = list(learner.mask_modules)
+    scaled = [(module.mask_token, module.channels**-0.5) for module in modules]
+    for module in modules if learner.weight_mask else ():
+        fan_in = module.channels**-0.5
+        scaled += zip(module.weighting(), (0.3 * fan_in, 1, fan_in, 1), strict=True)
+    for p, scale in scaled:
+        p.detach().copy_(scale * torch.randn(p.shape, generator=generator))
+
+
+def trained(
+    channels: list[int],
+    num_tokens: int,
+    weighted: bool = True,
+    standardize: bool = False,
+    *,
+    seed: int = 0,
+    impl: str = "auto",
+) -> MaskLearner:
+    """A learner with parameters, and statistics of features near N(0, 1), as training leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    learner = MaskLearner(channels, num_tokens, weighted, standardize=standardize, impl=impl)
+    draw_parameters(learner, generator)
+    for module in learner.mask_modules if standardize else ():
+        module.channel_mean.normal_(generator=generator)
+        module.channel_std.uniform_(0.5, 2, generator=generator)
+        module.pixels_seen.fill_(1)
+    return learner
+
+
 class Problem:
     """Both stages' inputs and learned parameters; features are exact in ``dtype``, parameters in float32. With
     ``standardize``, the teacher's channels are of very different size and offset, and the learner knows both.
@@ -94,8 +125,8 @@ class Problem:
     ):
         generator = torch.Generator().manual_seed(sum(map(sum, shapes)) + num_tokens)
 
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(shape, generator=generator)).to(torch.float32)
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
 
         self.dtype = dtype
         self.learner = MaskLearner([shape[1] for shape in shapes], num_tokens, weighted, standardize=standardize)
@@ -110,13 +141,7 @@ class Problem:
         self.teacher = [t.to(dtype) for t in self.teacher]
         seen = [standardised(*level) for level in zip(modules, self.teacher, strict=True)]
         self.student = [(t.float() + normal(*t.shape)).to(dtype) for t in seen]
-        for token in self.tokens:
-            token.copy_(normal(*token.shape, scale=token.shape[1] ** -0.5))
-        for module in modules if weighted else ():
-            w3, b3, w1, b1 = (p.detach() for p in module.weighting())
-            fan_in = module.channels**-0.5
-            for p, scale in ((w3, 0.3 * fan_in), (b3, 1), (w1, fan_in), (b1, 1)):
-                p.copy_(normal(*p.shape, scale=scale))
+        draw_parameters(self.learner, generator)
         self.masks = [torch.rand(n, num_tokens, h, w, generator=generator).to(dtype) for n, _, h, w in shapes]
         self.mask_weights = [torch.rand(n, num_tokens, generator=generator).to(dtype) for n, *_ in shapes]
 

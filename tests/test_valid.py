@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import LAYOUTS, default_dtype, in_layout
-from problems import Target, literal_learn, literal_losses
+from problems import Problem, Target, literal_learn, literal_losses
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
@@ -24,29 +24,17 @@ def valid_of(images: list[tuple[int, int]], device: str) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
-def maps(device: str, grad: bool = False) -> list[Tensor]:
-    xs = [
-        torch.randn(len(IMAGES), c, SIZE[0] // s, SIZE[1] // s, dtype=torch.float64)
-        for c, s in zip(CHANNELS, STRIDES, strict=True)
-    ]
-    return [x.to(device).requires_grad_(grad) for x in xs]
-
-
 def crop(xs: list[Tensor], n: int) -> list[Tensor]:
     return [x[n : n + 1, :, : IMAGES[n][0] // s, : IMAGES[n][1] // s] for x, s in zip(xs, STRIDES, strict=True)]
 
 
-def trained(module: Any, device: str) -> Any:
-    """Parameters and statistics as training leaves them: tokens that matter, weights that differ."""
-    for part in module.mask_modules:
-        nn.init.normal_(part.mask_token)
-        for conv in (part.prob[0], part.prob[2]) if part.weight_mask else ():
-            nn.init.normal_(conv.bias)
-        if part.standardize:
-            part.channel_mean.normal_()
-            part.channel_std.uniform_(0.5, 2)
-            part.pixels_seen.fill_(1)
-    return module.to(device).double()
+def problem_of(weight_mask: bool, standardize: bool = False, dtype: torch.dtype = torch.float64) -> Problem:
+    shapes = [(len(IMAGES), c, SIZE[0] // s, SIZE[1] // s) for c, s in zip(CHANNELS, STRIDES, strict=True)]
+    return Problem(shapes, 3, weight_mask, dtype, standardize)
+
+
+def placed(levels: list[Tensor], device: str) -> list[Tensor]:
+    return [x.detach().to(device).requires_grad_() for x in levels]
 
 
 OPTIONS = pytest.mark.parametrize(("weight_mask", "standardize"), [(True, False), (False, False), (True, True), (False, True)])
@@ -55,16 +43,14 @@ OPTIONS = pytest.mark.parametrize(("weight_mask", "standardize"), [(True, False)
 @OPTIONS
 @pytest.mark.parametrize("eps", [1e-12, 0.0])
 def test_loss_equals_crops(weight_mask: bool, standardize: bool, eps: float, target: Target) -> None:
-    torch.manual_seed(0)
     impl, device = target
-    learner = trained(MaskLearner(CHANNELS, 3, weight_mask, standardize=standardize), device)
-    options = {"weight_mask": weight_mask, "standardize": standardize, "custom_mask_warmup": 0, "eps": eps, "impl": impl}
+    problem = problem_of(weight_mask, standardize)
     with default_dtype(torch.float64):
-        criterion = MaskedDistillLoss(CHANNELS, 3, pretrained=learner, **options).to(device).eval()
-    student, teacher = maps(device, grad=True), maps(device)
+        criterion = problem.criterion(custom_mask_warmup=0, eps=eps, impl=impl).to(device).eval()
+    student, teacher = placed(problem.student, device), [x.to(device) for x in problem.teacher]
     loss = criterion(student, teacher, valid=valid_of(IMAGES, device))
     grads = torch.autograd.grad(loss, student)
-    crops = (literal_losses(learner, crop(student, n), crop(teacher, n), custom_mask=True, eps=eps) for n in range(3))
+    crops = (literal_losses(problem.learner, crop(student, n), crop(teacher, n), custom_mask=True, eps=eps) for n in range(3))
     expected = sum(losses.sum() for losses in crops) / len(IMAGES)
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=0)
     for g, e in zip(grads, torch.autograd.grad(expected, student), strict=True):  # zero outside the crops
@@ -73,10 +59,11 @@ def test_loss_equals_crops(weight_mask: bool, standardize: bool, eps: float, tar
 
 @OPTIONS
 def test_stage_1_equals_crops(weight_mask: bool, standardize: bool, target: Target) -> None:
-    torch.manual_seed(0)
     impl, device = target
-    learner = trained(MaskLearner(CHANNELS, 3, weight_mask, standardize=standardize, impl=impl), device)
-    features, ups = maps(device, grad=True), maps(device)
+    problem = problem_of(weight_mask, standardize)
+    learner = problem.learner.to(device, torch.float64)
+    learner.impl = impl
+    features, ups = placed(problem.teacher, device), [x.to(device) for x in problem.student]
     leaves = [*learner.parameters(), *features]
     masked = learner(features, valid_of(IMAGES, device))
     dice = learner.dice_loss()
@@ -163,9 +150,8 @@ def test_pool_operator(target: Target) -> None:
 
 
 def test_forms_of_valid() -> None:
-    torch.manual_seed(0)
-    criterion = MaskedDistillLoss(CHANNELS, 3, pretrained=trained(MaskLearner(CHANNELS, 3), "cpu").float()).eval()
-    student, teacher = ([x.float() for x in maps("cpu")] for _ in range(2))
+    problem = problem_of(True, dtype=torch.float32)
+    criterion, student, teacher = problem.criterion().eval(), problem.student, problem.teacher
     images = [(8, 12), (4, 8), (8, 4), (2, 2)]
     expected = criterion(student, teacher, valid=valid_of(images, "cpu"))
     image_list = SimpleNamespace(tensors=torch.zeros(4, 3, *SIZE), image_sizes=images)  # torchvision's ImageList
@@ -276,13 +262,13 @@ def test_padding_may_hold_anything(
     dtype: torch.dtype, weight_mask: bool, standardize: bool, layout: str, target: Target
 ) -> None:
     """Both stages give the same bits, whatever the padding of features and of upstream gradients holds, and 0 as gradient."""
-    torch.manual_seed(0)
     impl, device = target
     valid = valid_of(IMAGES, device)
-    learner = trained(MaskLearner(CHANNELS, 3, weight_mask, standardize=standardize, impl=impl), device).float()
-    options = {"weight_mask": weight_mask, "standardize": standardize, "custom_mask_warmup": 0, "impl": impl}
-    criterion = MaskedDistillLoss(CHANNELS, 3, pretrained=learner, **options).to(device).eval()
-    clean = [[in_layout(x.to(dtype), layout) for x in maps(device)] for _ in range(3)]
+    problem = problem_of(weight_mask, standardize, dtype)
+    learner, criterion = problem.learner.to(device), problem.criterion(custom_mask_warmup=0, impl=impl).to(device).eval()
+    learner.impl = impl
+    upstream = [torch.randn(t.shape).to(dtype) for t in problem.teacher]
+    clean = [[in_layout(x.to(device), layout) for x in xs] for xs in (problem.student, problem.teacher, upstream)]
     dirty = [[in_layout(poisoned(x, valid, s), layout) for x, s in zip(xs, STRIDES, strict=True)] for xs in clean]
 
     def distilled(maps: list[list[Tensor]]) -> list[Tensor]:
