@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor, nn
+from problems import trained
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
@@ -15,14 +16,6 @@ from maskd_triton import functional as F
 from maskd_triton.diagnostics import describe
 
 Target = tuple[str, str]
-
-
-def trained(channels: list[int], tokens: int, weight_mask: bool = True) -> MaskLearner:
-    torch.manual_seed(0)
-    learner = MaskLearner(channels, tokens, weight_mask)
-    for module in learner.mask_modules:
-        nn.init.normal_(module.mask_token)
-    return learner
 
 
 @pytest.mark.parametrize("resize", ["student", "teacher"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import trained
 from torch import Tensor
 
 from maskd_triton import MaskLearner, MaskModule, reference
@@ -261,10 +262,7 @@ def test_tokens_as_initialised_are_reported_as_the_same() -> None:
 def learner_and_features(device: str, impl: str, weighted: bool = True) -> tuple[MaskLearner, dict[str, Tensor]]:
     """Two levels with tokens that have learned something."""
     torch.manual_seed(0)
-    learner = MaskLearner([8, 5], 3, weighted, impl=impl).to(device)
-    with torch.no_grad():
-        for module in learner.mask_modules:
-            module.mask_token.mul_(100)
+    learner = trained([8, 5], 3, weighted, impl=impl).to(device)
     return learner, {"p3": torch.randn(2, 8, 6, 5, device=device), "p4": torch.randn(2, 5, 3, 3, device=device)}
 
 

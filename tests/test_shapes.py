@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import trained
 from torch import Tensor
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, shapes
+from maskd_triton import MaskedDistillLoss, shapes
 from maskd_triton._levels import valid_of_levels
 
 SIZES = [(4, 6), (2, 3)]
@@ -24,11 +25,7 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 def criterion_of(impl: str, device: str, levels: int) -> MaskedDistillLoss:
-    torch.manual_seed(0)
-    learner = MaskLearner([8] * levels, 3)
-    with torch.no_grad():
-        for module in learner.mask_modules:
-            module.mask_token.mul_(100)
+    learner = trained([8] * levels, 3)
     return MaskedDistillLoss([8] * levels, 3, custom_mask_warmup=0, pretrained=learner, impl=impl).to(device).double()
 
 

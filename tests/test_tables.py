@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from problems import trained
 from torch import Tensor, nn
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
@@ -23,17 +24,7 @@ OPTIONS = pytest.mark.parametrize(("weight_mask", "standardize"), KINDS)
 
 
 def learned(seed: int, weight_mask: bool = True, standardize: bool = True) -> MaskLearner:
-    torch.manual_seed(seed)
-    learner = MaskLearner(CHANNELS, TOKENS, weight_mask, standardize=standardize)
-    for module in learner.mask_modules:
-        nn.init.normal_(module.mask_token)
-        for conv in (module.prob[0], module.prob[2]) if weight_mask else ():
-            nn.init.normal_(conv.bias)
-        if standardize:
-            module.channel_mean.normal_()
-            module.channel_std.uniform_(0.5, 2)
-            module.pixels_seen.fill_(9)
-    return learner
+    return trained(CHANNELS, TOKENS, weight_mask, standardize, seed=seed)
 
 
 def criterion_of(learner: MaskLearner, **options: Any) -> MaskedDistillLoss:
@@ -107,7 +98,7 @@ CHANGES: dict[str, Change] = {
 @OPTIONS
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changes_are_seen(change: Change, weight_mask: bool, standardize: bool, tmp_path: Path) -> None:
-    criterion, other = (criterion_of(learned(seed, weight_mask, standardize)) for seed in (1, 2))
+    criterion, other = (criterion_of(learned(seed, weight_mask, standardize)) for seed in (2, 3))
     before, want = criterion(S, T), other(S, T)
     assert (before - want).abs() > 1e-3 * want
     change(criterion, other, tmp_path)

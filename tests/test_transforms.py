@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import trained
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -20,11 +21,7 @@ FORWARD_MODE = "forward-mode derivatives .* are not supported; use backward"
 
 def double(target: Target, standardize: bool = False, **options: Any) -> MaskedDistillLoss:
     torch.manual_seed(0)
-    learner = MaskLearner([5, 4], 3, standardize=standardize)
-    for module in learner.mask_modules:
-        torch.nn.init.normal_(module.mask_token)
-        if standardize:
-            module.pixels_seen.fill_(1)
+    learner = trained([5, 4], 3, standardize=standardize)
     options |= {"standardize": standardize, "pretrained": learner, "impl": target[0], "custom_mask": False}
     return MaskedDistillLoss([5, 4], 3, **options).to(target[1]).double()
 
