@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._levels import Levels, as_list, labels, mapping_like, pixels_in, sequence_like, tensor_of
+from ._levels import FIELD, Levels, as_list, is_record, labels, mapping_like, pixels_in, sequence_like, tensor_of
 from ._ops.library import graph_task
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher, named_paths
 
-FIELD = "feature_maps"  # where transformers' backbones keep their levels
 LAYOUTS = ("nchw", "nhwc", "tokens")
 Key = str | int
 Step = Key | EllipsisType | list[Key]  # of a path: one part, every part, or several
@@ -91,7 +90,7 @@ class Where:
     def _paths(self, result: Any, name: str) -> list[tuple[Key, ...]]:
         """The paths to the levels, or the one to their container."""
         if self.output is None:
-            return [(FIELD,) if _is_record(result) else ()]
+            return [(FIELD,) if is_record(result) else ()]
         paths: list[tuple[Key, ...]] = [()]
         for step in _steps(self.output):
             if isinstance(step, EllipsisType):
@@ -175,13 +174,9 @@ def _is_step(step: Any) -> bool:
     return step is ... or (bool(keys) and all(isinstance(key, str) or check.integer(key) is not None for key in keys))
 
 
-def _is_record(result: Any) -> bool:
-    return dataclasses.is_dataclass(result) and not isinstance(result, type)
-
-
 def _fields(result: Any) -> dict[Any, Any] | None:
     """What ``result`` holds by name: a dataclass, mapping, namedtuple or plain object; None for what has no names."""
-    if _is_record(result):
+    if is_record(result):
         return {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
     if isinstance(result, Mapping):
         return dict(result)
@@ -241,7 +236,7 @@ def _with_part(result: Any, path: tuple[str | int, ...], name: str, levels: Any)
         key = [k for k, held in fields.items() if held is not None][key]
     if hasattr(result, "_replace"):
         return result._replace(**{str(key): value})
-    if isinstance(result, Mapping) and not _is_record(result):
+    if isinstance(result, Mapping) and not is_record(result):
         return mapping_like(result, {key: value})
     result = copy.copy(result)  # dataclasses.replace would run __post_init__ again
     try:

@@ -1,6 +1,7 @@
 """Features as lists of levels: one tensor, a sequence matched by position, or a mapping matched by key."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ from .shapes import valid_pixels
 
 X = TypeVar("X")
 Levels = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
+FIELD = "feature_maps"  # where transformers' backbones keep their levels
 
 
 def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
@@ -78,7 +80,7 @@ def usual(keys: Iterable[Any], order: Sequence[Any] | None) -> list[Any]:
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
     """The tensors of ``features`` and, for a mapping, their keys; ``keys`` gives the order a mapping must follow."""
     if not isinstance(features, list | tuple):  # the usual ones; abstract classes take longer to ask for
-        features = tensor_of(features)
+        features = tensor_of(maps_in(features))
     if isinstance(features, Tensor):
         return [features], None
     if isinstance(features, Mapping):
@@ -96,6 +98,16 @@ def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> t
     return tensors, found
 
 
+def is_record(result: Any) -> bool:
+    """Whether it is a dataclass, as model outputs of transformers are."""
+    return dataclasses.is_dataclass(result) and not isinstance(result, type)
+
+
+def maps_in(features: Any) -> Any:
+    """The levels of a transformers backbone's output; anything else as it is."""
+    return getattr(features, FIELD, features) if is_record(features) else features
+
+
 def tensor_of(x: Any) -> Any:
     """The tensor in a NestedTensor (DETR), torchvision's ImageList (``.tensors``) or detectron2's (``.tensor``); else ``x``."""
     name = _tensor_in(x)
@@ -110,6 +122,10 @@ def _tensor_in(x: Any) -> str | None:
 
 def like(features: Levels, tensors: Sequence[Tensor], keys: Sequence[Any] | None) -> Levels:
     """``tensors`` in the container of ``features``, of which each may be wrapped; a mapping's are those of ``keys``."""
+    if (maps := maps_in(features)) is not features:
+        output: Any = copy.copy(features)
+        setattr(output, FIELD, like(maps, tensors, keys))
+        return output
     if isinstance(features, Mapping):
         return mapping_like(
             features, {key: _wrapped_like(features[key], x) for key, x in zip(keys or (), tensors, strict=True)}
@@ -180,6 +196,7 @@ def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None, 
     Levels come in the order of their ``names``; each may then be a mapping or a sequence. Without names both or neither are
     mappings, whose order is the teacher's, or the ``order`` of an earlier call.
     """
+    student, teacher = maps_in(student), maps_in(teacher)
     expected = usual(teacher, order) if names is None and isinstance(teacher, Mapping) else names
     teachers, keys = as_list(teacher, "teacher", expected)
     if names is not None:

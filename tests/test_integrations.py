@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
-from maskd_triton import MaskLearner, capture
+from maskd_triton import MaskedDistillLoss, MaskLearner, capture
 
 PAGE = (Path(__file__).parents[1] / "docs/integrations.md").read_text()
 ROWS = re.findall(r"^\| \w+ (`\w+`.*?) \|.*?\| `attach\(teacher, (.*?)\)` \|$", PAGE, re.M)
@@ -357,3 +357,21 @@ def test_hidden_states_that_transformers_collects() -> None:
             masked = teacher(**arguments, output_hidden_states=True).hidden_states[1]
         torch.testing.assert_close(masked[:, 0], plain[:, 0])
         torch.testing.assert_close(masked[:, 1:], plain[:, 1:] / 2, rtol=0.2, atol=0.1)  # of untrained tokens
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_outputs_of_a_backbone_are_levels() -> None:
+    """Of criterion and learner, as of attach and capture."""
+    backbone = hf().AutoBackbone.from_config(resnet(out_features=["stage1", "stage2"])).eval()
+    learner = MaskLearner([8, 16], num_tokens=3)
+    criterion = MaskedDistillLoss([8, 16], 3, pretrained=learner)
+    with torch.no_grad():
+        teacher = backbone(IMAGES)
+    want = criterion([2 * x for x in teacher.feature_maps], teacher.feature_maps)
+    student = type(teacher)(feature_maps=tuple(2 * x for x in teacher.feature_maps))
+    torch.testing.assert_close(criterion(student, teacher), want)
+    torch.testing.assert_close(criterion(list(student.feature_maps), teacher), want)
+    masked = learner(teacher)
+    assert type(masked) is type(teacher)
+    for a, b in zip(masked.feature_maps, learner(teacher.feature_maps), strict=True):
+        assert torch.equal(a, b)
