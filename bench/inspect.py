@@ -85,6 +85,7 @@ class Case:
     standard: bool = False
     valid: bool = False
     given: bool = False
+    distance: str = "squared"
     shipped: tuple[str, tuning.Config] | None = None  # a kernel and its configuration, instead of the default
 
     @property
@@ -100,7 +101,8 @@ class Case:
         student = f"{self.student_dtype or self.dtype} {self.student_layout or self.layout} > " if self.mixed else ""
         sizes = " ".join(f"{h}x{w}" for h, w in self.sizes)
         shipped = f" {self.shipped}" if self.shipped else ""
-        return f"{student}{self.dtype} {self.layout} C{self.channels} T{self.tokens} {sizes} {flags}{shipped}"
+        distance = f" {self.distance}" if self.distance != "squared" else ""
+        return f"{student}{self.dtype} {self.layout} C{self.channels} T{self.tokens} {sizes} {flags}{distance}{shipped}"
 
 
 def kernel_name(kernel: Any) -> str:
@@ -174,16 +176,17 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
     tables = DistillTables([] if given else tokens, rows, bias, tokens if case.standard else [], token_bias, affine)
     options = DistillOptions(
         tables, valid, given, weights if valid else None, torch.zeros((), dtype=torch.int64), case.custom,
-        warmup=1000, mask_power=1 if given else 2,
+        warmup=1000, mask_power=1 if given else 2, distance=case.distance,
     )  # fmt: skip
-    outputs, kept = Distilled(loss, weights, weights, masks), LearnKept(weights, pairs, masks, sums)
+    cosines = [torch.empty(n, 2, h * w, dtype=acc) for h, w in case.sizes if case.distance == "cosine"]
+    outputs, kept = Distilled(loss, weights, weights, masks, cosines), LearnKept(weights, pairs, masks, sums)
     parameters_of_learn = LearnTables(tokens, token_bias, rows, bias)
     learn_options = LearnOptions(parameters_of_learn, own_weights, valid, heights)
     forced = tuning.forced(*case.shipped) if case.shipped else contextlib.nullcontext()
     with compiling_for(TARGETS[target]) as compiled, forced:
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
         distill.forward(student, teacher, options, outputs)
-        distill.backward(student, teacher, loss, weights, masks, affine, valid, options.mask_power)
+        distill.backward(student, teacher, loss, outputs.kept(options))
         learn.forward(t, learn_options, loss, kept)
         learn.backward(t, learn_options, s, loss[:, 0], kept, parameters_of_learn, own_weights, True)
         if valid:
@@ -306,7 +309,11 @@ def cases() -> list[Case]:
     pyramid = ((50, 84), (25, 42), (13, 21))
     sizes = [Case(d, layout, sizes=pyramid, standard=True) for d in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
     sizes += [Case(channels=19, tokens=8), Case(sizes=((13, 21),)), Case(sizes=((30, 35),)), Case("fp32", channels=4096)]
-    return branches + flags + counts + mixed + padded + sizes + shipped_cases()
+    distances = [Case(d, distance=x, standard=True, valid=d != "fp16") for d in DTYPES for x in ("smooth_l1", "cosine")]
+    distances += [
+        Case(d, "nhwc", distance="cosine", tokens=t, standard=True) for d, t in (("bf16", 6), ("fp32", 6), ("bf16", 64))
+    ]
+    return branches + flags + counts + mixed + padded + sizes + distances + shipped_cases()
 
 
 def shipped_cases() -> list[Case]:

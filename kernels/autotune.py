@@ -123,14 +123,14 @@ def _launch(key: Key, device: torch.device) -> Callable[[], object]:
         distill_options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True)
 
         def forward() -> Distilled:
-            outputs = Distilled.empty(student, t, acc_dtype(dtype))
+            outputs = Distilled.empty(student, distill_options, acc_dtype(dtype))
             distill.forward(student, teacher, distill_options, outputs)
             return outputs
 
         if key.kernel == "forward_kernel":
             return forward
-        loss, _, coefficients, masks = forward()
-        return lambda: distill.backward(student, teacher, loss, coefficients, masks, [], [], distill_options.mask_power)
+        outputs = forward()
+        return lambda: distill.backward(student, teacher, outputs.per_image, outputs.kept(distill_options))
 
     student, teacher = [student[0].flatten(2)], [teacher[0].flatten(2)]
     learn_options = LearnOptions(LearnTables(tokens, pool_rows=rows, pool_bias=bias), (), (), [height])

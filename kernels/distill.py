@@ -1,14 +1,16 @@
 """Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels and images.
 
 Forward reads student and teacher once: a program takes all channels of BLOCK_P pixels of an image and writes their masks and
-three partial sums per token, A = sum m^2 d (or sum m d), B = sum m and Z = sum_p (pool_rows[0] @ t). Programs over an image's
-border add what the 3x3 windows of the mask weighting module miss there (method.md, identity 2); they follow those of the image,
-which is then in L2. Masks and weights may also be given; pixels that do not count get masks of 0. A second launch with one
-program per level and image adds the partial sums in a fixed order (no atomics) and writes the loss and the gradient's
-coefficients. Backward reads student, teacher and masks and writes the gradient: 5 passes over a feature tensor in all.
+three partial sums per token, A = sum m^2 d (or sum m d) of the distances d, B = sum m and Z = sum_p (pool_rows[0] @ t). For the
+cosine it also writes two numbers per pixel that the gradient needs. Programs over an image's border add what the 3x3 windows of
+the mask weighting module miss there (method.md, identity 2); they follow those of the image, which is then in L2. Masks and
+weights may also be given; pixels that do not count get masks of 0. A second launch with one program per level and image adds
+the partial sums in a fixed order (no atomics) and writes the loss and the gradient's coefficients. Backward reads student,
+teacher and masks and writes the gradient: 5 passes over a feature tensor in all.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._records import Distilled, DistillOptions
+from .._records import Distilled, DistillKept, DistillOptions
 from . import launch, tuning
 from .tiles import (
     add_projection,
@@ -29,6 +31,7 @@ from .tiles import (
     pick_int,
     reconstructed,
     sigmoid,
+    smooth_l1,
     tile_of,
     tile_offsets,
 )
@@ -37,8 +40,8 @@ from .tiles import (
 @triton.jit
 def _forward_tile(
     n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, given_ptr, valid_ptr, step_ptr,
-    mask_ptr, part_ptr, warmup, C, P, s_row, t_row,
-    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr,
+    mask_ptr, cosine_ptr, part_ptr, warmup, beta_high, beta_low, C, P, s_row, t_row,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
@@ -50,7 +53,10 @@ def _forward_tile(
     logits = tl.zeros((T_SPLIT * TP, BLOCK_P), ACC)
     pooled = tl.zeros((T_SPLIT * TP, BLOCK_P), ACC)
     own = tl.zeros((S_SPLIT * TP, BLOCK_P), ACC)
-    squares = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+    sums = tl.zeros((BLOCK_C, BLOCK_P), ACC)  # of the distance, or of the products for the cosine
+    own_squares = sums
+    other_squares = sums
+    beta = tl.full((1, 1), beta_high, ACC) + beta_low
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
@@ -62,8 +68,16 @@ def _forward_tile(
             pooled = add_projection(pooled, load_rows(pool_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if CUSTOM:
             own = add_projection(own, load_rows(token_ptr, c, C, s.dtype, T, TP, S_SPLIT), s, ACC, UPCAST)
-        difference = s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)
-        squares += difference * difference
+        value = s.to(ACC)
+        target = reconstructed(t, affine_ptr, c, C, STANDARD, ACC)
+        if DISTANCE == "cosine":
+            sums += value * target
+            own_squares += value * value
+            other_squares += target * target
+        elif DISTANCE == "smooth_l1":
+            sums += smooth_l1(value - target, beta)
+        else:
+            sums += (value - target) * (value - target)
     token = tl.arange(0, TP)
     real = token < T
     at = n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
@@ -81,7 +95,19 @@ def _forward_tile(
             m = tl.where(tl.load(step_ptr) >= warmup, followed, m)
         else:
             m = followed
-    d = tl.sum(squares, axis=0)
+    d = tl.sum(sums, axis=0)
+    if DISTANCE == "cosine":
+        least = tl.full((BLOCK_P,), 1e-8, ACC)
+        length = tl.sqrt(tl.sum(own_squares, axis=0))
+        other = tl.sqrt(tl.sum(other_squares, axis=0))
+        clamped = length <= least
+        length = tl.where(clamped, least, length)
+        reciprocal = 1.0 / length / tl.where(other <= least, least, other)
+        cosine = d * reciprocal
+        d = 1.0 - cosine
+        cosine_ptr += n * 2 * P + p
+        tl.store(cosine_ptr, tl.where(clamped, 0.0, cosine / length / length), mask=inside)
+        tl.store(cosine_ptr + P, reciprocal, mask=inside)
     counted = inside
     if VALID:
         counted = load_valid(valid_ptr, n, p, P)
@@ -160,14 +186,15 @@ def forward_kernel(
     given_ptrs,  # [N, T, P]: masks where GIVEN
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     mask_ptrs,  # [N, T, P], written
+    cosine_ptrs,  # [N, 2, P], written for the cosine
     first, aligns, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
     # of all
     step_ptr,  # int64 scalar
     part_ptr,  # [programs, 3, T], written
-    warmup,
+    warmup, beta_high, beta_low,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
@@ -199,8 +226,9 @@ def forward_kernel(
                     n, block, image, target, pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS),
                     pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr,
                     pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS), step_ptr,
-                    pick(mask_ptrs, level, LEVELS), part_ptr, warmup, C, P, s_row, t_row,
-                    GIVEN, VALID, POWER, CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC,
+                    pick(mask_ptrs, level, LEVELS), pick(cosine_ptrs, level, LEVELS), part_ptr,
+                    warmup, beta_high, beta_low, C, P, s_row, t_row, GIVEN, VALID, POWER, DISTANCE,
+                    CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC,
                     T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
                 )  # fmt: skip
             elif WEIGHTED:
@@ -221,7 +249,7 @@ def finish_kernel(
     loss_ptr,  # [levels, N], written
     coefficient_ptr,  # [levels, N, T], written
     N, eps_high, eps_low,
-    LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr,
+    LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr, DISTANCE: tl.constexpr,
     WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -265,11 +293,14 @@ def finish_kernel(
         tl.store(weight_ptr + out * T + token, weight, mask=real)
     # a float argument arrives as float32: float64 takes it in two parts
     area = tl.sum(b, axis=0) + eps_high + eps_low
-    share = tl.where(real, weight / N / C / area, 0.0)
+    share = weight / N
+    if DISTANCE != "cosine":
+        share = share / C
+    share = tl.where(real, share / area, 0.0)
     if EMPTY:  # an image without valid pixels, or a box that is on no pixel, counts nothing also without eps
         share = tl.where(area == 0, 0.0, share)
     tl.store(loss_ptr + out, tl.sum(share * tl.sum(a, axis=0), axis=0))
-    tl.store(coefficient_ptr + out * T + token, 2.0 * share, mask=real)
+    tl.store(coefficient_ptr + out * T + token, 2.0 * share if DISTANCE == "squared" else share, mask=real)
 
 
 @triton.jit(
@@ -285,19 +316,21 @@ def backward_kernel(
     mask_ptrs,  # [N, T, P]
     affine_ptrs,  # [2, C]: mean and 1 / std of t
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
+    cosine_ptrs,  # [N, 2, P] for the cosine
     g_ptrs,  # [N, C, P] by strides, written
     first, aligns, indices, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows,
     # of all
     up_ptr,  # [levels, N] by strides
     coefficient_ptr,  # [levels, N, T]
-    up_level, up_n, N,
+    up_level, up_n, N, beta_high, beta_low,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    VALID: tl.constexpr, POWER: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
+    VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
+    STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """grad_student = upstream * (s - t) * sum_t coefficient * m^POWER."""
+    """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of :class:`_records.Distilled`."""
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
@@ -309,6 +342,7 @@ def backward_kernel(
     mask_ptr = pick(mask_ptrs, level, LEVELS)
     affine_ptr = pick(affine_ptrs, level, LEVELS)
     valid_ptr = pick(valid_ptrs, level, LEVELS)
+    cosine_ptr = pick(cosine_ptrs, level, LEVELS)
     s_row = pick_int(s_rows, level, LEVELS)
     t_row = pick_int(t_rows, level, LEVELS)
     g_row = pick_int(g_rows, level, LEVELS)
@@ -329,7 +363,20 @@ def backward_kernel(
             coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
             coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
             scale = tl.sum((m * m if POWER == 2 else m) * coefficient[:, None], axis=0)
-            g = (s.to(ACC) - reconstructed(t, affine_ptr, c, C, STANDARD, ACC)) * scale[None, :]
+            value = s.to(ACC)
+            target = reconstructed(t, affine_ptr, c, C, STANDARD, ACC)
+            if DISTANCE == "cosine":
+                u = tl.load(cosine_ptr + n * 2 * P + p, mask=p < P, other=0.0)
+                v = tl.load(cosine_ptr + n * 2 * P + P + p, mask=p < P, other=0.0)
+                slope = u[None, :] * value - v[None, :] * target
+            elif DISTANCE == "smooth_l1":
+                slope = (value - target) / (tl.full((1, 1), beta_high, ACC) + beta_low)
+                slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
+            else:
+                slope = value - target
+            g = slope * scale[None, :]
+            if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:
+                g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
             if VALID:
                 g = tl.where(load_valid(valid_ptr, n, p, P)[None, :], g, 0.0)
             tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
@@ -337,7 +384,7 @@ def backward_kernel(
 
 def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, outputs: Distilled) -> None:
     """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``."""
-    loss, weights, coefficients, masks = outputs
+    loss, weights, coefficients, masks, cosines = outputs
     launch.check_device(loss)
     n, num_tokens = coefficients.shape[1:]
     if n == 0:
@@ -348,7 +395,7 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
     teacher_tokens = teacher_tokens or tokens
     variant = _Variant(
         num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.step is not None,
-        len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power,
+        len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power, options.distance,
     )  # fmt: skip
     parameters = tokens, teacher_tokens, rows, bias, options.masks
     in_place, launches = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
@@ -360,9 +407,11 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
             launch.run(
                 forward_kernel, programs,
                 *group.addresses(
-                    student, teacher, tokens, teacher_tokens, token_bias, statistics, rows, options.masks, options.valid, masks
+                    *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
+                    *(options.masks, options.valid, masks, cosines),
                 ),
-                *tables, loss if options.step is None else options.step, part, options.warmup, **constants,
+                *tables, loss if options.step is None else options.step, part, options.warmup,
+                *launch.two_parts(options.beta), **constants,
             )  # fmt: skip
             launch.run(
                 finish_kernel, images,
@@ -383,6 +432,7 @@ class _Variant(NamedTuple):
     valid: bool
     weights: bool
     mask_power: int
+    distance: str
 
 
 def _plan_forward(
@@ -408,6 +458,8 @@ def _forward_numbers(
     hs = group.own(heights)
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
+    if variant.distance == "cosine" and not config.registers:  # three sums for every element of a tile
+        config = replace(config, registers=128)
     first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
     rows = tuning.token_rows(num_tokens)
     common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}
@@ -416,7 +468,7 @@ def _forward_numbers(
     ]  # fmt: skip
     constants = {
         "CUSTOM": variant.custom_mask, "WARMUP": variant.warmup, "STANDARD": variant.standard,
-        "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power,
+        "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "DISTANCE": variant.distance,
         "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
         "BLOCK_C": config.block_c, "STAGES": config.num_stages, **config.program, **group.constants, **common,
@@ -424,7 +476,8 @@ def _forward_numbers(
     finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
     finish_constants = {
         "LEVELS": len(s), "STANDARD": weighted and variant.standard, "WEIGHTS": variant.weights,
-        "EMPTY": variant.given or variant.valid, "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
+        "EMPTY": variant.given or variant.valid, "DISTANCE": variant.distance,
+        "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
     }  # fmt: skip
     return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
 
@@ -435,24 +488,16 @@ def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config)
     return tuning.ceil_div(height * width, config.block_p) + (border if weighted else 0)
 
 
-def backward(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    grad: Tensor,
-    coefficients: Tensor,
-    masks: Sequence[Tensor],
-    statistics: Sequence[Tensor],
-    valid: Sequence[Tensor],
-    mask_power: int,
-) -> list[Tensor]:
+def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor, kept: DistillKept) -> list[Tensor]:
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
+    coefficients = kept.coefficients
     launch.check_device(coefficients)
     n, num_tokens = coefficients.shape[1:]
     grads = [torch.empty_like(s) for s in student]
     if n == 0:
         return grads
-    statistics = [x.contiguous() for x in statistics]
-    variant = num_tokens, len(statistics) > 0, len(valid) > 0, mask_power
+    statistics = [x.contiguous() for x in kept.statistics]
+    variant = num_tokens, len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance
     in_place, launches = launch.planned("backward", variant, (student, teacher), (grads,), _plan_backward)
     written: Sequence[Tensor] = grads
     if not in_place:
@@ -462,14 +507,14 @@ def backward(
         for group, (programs, tables, constants) in launches:
             launch.run(
                 backward_kernel, programs,
-                *group.addresses(student, teacher, masks, statistics, valid, written), *tables,
-                grad, coefficients, *grad.stride(), n, **constants,
+                *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
+                grad, coefficients, *grad.stride(), n, *launch.two_parts(kept.beta), **constants,
             )  # fmt: skip
     return grads if in_place else launch.written_to(grads, written)
 
 
 def _plan_backward(
-    options: tuple[int, bool, bool, int], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
+    options: tuple[int, bool, bool, int, str], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, list[tuple[launch.Group, launch.Numbers]]]:
     """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
 
@@ -491,6 +536,7 @@ def _backward_numbers(
     standard: bool,
     valid: bool,
     mask_power: int,
+    distance: str,
 ) -> launch.Numbers:
     s = group.own(student)
     config = group.config("backward_kernel", num_tokens, student, teacher)
@@ -500,7 +546,7 @@ def _backward_numbers(
         *group.strides(student, teacher, written),
     ]  # fmt: skip
     constants = {
-        "VALID": valid, "POWER": mask_power, "STANDARD": standard,
+        "VALID": valid, "POWER": mask_power, "DISTANCE": distance, "STANDARD": standard,
         "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
         "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **group.constants,

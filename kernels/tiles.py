@@ -139,6 +139,13 @@ def reconstructed(t, affine_ptr, c, C, STANDARD: tl.constexpr, ACC: tl.constexpr
 
 
 @triton.jit
+def smooth_l1(x, beta):
+    """``x^2 / (2 beta)`` where ``|x| < beta``, ``|x| - beta / 2`` elsewhere."""
+    size = tl.abs(x)
+    return tl.where(size < beta, x * x * (0.5 / beta), size - 0.5 * beta)
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 

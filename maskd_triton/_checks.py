@@ -73,6 +73,14 @@ def amount(value: Any, name: str) -> float:
     return found
 
 
+def positive(value: Any, name: str) -> float:
+    """:func:`amount`, above 0."""
+    found = amount(value, name)
+    if found == 0:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    return found
+
+
 def scale(value: Any, name: str) -> float | Tensor:
     """:func:`amount`, or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
     if not isinstance(value, Tensor):

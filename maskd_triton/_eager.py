@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from ._records import Distilled, DistillOptions, LearnKept, LearnOptions, LearnTables
+from ._records import Distilled, DistillKept, DistillOptions, LearnKept, LearnOptions, LearnTables
 
 DICE_EPS = 2e-12  # added to the sum of a pair's areas, as published
 
@@ -234,8 +234,7 @@ def _distill_level(student: Tensor, teacher: Tensor, options: DistillOptions, i:
     if options.custom_mask:
         own = masks(student, tokens)
         m.mul_(own if options.step is None else torch.where(options.step >= options.warmup, own, 1))
-    difference = _difference(student, teacher, statistics, torch.empty_like(student, dtype=m.dtype))
-    d = difference.mul_(difference).sum(1)
+    d = _distances(student, teacher, statistics, options, _of_level(outputs.cosines, i), m.dtype)
     if valid is not None:
         m.masked_fill_((valid == 0)[:, None], 0)
         d.masked_fill_(valid == 0, 0)
@@ -246,38 +245,82 @@ def _distill_level(student: Tensor, teacher: Tensor, options: DistillOptions, i:
         w = weights(teacher, rows, bias, height, width)
     else:
         w = area.new_full((), 1.0 / m.shape[1]) if options.weights is None else options.weights[i]
-    share = w / (max(n, 1) * c) / area
+    share = w / (max(n, 1) * (1 if options.distance == "cosine" else c)) / area
     if valid is not None or given is not None:  # an image without valid pixels counts nothing also without eps
         share = torch.where(area == 0, 0, share)
     outputs.per_image[i] = (share * a).sum(1)
     outputs.weights[i] = w
-    outputs.coefficients[i] = 2 * share
+    outputs.coefficients[i] = 2 * share if options.distance == "squared" else share
+
+
+COSINE_EPS = 1e-8  # the least length that a cosine divides by, as in torch
+
+
+def _distances(
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor | None,
+    options: DistillOptions,
+    cosines: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Distances ``[N, P]`` of a pixel's features in ``[N, C, P]``, but for the squared and smooth L1 ones' ``1 / C``."""
+    buffer = torch.empty_like(student, dtype=dtype)
+    if cosines is not None:
+        target = _reconstructed(teacher, statistics, buffer)
+        across = target.square().sum(1)
+        own, product = student.to(dtype).square().sum(1), target.mul_(student).sum(1)
+        length, other = own.sqrt().clamp(min=COSINE_EPS), across.sqrt().clamp(min=COSINE_EPS)
+        reciprocal = 1 / length / other
+        cosines[:, 1] = reciprocal
+        # a length that is clamped does not depend on the features
+        cosines[:, 0] = torch.where(length > COSINE_EPS, product * reciprocal / length / length, 0)
+        return 1 - product * reciprocal
+    difference = _difference(student, teacher, statistics, buffer)
+    if options.distance == "squared":
+        return difference.mul_(difference).sum(1)
+    size = difference.abs()
+    small = difference.mul_(difference).mul_(0.5 / options.beta)
+    return torch.where(size < options.beta, small, size.sub_(0.5 * options.beta)).sum(1)
 
 
 @_full_precision
-def distill_backward(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    grad: Tensor,
-    coefficients: Tensor,
-    masks: Sequence[Tensor],
-    statistics: Sequence[Tensor],
-    valid: Sequence[Tensor],
-    mask_power: int,
-) -> list[Tensor]:
+def distill_backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor, kept: DistillKept) -> list[Tensor]:
     """Gradients of the per-image losses for every level of the student, in its dtype and (dense) strides."""
-    product = "ntp,ntp,nt->np" if mask_power == 2 else "ntp,nt->np"
+    product = "ntp,ntp,nt->np" if kept.mask_power == 2 else "ntp,nt->np"
     results = []
-    for i, (s, t, m) in enumerate(zip(student, teacher, masks, strict=True)):
-        factors = coefficients[i] * grad[i][:, None]
-        scale = torch.einsum(product, *[m] * mask_power, factors).unflatten(1, s.shape[2:])
+    for i, (s, t, m) in enumerate(zip(student, teacher, kept.masks, strict=True)):
+        factors = kept.coefficients[i] * grad[i][:, None]
+        scale = torch.einsum(product, *[m] * kept.mask_power, factors).unflatten(1, s.shape[2:])
         out = torch.empty_like(s)
         precise = out if out.dtype == m.dtype else torch.empty_like(s, dtype=m.dtype)
-        _difference(s, t, _of_level(statistics, i), precise).mul_(scale[:, None])
-        if valid:
-            precise.masked_fill_((valid[i] == 0).unflatten(1, s.shape[2:])[:, None], 0)
+        _slope(s, t, _of_level(kept.statistics, i), kept, _of_level(kept.cosines, i), precise).mul_(scale[:, None])
+        if kept.valid:
+            precise.masked_fill_((kept.valid[i] == 0).unflatten(1, s.shape[2:])[:, None], 0)
+        if kept.distance == "cosine" and out.dtype == torch.float16:  # a vector of zeros has a gradient of 1e8 and more
+            precise.clamp_(-65504, 65504)
         results.append(out if precise is out else out.copy_(precise))
     return results
+
+
+def _slope(
+    student: Tensor, teacher: Tensor, affine: Tensor | None, kept: DistillKept, cosines: Tensor | None, out: Tensor
+) -> Tensor:
+    """The gradient of a pixel's distance for the student's features, but for a factor per pixel; written into ``out``."""
+    if cosines is not None:
+        own, other = cosines.unflatten(2, student.shape[2:]).unbind(1)
+        return _reconstructed(teacher, affine, out).mul_(-other[:, None]).addcmul_(student.to(out.dtype), own[:, None])
+    difference = _difference(student, teacher, affine, out)
+    return difference if kept.distance == "squared" else difference.div_(kept.beta).clamp_(-1, 1)
+
+
+def _reconstructed(teacher: Tensor, affine: Tensor | None, out: Tensor) -> Tensor:
+    """``t``, or ``(t - mean) / std``, written into ``out``, in whose dtype it is computed."""
+    out.copy_(teacher)
+    if affine is not None:
+        mean, reciprocal = affine.to(out.dtype).view(2, -1, *[1] * (out.dim() - 2))
+        out.sub_(mean).mul_(reciprocal)
+    return out
 
 
 def _difference(student: Tensor, teacher: Tensor, affine: Tensor | None, out: Tensor) -> Tensor:

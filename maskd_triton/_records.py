@@ -67,8 +67,10 @@ class DistillOptions(NamedTuple):
         custom_mask: masks follow the student at all.
         warmup: see ``step``.
         counted: ``step`` counts this call when it is over, so one that a backward pass repeats sees the step before.
-        mask_power: power of the mask in front of the squared difference, 2 or 1.
+        mask_power: power of the mask in front of the distance, 2 or 1.
         eps: added to mask areas.
+        distance: of a pixel's features, ``"squared"``, ``"smooth_l1"`` or ``"cosine"``.
+        beta: where ``"smooth_l1"`` turns from squares to absolute values.
     """
 
     tables: DistillTables
@@ -81,6 +83,8 @@ class DistillOptions(NamedTuple):
     counted: bool = False
     mask_power: int = 2
     eps: float = 1e-12
+    distance: str = "squared"
+    beta: float = 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -93,26 +97,52 @@ class Distilled(NamedTuple):
     Attributes:
         per_image: losses ``[levels, N]``, already divided by ``N``.
         weights: mask weights ``[levels, N, T]``, also uniform or given ones.
-        coefficients: ``[levels, N, T]``: ``grad_student = grad (s - t) sum_t coefficients m^mask_power``.
+        coefficients: ``[levels, N, T]``: ``grad_student = grad slope sum_t coefficients m^mask_power``. The slope is ``s - t``
+            (squared), ``clip((s - t) / beta, -1, 1)`` (smooth L1) or ``u s - v t`` (cosine).
         masks: ``[N, T, P_i]`` of every level, as the loss used them.
+        cosines: ``u`` and ``v`` ``[N, 2, P_i]`` of every level; none for other distances.
     """
 
     per_image: Tensor
     weights: Tensor
     coefficients: Tensor
     masks: Tensors
+    cosines: Tensors
 
     @classmethod
-    def empty(cls, student: Tensors, num_tokens: int, dtype: torch.dtype) -> "Distilled":
+    def empty(cls, student: Tensors, options: DistillOptions, dtype: torch.dtype) -> "Distilled":
         """Not yet written, for ``student [N, C_i, H_i, W_i]``."""
-        first, levels = student[0], len(student)
+        first, levels, t = student[0], len(student), options.num_tokens
         n = first.shape[0]
+        pixels = [s.shape[2] * s.shape[3] for s in student]
         return cls(
             first.new_empty((levels, n), dtype=dtype),
-            first.new_empty((levels, n, num_tokens), dtype=dtype),
-            first.new_empty((levels, n, num_tokens), dtype=dtype),
-            [first.new_empty((n, num_tokens, s.shape[2] * s.shape[3]), dtype=dtype) for s in student],
+            first.new_empty((levels, n, t), dtype=dtype),
+            first.new_empty((levels, n, t), dtype=dtype),
+            [first.new_empty((n, t, p), dtype=dtype) for p in pixels],
+            [first.new_empty((n, 2, p), dtype=dtype) for p in pixels] if options.distance == "cosine" else [],
         )
+
+    def kept(self, options: DistillOptions) -> "DistillKept":
+        """For the backward pass."""
+        statistics, valid = options.tables.statistics, options.valid
+        return DistillKept(
+            *(self.coefficients, self.masks, self.cosines, statistics, valid),
+            *(options.mask_power, options.distance, options.beta),
+        )
+
+
+class DistillKept(NamedTuple):
+    """All that the gradient of stage 2 depends on, but for the features; see :class:`Distilled` and :class:`DistillOptions`."""
+
+    coefficients: Tensor
+    masks: Tensors
+    cosines: Tensors
+    statistics: Tensors
+    valid: Tensors
+    mask_power: int
+    distance: str
+    beta: float
 
 
 class Seen(NamedTuple):

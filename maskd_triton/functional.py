@@ -31,6 +31,7 @@ __all__ = [
 
 IMPLS = ("auto", "triton", "eager")
 REDUCTIONS = ("sum", "none")
+DISTANCES = ("squared", "smooth_l1", "cosine")
 
 
 def masked_distill_loss(
@@ -44,6 +45,8 @@ def masked_distill_loss(
     masks: Levels | None = None,
     mask_weights: Levels | None = None,
     mask_power: int = 2,
+    distance: str = "squared",
+    beta: float = 1.0,
     custom_mask: bool = False,
     warmup_step: Tensor | None = None,
     custom_mask_warmup: int = 0,
@@ -76,7 +79,11 @@ def masked_distill_loss(
         masks: ``[N, T, H_i, W_i]`` of each level, of any float dtype and at least 0, in place of those of ``tokens``, which
             must be None then: boxes, score maps, attention. Read as they are, not customised.
         mask_weights: ``[N, T]`` of each level, in place of ``weighting``; None with ``masks``: ``1 / T``.
-        mask_power: power of the mask in front of ``(s - t)^2``: 2 as published, or 1.
+        mask_power: power of the mask in front of the distance: 2 as published, or 1.
+        distance: of a pixel's features, in place of the published ``"squared"``, ``mean_c (s - t)^2``: ``"smooth_l1"``,
+            ``mean_c rho(s - t)`` with ``rho(x) = x^2 / (2 beta)`` where ``|x| < beta`` and ``|x| - beta / 2`` elsewhere; or
+            ``"cosine"``, ``1 - s.t / (|s| |t|)``, lengths at least 1e-8, as in torch.
+        beta: of ``"smooth_l1"``.
         standardize: of each level, from :func:`compose_standardization`: the student reconstructs, and masks and weights
             see, ``(t - mean) / std`` of every channel instead of ``t``. None: the features as they are.
         custom_mask: customise the masks with the student's own.
@@ -139,6 +146,8 @@ def masked_distill_loss(
         custom_mask=custom_mask,
         warmup=check.count(custom_mask_warmup, "custom_mask_warmup"),
         mask_power=check_power(mask_power),
+        distance=check_distance(distance),
+        beta=check.positive(beta, "beta"),
         eps=check.amount(eps, "eps"),
     )
     channels = [e.shape[1] for e in tokens or ()]
@@ -254,6 +263,12 @@ def _check_looks(levels: Matched, channels: Sequence[int], options: DistillOptio
     for token in options.tables.tokens:
         check.on_device(token, "tokens", first.device)
     check.step(options.step, "warmup_step", first.device)
+
+
+def check_distance(distance: str) -> str:
+    """``distance``; ValueError unless it is one of :data:`DISTANCES`."""
+    check.choice(distance, "distance", DISTANCES)
+    return distance
 
 
 def check_power(mask_power: int) -> int:

@@ -70,7 +70,10 @@ class MaskedDistillLoss(nn.Module):
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see :func:`maskd_triton.checkpoints.mask_state`.
             None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE (unless a state dict is
             loaded afterwards).
-        mask_power: power of the mask in front of ``(s - t)^2``: 2 as published, or 1.
+        mask_power: power of the mask in front of the distance: 2 as published, or 1.
+        distance: of a pixel's features: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
+            :func:`maskd_triton.functional.masked_distill_loss`.
+        beta: where ``"smooth_l1"`` turns from squares to absolute values.
         resize: where a level's height and width differ between the two, ``"student"`` resizes the student's features to the
             teacher's size, ``"teacher"`` the teacher's to the student's (bilinear); None raises.
         impl: ``"auto"`` (CUDA tensors: Triton; others: eager), ``"triton"`` (Triton or an error; CPU tensors under
@@ -121,6 +124,8 @@ class MaskedDistillLoss(nn.Module):
         eps: float = 1e-12,
         pretrained: Source | None = None,
         mask_power: int = 2,
+        distance: str = "squared",
+        beta: float = 1.0,
         resize: str | None = None,
         impl: str = "auto",
     ) -> None:
@@ -132,6 +137,8 @@ class MaskedDistillLoss(nn.Module):
             raise ValueError("num_tokens: None means masks given with every call, without pretrained= and standardize=True")
         self.resize = resize
         self.mask_power = F.check_power(mask_power)
+        self.distance = F.check_distance(distance)
+        self.beta = check.positive(beta, "beta")
         self.channels, self.names = named(channels)
         self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask and num_tokens is not None
@@ -211,8 +218,8 @@ class MaskedDistillLoss(nn.Module):
         return (
             f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, standardize={self.standardize}, "
             f"custom_mask={self.custom_mask}, custom_mask_warmup={self.custom_mask_warmup}, "
-            f"loss_weight={loss_weight}, eps={self.eps}, mask_power={self.mask_power}, resize={self.resize!r}, "
-            f"impl={self.impl!r}"
+            f"loss_weight={loss_weight}, eps={self.eps}, mask_power={self.mask_power}, distance={self.distance!r}, "
+            f"beta={self.beta}, resize={self.resize!r}, impl={self.impl!r}"
         )
 
     def forward(
@@ -251,6 +258,8 @@ class MaskedDistillLoss(nn.Module):
             warmup=self.custom_mask_warmup,
             counted=counts,
             mask_power=self.mask_power,
+            distance=self.distance,
+            beta=self.beta,
             eps=self.eps,
         )
         if not again:

@@ -6,10 +6,11 @@ come from plain autograd. Nothing else in the package may use this module.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, cosine_similarity, smooth_l1_loss
 
 Weighting = tuple[Tensor, Tensor, Tensor, Tensor]
 """``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``: the mask weighting module of one level."""
@@ -28,15 +29,30 @@ def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> T
 
 
 def masked_distance(
-    s: Tensor, t: Tensor, m: Tensor, w: Tensor | None = None, *, mask_power: int = 2, eps: float = 1e-12
+    s: Tensor,
+    t: Tensor,
+    m: Tensor,
+    w: Tensor | None = None,
+    *,
+    mask_power: int = 2,
+    distance: str = "squared",
+    beta: float = 1.0,
+    eps: float = 1e-12,
 ) -> Tensor:
     """Stage 2 of one level, of masks ``m [N, T, H, W]`` and weights ``w [N, T]`` (1 / T without); see :func:`distill_loss`.
 
-    ``mask_power=1`` puts ``m`` itself before the squared difference, in place of its square.
+    ``mask_power=1`` puts ``m`` itself before the squared difference, in place of its square. Other distances than
+    ``"squared"``, which are not the paper's, are torch's ``smooth_l1_loss`` and ``1 - cosine_similarity``.
     """
-    factor = m if mask_power == 2 else m.sqrt()
-    masked = factor[:, :, None] * (s - t)[:, None]  # [N, T, C, H, W]
-    per_token = masked.square().sum((2, 3, 4)) / (s.shape[1] * (m.sum((2, 3)) + eps))
+    if distance == "squared":
+        factor = m if mask_power == 2 else m.sqrt()
+        masked = factor[:, :, None] * (s - t)[:, None]  # [N, T, C, H, W]
+        weighed = masked.square().sum((2, 3, 4)) / s.shape[1]
+    else:
+        smooth = distance == "smooth_l1"
+        d = smooth_l1_loss(s, t, reduction="none", beta=beta).mean(1) if smooth else 1 - cosine_similarity(s, t, dim=1)
+        weighed = (m**mask_power * d[:, None]).sum((2, 3))
+    per_token = weighed / (m.sum((2, 3)) + eps)
     per_image = per_token.mean(1) if w is None else (w * per_token).sum(1)
     return per_image.sum() / max(s.shape[0], 1)
 
@@ -49,7 +65,7 @@ def distill_loss_levels(
     *,
     custom_mask: bool = False,
     loss_weight: float = 1.0,
-    eps: float = 1e-12,
+    **options: Any,
 ) -> Tensor:
     """Stage 2, one loss per level, ``[levels]``; see :func:`distill_loss`."""
     losses = []
@@ -58,7 +74,7 @@ def distill_loss_levels(
         if custom_mask:
             m = m * masks(s, e).detach()
         w = None if weighting is None else mask_weights(t, *weighting[i])
-        losses.append(loss_weight * masked_distance(s, t, m, w, eps=eps))
+        losses.append(loss_weight * masked_distance(s, t, m, w, **options))
     return torch.stack(losses)
 
 
@@ -70,16 +86,17 @@ def distill_loss(
     *,
     custom_mask: bool = False,
     loss_weight: float = 1.0,
-    eps: float = 1e-12,
+    **options: Any,
 ) -> Tensor:
     """Stage 2: ``loss_weight * sum over levels of mean_n sum_t w[n, t] A[n, t] / (C (B[n, t] + eps))``.
 
     ``A[n, t] = sum_{c, p} (m (s - t))^2``, ``B[n, t] = sum_p m``; ``m = sigmoid(E t)``, with ``custom_mask`` times
     ``stopgrad(sigmoid(E s))``; ``w`` is 1 / T without ``weighting``. ``student``, ``teacher``: ``[N, C_i, H_i, W_i]``,
-    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. Returns a scalar.
+    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: those of :func:`masked_distance`.
+    Returns a scalar.
     """
     return distill_loss_levels(
-        student, teacher, tokens, weighting, custom_mask=custom_mask, loss_weight=loss_weight, eps=eps
+        student, teacher, tokens, weighting, custom_mask=custom_mask, loss_weight=loss_weight, **options
     ).sum()
 
 

@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton._ops.distill import distill, distill_backward, masked_distill
-from maskd_triton._records import DistillOptions, DistillTables, flat
+from maskd_triton._records import Distilled, DistillOptions, DistillTables, flat
 
 FULLEST = "weighted standard"
-KINDS = ["plain", "weighted", "standard", FULLEST, "weighted valid", "given"]
+KINDS = ["plain", "weighted", "standard", FULLEST, "weighted valid", "given", "smooth_l1", "cosine standard valid"]
 
 
 def problem(
@@ -38,6 +38,8 @@ def problem(
         warmup=3,
     )
     tables = options.tables
+    if kind.split()[0] in ("smooth_l1", "cosine"):
+        options = options._replace(distance=kind.split()[0], beta=0.7)
     if "weighted" in kind:
         bias = [frozen(5, 3) if "standard" in kind else frozen(3) for _ in range(2)]
         tables = tables._replace(pool_rows=[frozen(9, 3, 5), frozen(9, 3, 7)], pool_bias=bias)
@@ -64,10 +66,9 @@ def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
     maps = {"student": [s.detach() for s in student], "teacher": teacher, "impl": impl}
     forward = maps | options._asdict() | {"tables": flat(options.tables)}
     torch.library.opcheck(distill, (), forward)
-    loss, _, coefficients, masks = distill(**forward)
-    kept = {"coefficients": coefficients, "masks": masks, "statistics": options.tables.statistics}
-    kept["valid"] = options.valid
-    torch.library.opcheck(distill_backward, (), maps | kept | {"grad": torch.rand_like(loss), "mask_power": options.mask_power})
+    outputs = Distilled(*distill(**forward))
+    kept = outputs.kept(options)._asdict() | {"grad": torch.rand_like(outputs.per_image)}
+    torch.library.opcheck(distill_backward, (), maps | kept)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _eager
-from .._records import Distilled, DistillOptions, DistillTables, flat, tables_of
+from .._records import Distilled, DistillKept, DistillOptions, DistillTables, flat, tables_of
 from .library import (
     Function,
     call,
@@ -23,7 +23,7 @@ from .library import (
 
 
 def _new(student: Sequence[Tensor], options: DistillOptions) -> Distilled:
-    return Distilled.empty(student, options.num_tokens, _eager.acc_dtype(student[0].dtype))
+    return Distilled.empty(student, options, _eager.acc_dtype(student[0].dtype))
 
 
 def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> DistillOptions:
@@ -32,8 +32,8 @@ def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> D
 
 @operator(
     "(Tensor[] student, Tensor[] teacher, str impl, Tensor[] tables, Tensor[] valid, Tensor[] masks, Tensor? weights, "
-    "Tensor? step, bool custom_mask, SymInt warmup, bool counted, SymInt mask_power, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor[])",
+    "Tensor? step, bool custom_mask, SymInt warmup, bool counted, SymInt mask_power, float eps, str distance, float beta) "
+    "-> (Tensor, Tensor, Tensor, Tensor[], Tensor[])",
     fake=lambda student, teacher, impl, *options: _new(student, _options(student, *options)),
 )
 def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) -> Distilled:
@@ -52,14 +52,15 @@ def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, op
 
 
 @operator(
-    "(Tensor[] student, Tensor[] teacher, str impl, Tensor grad, Tensor coefficients, Tensor[] masks, Tensor[] statistics, "
-    "Tensor[] valid, SymInt mask_power) -> Tensor[]",
+    "(Tensor[] student, Tensor[] teacher, str impl, Tensor grad, Tensor coefficients, Tensor[] masks, Tensor[] cosines, "
+    "Tensor[] statistics, Tensor[] valid, SymInt mask_power, str distance, float beta) -> Tensor[]",
     fake=lambda student, *_: [torch.empty_like(s) for s in student],
 )
-def distill_backward(student: list[Tensor], teacher: list[Tensor], impl: str, *others: Any) -> list[Tensor]:
-    """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones."""
+def distill_backward(student: list[Tensor], teacher: list[Tensor], impl: str, grad: Tensor, *kept: Any) -> list[Tensor]:
+    """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones; ``kept``: a
+    :class:`DistillKept`."""
     backward = kernels("distill").backward if impl == "triton" else _eager.distill_backward
-    return backward(student, teacher, *others)
+    return backward(student, teacher, grad, DistillKept(*kept))
 
 
 class _Distill(Function):
@@ -69,18 +70,17 @@ class _Distill(Function):
             outputs = distill(list(student), teacher, impl, flat(options.tables), *options[1:])
         else:
             outputs = _distill(student, teacher, impl, options)
-        per_image, weights, coefficients, masks = outputs
-        return per_image, weights, coefficients, *masks
+        per_image, weights, coefficients, masks, cosines = outputs
+        return per_image, weights, coefficients, *masks, *cosines
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.impl, teacher, options, *student = inputs
-        statistics = options.tables.statistics
-        levels = len(student)
-        ctx.mask_power, ctx.lengths = options.mask_power, (levels, levels, levels, len(statistics), len(options.valid))
+        maps = student, teacher, *_distilled(output, len(student)).kept(options)[1:5]
+        ctx.options, ctx.lengths = (options.mask_power, options.distance, options.beta), [len(x) for x in maps]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
-        ctx.save_for_backward(output[2], *student, *teacher, *output[3:], *statistics, *options.valid)
+        ctx.save_for_backward(output[2], *(x for each in maps for x in each))
 
     @staticmethod
     @once_differentiable("distill_backward")
@@ -88,15 +88,20 @@ class _Distill(Function):
         if grad is None:
             return (None,) * (3 + ctx.lengths[0])
         coefficients, *levels = ctx.saved_tensors
-        student, teacher, masks, statistics, valid = in_lists(levels, ctx.lengths)
-        arguments = student, teacher, ctx.impl, grad, coefficients, masks, statistics, valid, ctx.mask_power
+        student, teacher, *kept = in_lists(levels, ctx.lengths)
+        arguments = student, teacher, ctx.impl, grad, coefficients, *kept, *ctx.options
         return None, None, None, *call(distill_backward, levels, *arguments)
+
+
+def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
+    """What :class:`_Distill` gives, flat, as it was."""
+    return Distilled(outputs[0], outputs[1], outputs[2], outputs[3 : 3 + levels], outputs[3 + levels :])
 
 
 def masked_distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:
     """Stage 2, differentiable in ``student``; but for the losses, the outputs have no gradient."""
     outputs = _Distill.call((*student, *teacher), impl, list(teacher), options, *student)
-    return Distilled(outputs[0], outputs[1], outputs[2], outputs[3:])
+    return _distilled(outputs, len(student))
 
 
 differentiable(

@@ -28,8 +28,8 @@ def main(dtype_name: str, layout: str) -> None:
             student = [m.unflatten(2, size) for m, size in zip(maps, sizes, strict=True)]
             teacher = [torch.empty_like(m) for m in student]
             options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True, warmup=1000)
-            loss, _, coefficients, masks = masked_distill(student, teacher, options, "triton")
-            distill_backward(student, teacher, "triton", loss, coefficients, masks, [], [], 2)
+            outputs = masked_distill(student, teacher, options, "triton")
+            distill_backward(student, teacher, "triton", outputs.per_image, *outputs.kept(options))
             tables = LearnTables(tokens, pool_rows=rows, pool_bias=bias)
             y, dice, kept = masked_learn(maps, LearnOptions(tables, [], [], heights), "triton")
             learn_backward(maps, "triton", flat(tables), [], [], heights, y, dice, *kept, False)

@@ -45,6 +45,7 @@ class Case:
     given: bool = False
     custom: bool = True
     power: int = 2
+    distance: str = "squared"
     inputs: bool = True
     same_channels: int = 0
 
@@ -52,7 +53,7 @@ class Case:
         other = f"-of-{self.other_dtype or self.dtype}-{self.other_layout or self.layout}"
         flags = [name for name in ("weighted", "standard", "valid", "given", "custom", "inputs") if getattr(self, name)]
         maps = self.layout + (other if self.other_dtype or self.other_layout else "")
-        return "-".join([self.dtype, maps, f"{self.tokens}x{self.levels}", *flags, self.place or "whole"])
+        return "-".join([self.dtype, maps, f"{self.tokens}x{self.levels}", *flags, self.distance, self.place or "whole"])
 
     @property
     def shapes(self) -> list[tuple[int, int, int, int]]:
@@ -108,7 +109,7 @@ def stage_2(case: Case) -> Callable[[str, torch.dtype | None], dict[str, list[Te
     precise = torch.float64 if case.dtype == "fp64" else torch.float32
     criterion = MaskedDistillLoss(
         [s[1] for s in case.shapes], None if case.given else case.tokens, weight_mask=case.weighted, standardize=case.standard,
-        custom_mask=case.custom, custom_mask_warmup=0, mask_power=case.power, loss_weight=2.5,
+        custom_mask=case.custom, custom_mask_warmup=0, mask_power=case.power, distance=case.distance, loss_weight=2.5, beta=0.7,
         pretrained=None if case.given else learner_of(case),
     ).to(precise)  # fmt: skip
     masks = [torch.rand(2, case.tokens, h, w, dtype=precise) for _, _, h, w in case.shapes]
@@ -175,6 +176,11 @@ CASES = {
         Case("bf16", "channels_last", place="channels", standard=True),
         Case("fp32", "nchw", place="columns", levels=1),
         Case("fp32", "batch_last", levels=1),
+        Case("fp32", "nchw", distance="smooth_l1", levels=3),
+        Case("bf16", "channels_last", distance="smooth_l1", standard=True, valid=True),
+        Case("fp32", "channels_last", distance="cosine", standard=True, levels=3),
+        Case("bf16", "nchw", other_dtype="fp32", distance="cosine", valid=True, power=1),
+        Case("fp64", "nchw", distance="cosine", tokens=3, given=True),
     ],
     1: [
         Case("fp32", "nchw", tokens=6, levels=2),
