@@ -280,7 +280,6 @@ class Target:
 
     def __init__(self, name: str, role: str, chain: tuple[nn.Module, ...]) -> None:
         self.name, self.label, self.chain = name, f"output of the {role}'s {name!r}", chain
-        self.module = chain[-1]
         self.only: bool | None = None  # passes with (True) or without gradients (False) alone count
         self.depth, self.skipped = 0, False
         self.clear()
@@ -292,11 +291,15 @@ class Target:
         self.whole = False  # whether the pass is a call of the model itself
         self.parts: list[Any] = []
 
+    @property
+    def module(self) -> nn.Module:
+        return self.chain[-1]
+
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is of no pass."""
+        """A copy is of no pass, and not yet of a module."""
         fresh = Target.__new__(Target)
         fresh.clear()
-        return self.__dict__ | fresh.__dict__ | {"depth": 0, "skipped": False}
+        return self.__dict__ | fresh.__dict__ | {"depth": 0, "skipped": False, "chain": ()}
 
 
 class Hooked:
@@ -316,14 +319,21 @@ class Hooked:
         bounds: bool = True,
         exclusive: bool = False,
     ) -> None:
-        self.caller, self.role, self.model, self.where = caller, role, model, where
-        self.chains = dict(named_paths(model))  # a shared module has several names
-        self.targets = [Target(name, role, self._chain(name)) for name in where.names]
-        self.roots = [model]
+        self.caller, self.role, self.model, self.where, self.given = caller, role, model, where, valid
+        self.task, self.bounds, self.exclusive = -1, bounds, exclusive
+        self._stack = ExitStack()
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Find the modules that the names mean now."""
+        self.chains = dict(named_paths(self.model))  # a shared module has several names
+        self.targets = [Target(name, self.role, self._chain(name)) for name in self.where.names]
+        self.roots = [self.model]
         while isinstance(self.roots[-1], FrozenTeacher):
             self.roots.append(self.roots[-1].model)
         self.valid: Callable[..., Any] | None = None
         self.padding: nn.Module | None = None  # one that pads, and gives the valid pixels
+        valid = self.given
         if (
             isinstance(valid, str)
             and valid in self.chains
@@ -333,19 +343,15 @@ class Hooked:
         elif valid is not None:
             self.valid = _reader(valid, self.roots[-1])
         if not torch.compiler.is_compiling():
-            for name in (*where.names, *([str(valid)] if self.padding else [])):
+            for name in (*self.where.names, *([str(valid)] if self.padding else [])):
                 self._refuse_deaf(name)
-        self.task, self.bounds, self.exclusive = -1, bounds, exclusive
-        self._stack = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has no hooks, not even to remove."""
-        return self.__dict__ | {"_stack": ExitStack(), "task": -1}
+        """A copy has no hooks, not even to remove, and knows of the model alone."""
+        return self.__dict__ | {"_stack": ExitStack(), "task": -1, "chains": {}, "roots": [], "valid": None, "padding": None}
 
     def __enter__(self) -> "Hooked":
         self.task = graph_task()
-        for target in self.targets:
-            target.depth, target.skipped = 0, False  # an interrupt may have left a pass open
         for target in self.targets if self.exclusive else ():
             if any(
                 isinstance(hook, _Exclusive) and hook.module is target.module for hook in target.module._forward_hooks.values()

@@ -79,13 +79,17 @@ class FeatureCapture:
             chosen = (names if role == "student" else names.values()) if isinstance(names, Mapping) else names
             where = Where(names_of(chosen if isinstance(chosen, str) else list(chosen)), **_of_side(options, role))
             self._sides.append(_Recorder(role, model, where))
+        self._tell_apart()
+        self._stack: ExitStack | None = None
+
+    def _tell_apart(self) -> None:
+        """Whether both are one model, or share the modules."""
         students, teachers = ({m for t in side.targets for m in t.chain} for side in self._sides)
         self._one_model = not students.isdisjoint(teachers)
         if not {t.module for t in self._sides[0].targets}.isdisjoint(t.module for t in self._sides[1].targets):
             for side in self._sides:
                 for target in side.targets:
                     target.only = side.role == "student"
-        self._stack: ExitStack | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not entered, and looks at the copies of the models if they are copied with it."""
@@ -94,6 +98,9 @@ class FeatureCapture:
     def __enter__(self) -> "FeatureCapture":
         if self._stack is not None:
             raise RuntimeError("capture: entered already; leave that block first")
+        for side in self._sides:
+            side.resolve()  # the models may have changed: adapters, torch.compile, another teacher
+        self._tell_apart()
         with ExitStack() as stack:
             for side in self._sides:
                 stack.enter_context(side)

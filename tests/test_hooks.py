@@ -642,9 +642,10 @@ def test_a_copy_of_a_shallow_kind() -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda holder: pickle.loads(pickle.dumps(holder))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_of_what_holds_the_capture(copied: Callable[[nn.Module], Any]) -> None:
+@pytest.mark.parametrize("teacher", [lambda: seeded(Yolo), lambda: FrozenTeacher(seeded(Yolo))], ids=["plain", "frozen"])
+def test_a_copy_of_what_holds_the_capture(teacher: Callable[[], nn.Module], copied: Callable[[nn.Module], Any]) -> None:
     """Models and capture in one module, copied in the middle of a step: a capture of the copies that is not entered."""
-    holder = nn.ModuleDict({"student": seeded(Yolo), "teacher": seeded(Yolo)})
+    holder = nn.ModuleDict({"student": seeded(Yolo), "teacher": teacher()})
     holder.capture = FeatureCapture(holder["student"], holder["teacher"], "p3")
     with holder.capture as features:
         holder["student"](IMAGES)
@@ -658,6 +659,26 @@ def test_a_copy_of_what_holds_the_capture(copied: Callable[[nn.Module], Any]) ->
     assert torch.equal(s, t)
     assert torch.equal(other, twin["student"].p3(IMAGES + 1))
     assert all(not m._forward_hooks for m in holder.modules())
+
+
+def test_models_that_have_changed_since() -> None:
+    """Names mean what they mean at the entry of a block."""
+    student, teacher = seeded(Yolo), FrozenTeacher(seeded(Yolo))
+    block = FeatureCapture(student, teacher, "p3")
+    student.p3 = nn.Sequential(OrderedDict(base_layer=student.p3, adapter=nn.Conv2d(4, 4, 1)))
+    teacher.model = Yolo()
+    with block as features:
+        student(IMAGES)
+        teacher(IMAGES)
+        (s,), (t,) = features.take()
+    assert torch.equal(s, student.p3(IMAGES))
+    assert torch.equal(t, teacher.model.p3(IMAGES))
+    teacher.model = torch.compile(Yolo(), backend="eager")
+    with pytest.raises(ValueError, match="the teacher's 'p3' lies inside of a Yolo that is compiled already"):
+        block.__enter__()
+    student.p3 = None
+    with pytest.raises(AttributeError, match="the student Yolo has no module 'p3'"), block:
+        pass
 
 
 @pytest.mark.parametrize("first", ["student", "teacher"])
