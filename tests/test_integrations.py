@@ -93,6 +93,12 @@ def _registers() -> Built:
     return hf().Dinov2WithRegistersModel(config), [32], {"pixel_values": IMAGES}
 
 
+@model("DINOv3ViTModel")
+def _dinov3() -> Built:
+    config = hf().DINOv3ViTConfig(patch_size=16, num_register_tokens=4, **TRANSFORMER)
+    return hf().DINOv3ViTModel(config), [32], {"pixel_values": IMAGES}
+
+
 @model("SwinModel")
 def _swin() -> Built:
     config = hf().SwinConfig(image_size=64, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)

@@ -1,8 +1,10 @@
 """The recipes of ``examples/recipes`` run as they stand, and what they train gets better."""
 
 import importlib
+import importlib.util
 import math
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ RECIPES = {
     "lightning_module": "lightning",
     "accelerate_loop": "accelerate",
     "hf_trainer": "transformers",
+    "vit_teacher": "transformers",
     "torchvision_detector": "torchvision",
     "mmdet_detector": "mmengine",
 }
@@ -27,6 +30,27 @@ def test_recipe(name: str) -> None:
     assert len(losses) == 6
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_everything_that_vit_teacher_trains_gets_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    importlib.import_module("examples.recipes.vit_teacher").main(21, str(tmp_path / "masks.png"))
+    *lines, drawn = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "head",
+        "tokens and Dice",
+        "student's task",
+        "student's masked cosine",
+    ]
+    for line in lines:
+        first, middle, last = map(float, line.partition(": ")[2].split())
+        assert first > middle > last, line
+    if importlib.util.find_spec("matplotlib"):
+        assert drawn == f"masks: {tmp_path / 'masks.png'}"
+        assert (tmp_path / "masks.png").stat().st_size > 10_000
+    else:
+        assert "needs matplotlib" in drawn
 
 
 @pytest.mark.parametrize("name", [name for name, needs in RECIPES.items() if needs])
