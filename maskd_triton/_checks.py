@@ -81,6 +81,15 @@ def positive(value: Any, name: str) -> float:
     return found
 
 
+def standardize(value: Any) -> str | bool:
+    """``"channel"`` (also for True), ``"isotropic"`` or False; ValueError for anything else."""
+    if isinstance(value, bool):
+        return value and "channel"
+    if value not in ("channel", "isotropic"):
+        raise ValueError(f"standardize: expected False, True, 'channel' or 'isotropic', got {value!r}")
+    return value
+
+
 def scale(value: Any, name: str) -> float | Tensor:
     """:func:`amount`, or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
     if not isinstance(value, Tensor):

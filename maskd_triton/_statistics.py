@@ -25,13 +25,33 @@ class ChannelStatistics:
         if pixels == 0:
             return
         variance, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), 1, correction=0)
+        self._merge(pixels, mean, variance * pixels)
+
+    def _merge(self, pixels: int, mean: Tensor, squares: Tensor) -> None:
         if self.pixels == 0:
             self.mean, self.squares = torch.zeros_like(mean), torch.zeros_like(mean)
         total = self.pixels + pixels
         distance = mean - self.mean
         self.mean = self.mean + distance * (pixels / total)
-        self.squares = self.squares + variance * pixels + distance.square() * (self.pixels * pixels / total)
+        self.squares = self.squares + squares + distance.square() * (self.pixels * pixels / total)
         self.pixels = total
+
+    def gather(self, channels: int, device: torch.device) -> None:
+        """Those of all ranks, in every rank."""
+        own = torch.zeros(3, channels, dtype=torch.float64, device=device)
+        if self.pixels:
+            own[0], own[1], own[2] = self.pixels, self.mean, self.squares
+        ranks = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(ranks, own)
+        self.pixels = 0
+        for pixels, mean, squares in ranks:
+            if pixels[0] > 0:
+                self._merge(int(pixels[0]), mean, squares)
+
+    def scale(self) -> Tensor:
+        """``sqrt(mean(var))``, ``[C]``, one number for all channels."""
+        variance = self.squares / self.pixels
+        return variance.mean().sqrt().expand_as(variance)
 
     def std(self) -> Tensor:
         """``sqrt(var + EPS mean(var))``, ``[C]``."""

@@ -138,6 +138,10 @@ def load_masks(modules: nn.ModuleList | nn.ModuleDict, source: Source) -> None:
             problems.append(f"not above 0: {key}")
         elif key.endswith(".pixels_seen") and not value > 0:
             problems.append(f"no statistics: {key} is {value.item()}; gather them with MaskLearner.calibrate")
+    for name, module in modules.named_children():
+        scales = found.get(f"mask_modules.{name}.channel_std")
+        if scales is not None and module.standardize == "isotropic" and bool((scales != scales.flatten()[:1]).any()):
+            problems.append(f"level {name} was learned with standardize='channel', expected 'isotropic': pass the same")
     standardised = any(_STATISTIC.search(key) for key in found)
     if standardised != any(_STATISTIC.search(key) for key in expected):
         problems.append(f"these tokens were learned with standardize={standardised}: pass the same")

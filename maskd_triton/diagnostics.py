@@ -8,11 +8,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._eager import DICE_EPS, acc_dtype, gram
+from ._levels import Levels, as_list
 
 # On the demo's scenes, useful tokens have coverages of .3 to .7, pairwise Dice up to .92 and weights up to .5; collapsed ones
 # (raw features) .0 to .01 or .987 and more, with .99 and more of the weight also where the favoured mask covers .90.
@@ -145,32 +147,85 @@ def _named(tokens: list[int]) -> str:
     return f"tokens {joint.join(map(str, tokens))} are"
 
 
+def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) -> Tensor:
+    r"""How hard the distillation pulls at the student's features, measured by the task.
+
+    .. math::
+        \frac{\lVert \partial\, \mathrm{distillation} / \partial s \rVert}{\lVert \partial\, \mathrm{task} / \partial s \rVert}
+
+    with norms over all levels ``s``. Losses say little about this: a large one may have a small gradient.
+
+    Args: the two losses, scalars of the same forward pass; ``features``: the student's, from which both are computed, a
+    tensor, sequence or mapping. Costs one backward pass from each loss down to the features. Both graphs are kept for the
+    step's own, and no ``.grad`` is written. Of half features, gradients are taken of 4096 times the losses: float16 would lose
+    them otherwise.
+    Returns a float32 scalar on the features' device (float64 for float64); nothing waits for it.
+    Raises ValueError for features without gradient, and for a loss that depends on none of them.
+
+    Example:
+        >>> import torch
+        >>> from maskd_triton.diagnostics import gradient_ratio
+        >>> s = torch.ones(1, 2, 3, 3, requires_grad=True)
+        >>> gradient_ratio(s.sum(), (3 * s).sum(), s)
+        tensor(3.)
+    """
+    levels = as_list(features, "features")[0]
+    for i, x in enumerate(levels):
+        if not x.requires_grad:
+            raise ValueError(f"features[{i}]: expected the student's features with gradient, got a tensor without")
+    norms = []
+    for name, loss in (("task_loss", task_loss), ("distill_loss", distill_loss)):
+        if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+            raise ValueError(f"{name}: expected a scalar with gradient, got {loss!r}")
+        scale = torch.full_like(loss, 4096.0 if any(x.dtype.itemsize == 2 for x in levels) else 1.0)
+        grads = torch.autograd.grad(loss, levels, scale, retain_graph=True, allow_unused=True)
+        found = [g.to(acc_dtype(g.dtype)).square().sum() for g in grads if g is not None]
+        if not found:
+            raise ValueError(f"{name}: depends on none of the features")
+        norms.append(torch.stack([x.to(found[0]) for x in found]).sum().sqrt())
+    return norms[1] / norms[0]
+
+
 def suggest_loss_weight(
     task_losses: Sequence[float | Tensor],
     distill_losses: Sequence[float | Tensor],
+    features: Sequence[Levels] | None = None,
     *,
     loss_weight: float | Tensor = 1.0,
     share: float = 0.5,
+    by: str = "loss",
 ) -> float:
-    r"""A ``loss_weight`` with which distillation makes up ``share`` of the whole loss.
+    r"""A ``loss_weight`` with which distillation makes up ``share`` of the whole loss, or of the gradients' norms.
 
     .. math::
         \lambda' = \lambda \, \frac{\mathrm{share}}{1 - \mathrm{share}}
         \, \frac{\operatorname{median}(\mathrm{task})}{\operatorname{median}(\mathrm{distillation})}
 
-    A place to start the search from, not its result: the losses' sizes say little about what they teach. Published weights are
-    1 (two-stage detectors), 7 (RetinaNet) and 10 (FCOS, RepPoints), all on raw features.
+    or, with ``by="gradient"``, ``1 / median(gradient_ratio)`` in place of the last factor (:func:`gradient_ratio`).
+
+    A place to start the search from, not its result: the losses' sizes say little about what they teach, their gradients more.
+    Published weights are 1 (two-stage detectors), 7 (RetinaNet) and 10 (FCOS, RepPoints), all on raw features.
 
     Args: the two losses of the same few batches, at least one, from a student that has trained a little (an untrained one has
-    task losses unlike any later ones); ``loss_weight``: the criterion's when ``distill_losses`` were taken.
+    task losses unlike any later ones); ``features``: with ``by="gradient"``, the student's in each of these batches, the
+    losses then with their graphs; ``loss_weight``: the criterion's when ``distill_losses`` were taken; ``share``: 0.5 of the
+    losses, or 0.1 of the gradients, is a place to start.
     Reads the values, so it waits for the device. Raises ValueError for lists that are empty or of different lengths, a share
-    outside of 0 to 1, and losses that are not positive and finite.
+    outside of 0 to 1, losses that are not positive and finite, and as :func:`gradient_ratio` does.
 
     Example:
+        >>> import torch
         >>> from maskd_triton.diagnostics import suggest_loss_weight
         >>> suggest_loss_weight([2.0, 1.0, 3.0], [0.25, 0.5, 0.125])
         8.0
+        >>> s = torch.ones(1, 2, 3, 3, requires_grad=True)
+        >>> suggest_loss_weight([s.sum()], [(4 * s).sum()], [s], by="gradient", share=0.2)
+        0.0625
     """
+    if by not in ("loss", "gradient"):
+        raise ValueError(f"by: expected 'loss' or 'gradient', got {by!r}")
+    if (features is None) == (by == "gradient"):
+        raise ValueError("features: expected the student's of every batch with by='gradient', and None with by='loss'")
     if len(task_losses) != len(distill_losses) or not task_losses:
         raise ValueError(
             "task_losses and distill_losses: expected one of each for every batch, "
@@ -178,9 +233,18 @@ def suggest_loss_weight(
         )
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
+    odds = float(loss_weight) * float(share) / (1 - float(share))
+    if features is not None:
+        if len(features) != len(task_losses):
+            raise ValueError(f"features: expected levels for each of the {len(task_losses)} batches, got {len(features)}")
+        batches: Any = zip(task_losses, distill_losses, features, strict=True)
+        ratio = statistics.median(float(gradient_ratio(*batch)) for batch in batches)
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"distill_losses: expected a positive, finite median of the gradients' ratio, got {ratio}")
+        return odds / ratio
     medians = []
     for name, losses in (("task_losses", task_losses), ("distill_losses", distill_losses)):
         medians.append(statistics.median(map(float, losses)))
         if not 0 < medians[-1] < math.inf:
             raise ValueError(f"{name}: expected a positive, finite median, got {medians[-1]}")
-    return float(loss_weight) * float(share) / (1 - float(share)) * medians[0] / medians[1]
+    return odds * medians[0] / medians[1]

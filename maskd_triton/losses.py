@@ -59,7 +59,8 @@ class MaskedDistillLoss(nn.Module):
             pruning, FSDP per module work; half features under autocast of their dtype.
         weight_mask: weigh masks per image by the mask weighting module; False: a mean over tokens.
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
-            and ``pretrained`` holds; masks and weights see the same. Off by default, as published.
+            and ``pretrained`` holds; masks and weights see the same. As in the learner: ``"channel"`` (or True) or
+            ``"isotropic"``. Off by default, as published.
         custom_mask: customise masks with the student's own once the warm-up is over.
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
             ``advance=False`` do not count.
@@ -117,7 +118,7 @@ class MaskedDistillLoss(nn.Module):
         student_channels: int | Sequence[int] | Mapping[Any, int] | None = None,
         align: nn.Module | Sequence[nn.Module] | Mapping[Any, nn.Module] | None = None,
         weight_mask: bool = True,
-        standardize: bool = False,
+        standardize: bool | str = False,
         custom_mask: bool = True,
         custom_mask_warmup: int = 1000,
         loss_weight: float = 1.0,
@@ -142,7 +143,7 @@ class MaskedDistillLoss(nn.Module):
         self.channels, self.names = named(channels)
         self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask and num_tokens is not None
-        self.standardize = standardize
+        self.standardize = check.standardize(standardize)
         self.custom_mask = custom_mask and num_tokens is not None
         self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
         self.eps = check.amount(eps, "eps")
@@ -216,7 +217,7 @@ class MaskedDistillLoss(nn.Module):
     def extra_repr(self) -> str:
         loss_weight = "meta" if self.loss_weight.is_meta else float(f"{self.loss_weight.item():.6g}")
         return (
-            f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, standardize={self.standardize}, "
+            f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, standardize={self.standardize!r}, "
             f"custom_mask={self.custom_mask}, custom_mask_warmup={self.custom_mask_warmup}, "
             f"loss_weight={loss_weight}, eps={self.eps}, mask_power={self.mask_power}, distance={self.distance!r}, "
             f"beta={self.beta}, resize={self.resize!r}, impl={self.impl!r}"

@@ -33,7 +33,8 @@ class MaskModule(MaskLevel):
         channels: C, channels of the teacher's features.
         num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
         weight_mask: weigh the masks per image; False sums them without weights.
-        standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``; ``y`` is of ``x`` itself.
+        standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``; ``y`` is of ``x`` itself. See
+            :class:`MaskLearner`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`; concerns ``forward``.
 
     Shape:
@@ -66,7 +67,7 @@ class MaskModule(MaskLevel):
         num_tokens: int = 6,
         weight_mask: bool = True,
         *,
-        standardize: bool = False,
+        standardize: bool | str = False,
         impl: str = "auto",
     ) -> None:
         super().__init__(channels, num_tokens, weight_mask, standardize)
@@ -153,9 +154,11 @@ class MaskLearner(nn.Module):
             features may be mappings in any order.
         num_tokens: T, receptive tokens per level.
         weight_mask: weigh the masks per image.
-        standardize: masks and weights see every channel of the teacher's features with mean 0 and deviation 1, by statistics
-            that :meth:`calibrate` gathers once; what the teacher's heads see stays un-standardised. On raw features the
-            weighted masks tend to collapse: one token on everywhere, the others empty. Give the same to
+        standardize: masks and weights see standardised features of the teacher, by statistics that :meth:`calibrate` gathers
+            once; what the teacher's heads see stays un-standardised. ``"channel"`` (or True): every channel with mean 0 and
+            deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
+            With a linear align this is PHI-S (RADIO, arXiv 2410.01680), whose rotation tokens and align absorb. On raw features
+            the weighted masks tend to collapse: one token on everywhere, the others empty. Give the same to
             :class:`MaskedDistillLoss`. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
             :func:`maskd_triton.checkpoints.mask_state`. None: tokens as initialised in :class:`MaskModule`.
@@ -187,7 +190,7 @@ class MaskLearner(nn.Module):
         num_tokens: int = 6,
         weight_mask: bool = True,
         *,
-        standardize: bool = False,
+        standardize: bool | str = False,
         pretrained: Source | None = None,
         impl: str = "auto",
     ) -> None:
@@ -195,7 +198,7 @@ class MaskLearner(nn.Module):
         check.choice(impl, "impl", F.IMPLS)
         self.impl = impl
         self.channels, self.names = named(channels)
-        self.standardize = standardize
+        self.standardize = check.standardize(standardize)
         self.mask_modules = container(
             [MaskModule(c, num_tokens, weight_mask, standardize=standardize, impl=impl) for c in self.channels], self.names
         )
@@ -414,15 +417,17 @@ class MaskLearner(nn.Module):
         grid: tuple[int, int] | None = None,
         prefix_tokens: int = 0,
         valid: Valid | None = None,
+        all_ranks: bool = True,
     ) -> Iterator["MaskLearner"]:
-        """Gather the statistics of ``standardize=True``: mean and deviation of every channel over all pixels of the block.
+        """Gather the statistics of ``standardize=``: mean and deviation of every channel over all pixels of the block.
 
         Run the teacher on some batches inside the block, as with :meth:`attach`; a few hundred images are plenty. Nothing is
         masked and no gradient is kept. The statistics replace earlier ones at the end of the block; a block that raises
-        leaves those. ``channel_std`` is ``sqrt(var + 1e-5 mean(var))``, so that channels that never move stay finite.
-        Under DDP, calibrate before wrapping: rank 0's buffers are the ones that all processes get.
+        leaves those. ``channel_std`` is ``sqrt(var + 1e-5 mean(var))``, so that channels that never move stay finite;
+        ``sqrt(mean(var))`` for ``"isotropic"``. Where torch.distributed is initialised, the statistics are those of all ranks'
+        data: every rank runs the block, on batches of its own.
 
-        Args: as for :meth:`attach`.
+        Args: as for :meth:`attach`, and ``all_ranks``: False where only this process runs the block.
 
         Raises:
             AttributeError, ValueError: as for :meth:`attach`.
@@ -455,11 +460,14 @@ class MaskLearner(nn.Module):
         where = Where(names_of(names), call, output, layout, grid, prefix_tokens)
         with self._hooked("calibrate", teacher, where, valid, watch), torch.no_grad():
             yield self
+        if all_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
+            for level, c in zip(statistics, self.channels, strict=True):
+                level.gather(c, self._modules_of_levels()[0].channel_mean.device)
         for name, level in zip(self.names or range(len(statistics)), statistics, strict=True):
             level.check(f"calibrate: level {name!r}")
         for module, level in zip(self._modules_of_levels(), statistics, strict=True):
             module.channel_mean.copy_(level.mean)
-            module.channel_std.copy_(level.std())
+            module.channel_std.copy_(level.std() if self.standardize == "channel" else level.scale())
             module.pixels_seen.fill_(level.pixels)
 
     @contextmanager

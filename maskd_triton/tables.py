@@ -48,15 +48,15 @@ PUBLISHED = frozenset((*CONVOLUTIONS, "channel_mean", "channel_std", "pixels_see
 class MaskLevel(nn.Module):
     """What a level in training and a frozen one have in common: its options, and masks and weights of features."""
 
-    def __init__(self, channels: int, num_tokens: int, weight_mask: bool, standardize: bool) -> None:
+    def __init__(self, channels: int, num_tokens: int, weight_mask: bool, standardize: bool | str) -> None:
         super().__init__()
         self.channels = check.positive_int(channels, "channels")
         self.num_tokens = check.positive_int(num_tokens, "num_tokens")
         self.weight_mask = weight_mask
-        self.standardize = standardize
+        self.standardize = check.standardize(standardize)
 
     def extra_repr(self) -> str:
-        standardize = ", standardize=True" if self.standardize else ""
+        standardize = f", standardize={self.standardize!r}" if self.standardize else ""
         return f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}{standardize}"
 
     def tables(self, dtype: torch.dtype) -> Tables:
@@ -112,7 +112,7 @@ class LevelTables(MaskLevel):
         channels: C, channels of the teacher's features.
         num_tokens: T.
         weight_mask: with mask weights.
-        standardize: of features standardised per channel.
+        standardize: of standardised features, ``"channel"`` (or True) or ``"isotropic"``.
 
     Buffers, in the default dtype: ``mask_token [T, C]`` (``E``, which the student's masks use); with mask weights ``pool_rows
     [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``); with ``standardize`` also ``teacher_tokens [T, C]``
@@ -142,7 +142,7 @@ class LevelTables(MaskLevel):
     token_bias: Tensor
     statistics: Tensor
 
-    def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True, standardize: bool = False) -> None:
+    def __init__(self, channels: int, num_tokens: int = 6, weight_mask: bool = True, standardize: bool | str = False) -> None:
         super().__init__(channels, num_tokens, weight_mask, standardize)
         with torch.inference_mode(False):  # whatever mode they are made in, a backward pass may need them
             for name, shape in self.table_shapes().items():

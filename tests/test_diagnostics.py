@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from problems import trained
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskd_triton import MaskLearner, MaskModule, reference
-from maskd_triton.diagnostics import LevelDiagnostics, collapsed, describe
+from maskd_triton.diagnostics import LevelDiagnostics, collapsed, describe, gradient_ratio, suggest_loss_weight
 
 SHAPES = {  # N, T, H, W
     "everyday": (3, 6, 9, 7),
@@ -325,3 +325,70 @@ def test_untrained_tokens_are_no_collapse() -> None:
     (sentence,) = collapsed(level)
     assert sentence == "tokens 0, 1, 2, 3, 4, 5 are the same: Dice 0.99"
     assert collapsed(level, overlap=False) == []
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def two_losses(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Levels of a student, and two losses that are computed from them."""
+    torch.manual_seed(0)
+    x, first, second = torch.randn(2, 3, 8, 8, dtype=torch.float64), nn.Conv2d(3, 4, 3).double(), nn.Conv2d(4, 5, 3).double()
+    levels = [first(x).to(dtype)]
+    levels.append(second(levels[0].double()).to(dtype))
+    task = levels[1].double().square().mean()
+    return levels, task, 0.1 * (levels[0].double().abs().mean() + levels[1].double().mean())
+
+
+def test_gradient_ratio() -> None:
+    levels, task, distill = two_losses()
+    norms = []
+    for loss in (task, distill):
+        grads = torch.autograd.grad(loss, levels, retain_graph=True, allow_unused=True)
+        norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
+    ratio = gradient_ratio(task, distill, dict(enumerate(levels)))
+    torch.testing.assert_close(ratio, norms[1] / norms[0], rtol=1e-14, atol=0)
+    assert ratio.shape == ()
+    assert not ratio.requires_grad
+    assert all(x.grad is None for x in levels if x.is_leaf)
+    (task + distill).backward()  # the step's own backward still runs
+    last = two_losses()
+    alone = gradient_ratio(last[1], last[2], last[0][1])  # of one level
+    assert alone.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradient_ratio_of_small_gradients(dtype: torch.dtype) -> None:
+    """Under AMP features are half, and gradients of a mean are below what float16 holds."""
+    levels, task, distill = two_losses(dtype)
+    exact = two_losses()
+    want = gradient_ratio(exact[1], exact[2], exact[0])
+    got = gradient_ratio(1e-4 * task, 1e-4 * distill, levels)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0)
+
+
+def test_loss_weight_by_gradient() -> None:
+    """With the suggested weight, the distillation has its share of the norms."""
+    levels, task, distill = two_losses()
+    weight = suggest_loss_weight([task], [0.5 * distill], [levels], loss_weight=0.5, by="gradient", share=0.1)
+    ratio = float(gradient_ratio(task, weight * distill, levels))
+    assert ratio / (1 + ratio) == pytest.approx(0.1, rel=1e-6)
+
+
+def test_wrong_gradients() -> None:
+    levels, task, distill = two_losses()
+    x = torch.zeros(1, 1, 1, 1)
+    for call, sentence in (
+        (lambda: gradient_ratio(task, distill, [x]), r"features\[0\]: expected the student's features with gradient"),
+        (lambda: gradient_ratio(task.detach(), distill, levels), "task_loss: expected a scalar with gradient"),
+        (lambda: gradient_ratio(task, levels[0], levels), "distill_loss: expected a scalar with gradient"),
+        (lambda: gradient_ratio(task, distill, x.clone().requires_grad_()), "task_loss: depends on none of the features"),
+        (lambda: suggest_loss_weight([1.0], [1.0], by="norm"), "by: expected 'loss' or 'gradient', got 'norm'"),
+        (lambda: suggest_loss_weight([task], [distill], by="gradient"), "features: expected the student's of every batch"),
+        (lambda: suggest_loss_weight([task], [distill], [levels]), "features: expected the student's of every batch"),
+        (lambda: suggest_loss_weight([task], [distill], [], by="gradient"), "features: expected levels for each of the 1"),
+        (lambda: suggest_loss_weight([task], [0 * distill], [levels], by="gradient"), "distill_losses: expected a positive"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()

@@ -26,7 +26,7 @@ def run(processes: int, *program: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "learn"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "learn", "calibrate"])
 def test_two_processes(mode: str) -> None:
     assert f"{mode} equal" in run(2, "tests/programs/two_processes.py", mode)
 

@@ -216,3 +216,78 @@ def test_compile_fullgraph(weighted: bool, target: Target) -> None:
             got.append([student.grad, *(p.grad.clone() for p in learner.parameters())])
         for want, value in zip(*got, strict=True):
             assert torch.allclose(value, want, rtol=1e-5, atol=1e-7)
+
+
+# --- one scale for all channels ---------------------------------------------------------------------------------------
+
+
+def gathered(kind: str, x: Tensor, tmp_path: Path | None = None, rotation: Tensor | None = None) -> MaskLearner:
+    """Calibrated on ``x``; tokens and mask weights are those of seed 0, in rotated channels if a rotation is given."""
+    torch.manual_seed(0)
+    learner = MaskLearner(x.shape[1], 3, standardize=kind).double()
+    teacher = nn.Identity()
+    with learner.calibrate(teacher, ""):
+        teacher(x)
+    with torch.no_grad():
+        (module,) = learner.mask_modules
+        module.mask_token.normal_()
+        if rotation is not None:  # tokens and the convolution's inputs of R x instead of x
+            module.mask_token.copy_(module.mask_token @ rotation.T)
+            module.prob[0].weight.copy_(torch.einsum("dc,ochw->odhw", rotation, module.prob[0].weight))
+    return learner
+
+
+def test_isotropic_statistics() -> None:
+    x = Problem([(3, 5, 6, 7)], 3, standardize=True).teacher[0]
+    (module,) = gathered("isotropic", x).mask_modules
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    torch.testing.assert_close(module.channel_mean, mean)
+    torch.testing.assert_close(module.channel_std, variance.mean().sqrt().expand(5))
+    assert gathered("isotropic", x).standardize == "isotropic"
+    assert gathered("channel", x).standardize == MaskLearner(1, standardize=True).standardize == "channel"
+
+
+@pytest.mark.parametrize("distance", ["squared", "cosine"])
+def test_isotropic_is_phi_s(distance: str, target: Target) -> None:
+    """A rotation of the teacher's channels, absorbed by tokens and a linear align, changes neither the loss nor gradients below
+    the align."""
+    impl, device = target
+    x = Problem([(2, 6, 5, 4)], 3, standardize=True).teacher[0].to(device)
+    rotation = torch.linalg.qr(normal(6, 6, seed=3).double())[0].to(device)
+    narrow = normal(2, 4, 5, 4, seed=2).double().to(device)
+    found = []
+    for turn in (None, rotation):
+        teacher = x if turn is None else torch.einsum("dc,nchw->ndhw", turn, x)
+        with default_dtype(torch.float64):
+            criterion = MaskedDistillLoss(
+                6, 3, student_channels=4, standardize="isotropic", distance=distance, impl=impl, custom_mask=False,
+                pretrained=gathered("isotropic", teacher.cpu(), rotation=None if turn is None else turn.cpu()),
+            ).to(device)  # fmt: skip
+        align = criterion.align[0]
+        with torch.no_grad():
+            align.weight.copy_(normal(6, 4, 1, 1, seed=4))
+            align.bias.copy_(normal(6, seed=5))
+            if turn is not None:
+                align.weight.copy_(torch.einsum("dc,cihw->dihw", turn, align.weight))
+                align.bias.copy_(turn @ align.bias)
+        student = narrow.clone().requires_grad_()
+        loss = criterion(student, teacher)
+        loss.backward()
+        found.append((loss.detach(), student.grad))
+    (loss, grad), (turned, turned_grad) = found
+    torch.testing.assert_close(turned, loss, rtol=1e-11, atol=0)
+    torch.testing.assert_close(turned_grad, grad, rtol=1e-9, atol=1e-13)
+
+
+def test_kinds_are_told_apart(tmp_path: Path) -> None:
+    x = Problem([(3, 5, 6, 7)], 3, standardize=True).teacher[0]
+    for kind in ("channel", "isotropic"):
+        gathered(kind, x).save(tmp_path / f"{kind}.pt")
+    for module in (MaskLearner, MaskedDistillLoss):
+        with pytest.raises(ValueError, match="level 0 was learned with standardize='channel', expected 'isotropic'"):
+            module(5, 3, standardize="isotropic", pretrained=tmp_path / "channel.pt")
+        found = module(5, 3, standardize="isotropic", pretrained=tmp_path / "isotropic.pt")
+        assert "standardize='isotropic'" in repr(found)
+    for wrong in ("batch", 2, None):
+        with pytest.raises(ValueError, match="standardize: expected False, True, 'channel' or 'isotropic', got"):
+            MaskLearner(5, 3, standardize=wrong)

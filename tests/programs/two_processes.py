@@ -60,11 +60,33 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def calibrated(rank: int) -> None:
+    """Statistics are those of all ranks' images, also where a rank has more than another, or none."""
+    torch.manual_seed(0)
+    teacher, batches = nn.Identity(), [torch.randn(3, 4, 5, 6).double() * (i + 1) + i for i in range(5)]
+    for own in (batches[2 * rank : 2 * rank + 2 + rank], batches if rank == 0 else []):
+        learner, alone = (MaskLearner(4, 3, standardize=True).double() for _ in range(2))
+        with learner.calibrate(teacher, ""):
+            for x in own:
+                teacher(x)
+        with alone.calibrate(teacher, "", all_ranks=False):
+            for x in batches:
+                teacher(x)
+        for name, value in alone.named_buffers():
+            torch.testing.assert_close(learner.get_buffer(name), value, rtol=1e-12, atol=1e-12)
+
+
 def main(mode: str) -> None:
     gpu = torch.cuda.is_available() and torch.cuda.device_count() >= 2
     dist.init_process_group("nccl" if gpu else "gloo")
     rank = dist.get_rank()
     device = torch.device(f"cuda:{rank}" if gpu else "cpu")
+    if mode == "calibrate":
+        calibrated(rank)
+        dist.destroy_process_group()
+        if rank == 0:
+            print(mode, "equal")
+        return
     torch.manual_seed(0)
     single = (Learning() if mode == "learn" else Distillation()).double().to(device)
     if mode == "learn":
