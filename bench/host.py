@@ -70,7 +70,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     tokens = [torch.randn(6, 16, device=device) for _ in SIZES]
 
     def unseen() -> object:
-        launch._plans.clear()
+        launch.PLANS.clear()
         functional._FITTING.clear()
         return torch.autograd.grad(criterion(student, teacher), student)
 

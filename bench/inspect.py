@@ -192,7 +192,7 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
         if valid:
             pool.forward(t, valid, heights, [torch.empty(n, 9, c + 1, dtype=acc) for _ in t])
         if not case.weighted:
-            learn._gate(t, masks, weights, t)
+            learn.launch_gate(t, masks, weights, t)
     return compiled
 
 

@@ -181,16 +181,16 @@ def planned(
         *[(x.shape, x.stride(), x.dtype) for tensors in maps for x in tensors],
         *[x.dtype for tensors in parameters for x in tensors],
     )
-    found = _plans.get(key)
+    found = PLANS.get(key)
     if found is None:
-        found = _plans[key] = plan(options, maps, parameters)
-        while len(_plans) > MOST_PLANS:  # endless new sizes must not fill the memory: the oldest goes
-            _plans.pop(next(iter(_plans)), None)
+        found = PLANS[key] = plan(options, maps, parameters)
+        while len(PLANS) > MOST_PLANS:  # endless new sizes must not fill the memory: the oldest goes
+            PLANS.pop(next(iter(PLANS)), None)
     return found  # type: ignore[no-any-return]
 
 
 MOST_PLANS = 4096
-_plans: dict[Any, Any] = {}
+PLANS: dict[Any, Any] = {}
 
 
 def in_place(maps: Sequence[Sequence[Tensor]], flat: Sequence[Sequence[Tensor]]) -> bool:
@@ -208,11 +208,11 @@ def _axes(tensors: Sequence[Tensor]) -> list[int]:
 def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], axes: tuple[int, ...], wide: bool) -> Group:
     first = [tensors[levels[0]] for tensors in maps]
     full = 16 // min(x.dtype.itemsize for x in first)
-    aligned = [_aligned(full, axes, [tensors[i] for tensors in maps]) for i in levels]
+    aligned = [is_aligned(full, axes, [tensors[i] for tensors in maps]) for i in levels]
     return Group(levels, axes, wide, [full if x else 1 for x in aligned])
 
 
-def _aligned(full: int, axes: Sequence[int], level: Sequence[Tensor]) -> bool:
+def is_aligned(full: int, axes: Sequence[int], level: Sequence[Tensor]) -> bool:
     """Whether ``full`` divides the rows, images and contiguous lengths of one level."""
     lengths = (
         (x.stride(0), x.stride(_row(axis)), x.shape[1 if axis == CHANNELS else 2]) for x, axis in zip(level, axes, strict=True)

@@ -655,11 +655,12 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
                 TILE=config.block_p, **tuning.add_blocks(tuning.power_of_2(t), dice.dtype.itemsize), **common,
             )  # fmt: skip
         if weighted:
-            _gate(features, masks, weights, written)
+            launch_gate(features, masks, weights, written)
     return launch.written_to(masked, written)
 
 
-def _gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, written: Sequence[Tensor]) -> None:
+def launch_gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, written: Sequence[Tensor]) -> None:
+    """Writes the masked features of levels with mask weights."""
     n, t = weights.shape[1:]
     for group in launch.groups(features, written):
         x = group.own(features)

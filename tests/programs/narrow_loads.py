@@ -10,7 +10,7 @@ from maskd_triton.kernels import launch
 
 def main(target: str, *cases: str) -> int:
     silent = []
-    with mock.patch.object(launch, "_aligned", return_value=False):
+    with mock.patch.object(launch, "is_aligned", return_value=False):
         for case in (inspect.Case(dtype, layout) for dtype, layout in (name.split("-") for name in cases)):
             for name, compiled in inspect.compile_case(case, target).items():
                 if name in inspect.FEATURE_MAPS and not inspect.problems(case, inspect.facts(name, compiled)):
