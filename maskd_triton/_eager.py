@@ -21,19 +21,8 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 # A 3x3 convolution with padding 1, averaged over all positions, is linear in nine sums of the input: everything,
 # minus what the window pushes over one of the four borders, plus the four corners that this takes off twice.
-# Row s of this table says with which sign strip s enters the sum that tap (k, l) of the kernel sees.
 STRIPS = ("all", "top", "bottom", "left", "right", "top-left", "top-right", "bottom-left", "bottom-right")
-_TAP_SIGNS = (
-    ((1, 1, 1), (1, 1, 1), (1, 1, 1)),
-    ((0, 0, 0), (0, 0, 0), (-1, -1, -1)),  # the top row is never seen by the lower taps
-    ((-1, -1, -1), (0, 0, 0), (0, 0, 0)),
-    ((0, 0, -1), (0, 0, -1), (0, 0, -1)),
-    ((-1, 0, 0), (-1, 0, 0), (-1, 0, 0)),
-    ((0, 0, 0), (0, 0, 0), (0, 0, 1)),
-    ((0, 0, 0), (0, 0, 0), (1, 0, 0)),
-    ((0, 0, 1), (0, 0, 0), (0, 0, 0)),
-    ((1, 0, 0), (0, 0, 0), (0, 0, 0)),
-)
+_OF_ROWS_AND_COLUMNS = (4, 1, 7, 3, 5, 0, 2, 6, 8)  # the strips among pairs of (first, all, last) rows and columns
 
 
 def _full_precision(function: Function) -> Function:
@@ -56,8 +45,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def tap_signs(like: Tensor) -> Tensor:
-    """``[9, 3, 3]``: the sign with which strip ``s`` enters the sum seen by tap ``(k, l)``."""
-    return torch.tensor(_TAP_SIGNS, dtype=like.dtype, device=like.device)
+    """``[9, 3, 3]``: the sign with which strip ``s`` enters the sum seen by tap ``(k, l)``.
+
+    Computed on the device: a table from the host would have to be waited for, and no CUDA graph could hold the copy.
+    """
+    signs = -torch.eye(3, dtype=like.dtype, device=like.device).flip(0)  # the last tap misses the first row, the first the last
+    signs[1].fill_(1)  # every tap sees all rows, but for these
+    pairs = (signs[:, None, :, None] * signs[None, :, None, :]).flatten(0, 1).unbind()
+    return torch.stack([pairs[i] for i in _OF_ROWS_AND_COLUMNS])
 
 
 def strip_sums(x: Tensor, height: int, width: int) -> Tensor:
@@ -365,8 +360,10 @@ def learn_forward(features: Sequence[Tensor], options: LearnOptions, dice: Tenso
         if padding is not None:
             m.masked_fill_(padding, 0)
         dice[i], kept.pairs[i] = dice_of_gram(gram(m))
-        if rows is None:
-            kept.weights[i] = options.weights[i] if options.weights else 1
+        if options.weights:
+            kept.weights[i] = options.weights[i]
+        elif rows is None:
+            kept.weights[i].fill_(1)
         else:
             width = x.shape[2] // height
             kept.sums[i].copy_(strip_sums(x, height, width))
