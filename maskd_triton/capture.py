@@ -36,8 +36,8 @@ class FeatureCapture:
     in the block (EMA) leave nothing here, nor do recomputations of activation checkpoints. If both are one model
     (self-distillation), passes with gradients are the student's, those under ``torch.no_grad()`` the teacher's.
 
-    Hooks do not survive ``torch.compile(fullgraph=True)``, and a module inside of what was compiled before is refused. Compile
-    a module whose ``forward`` returns the features beside its result, or call :func:`call` inside what is compiled.
+    A module inside of what was compiled before is refused. Compile the models inside the block, or a module whose ``forward``
+    returns the features beside its result, or call :func:`call` inside what is compiled.
 
     Raises:
         AttributeError: a model has no such module; the message lists near matches.

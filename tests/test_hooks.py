@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import avg_pool2d, pad
 from torch.utils.checkpoint import checkpoint
 
@@ -1253,6 +1254,37 @@ def test_torchscript(frozen: bool) -> None:
     with learner.attach(teacher, "neck"):
         gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
     assert capture.call(teacher, "neck", IMAGES)[1]
+
+
+FULLGRAPH = pytest.mark.skipif(
+    [int(part) for part in torch.__version__.split(".")[:2]] < [2, 13], reason="older versions of torch refuse hooks there"
+)
+
+
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=FULLGRAPH)])
+def test_compiled_inside_the_block(fullgraph: bool) -> None:
+    """Every call gives the features of that call, without compiling again."""
+    torch._dynamo.reset()
+    student, teacher, learner = seeded(Regional), seeded(Regional).eval(), learner_of(4)
+    counter = CompileCounterWithBackend("aot_eager")
+    with FeatureCapture(student, teacher, "neck") as features:
+        models = [torch.compile(model, backend=counter, fullgraph=fullgraph) for model in (student, teacher)]
+        frames = []
+        for scale in range(4):
+            scores = models[0](scale * IMAGES)
+            with torch.no_grad():
+                models[1](scale * IMAGES)
+            (s,), (t,) = features.take()
+            torch.testing.assert_close(s, scores)
+            torch.testing.assert_close(t, teacher.neck.forward(teacher.blocks(scale * IMAGES)).detach())
+            s.mean().backward()
+            frames.append(counter.frame_count)
+    assert frames[1] == frames[-1]
+    want = learner(teacher.neck(teacher.blocks(IMAGES)).detach())
+    with learner.attach(teacher, "neck"):
+        compiled = torch.compile(teacher, backend="aot_eager", fullgraph=fullgraph)
+        torch.testing.assert_close(compiled(IMAGES), want)
+        gradients(learner, learner.dice_loss())
 
 
 def test_code_that_was_compiled_before() -> None:
