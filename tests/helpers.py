@@ -1,12 +1,15 @@
-"""Tensors in the layouts that users bring, criteria in the precision that a test needs."""
+"""Tensors in the layouts that users bring, criteria in the precision that a test needs, the programs of the guides."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+DOCS = Path(__file__).parents[1] / "docs"
 LAYOUTS = ("nchw", "channels_last")
 NLC = "nlc"  # strides of "channels_last", but for an axis of one image
 BATCH_LAST = "batch_last"  # dense, but neither pixels nor channels lie next to each other
@@ -53,3 +56,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def program(page: str) -> dict[str, Any]:
+    """The names that the blocks of a page leave behind: they are one program."""
+    code = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
+    names: dict[str, Any] = {"__name__": "guide"}
+    before = torch.random.get_rng_state()
+    exec("\n".join(code), names)
+    torch.random.set_rng_state(before)
+    return names

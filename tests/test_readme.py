@@ -4,13 +4,13 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from bench.workloads import GROWTH
 from maskd_triton._hooks import Where
+from tests.helpers import program
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -97,16 +97,6 @@ def test_commands_and_files_exist() -> None:
         assert not spec.submodule_search_locations or importlib.util.find_spec(f"{module}.__main__"), module
     for path in set(re.findall(r"\]\(((?!http|#)[^)]+)\)", README)) | set(re.findall(r"`((?:tests|kernels)/\w+\.py)`", PAGES)):
         assert (ROOT / path).exists(), path
-
-
-def program(page: str) -> dict[str, Any]:
-    """The names that the blocks of a page leave behind: they are one program."""
-    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
-    names: dict[str, Any] = {"__name__": "guide"}
-    before = torch.random.get_rng_state()
-    exec("\n".join(code), names)
-    torch.random.set_rng_state(before)
-    return names
 
 
 def test_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
