@@ -29,6 +29,8 @@ def test_the_page(page: dict[str, Any]) -> None:
     for learner in (page["learner"], page["together"]):
         assert learner.mask_modules[0].mask_token.abs().max() > 0.03  # initialised with a deviation of 0.01
     assert all(p.grad is None for p in page["vit"].parameters())
+    (glue,) = re.findall(r"^cnn, cnn_learner = .*?(?=^keep = )", TEXT, re.M | re.S)  # of several teachers
+    assert 5 < sum(map(bool, glue.split("\n"))) <= 15
     (table,) = re.findall(r"^\| \| maskd_triton .*?\n\n?(?=\Z|\n)", TEXT, re.M | re.S)
     assert len({line.count("|") for line in table.split("\n") if line}) == 1
 
