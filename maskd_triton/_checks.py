@@ -118,6 +118,8 @@ def features(x: Tensor, name: str, channels: int | None = None) -> None:
     """TypeError or ValueError unless ``x`` is ``[N, C, H, W]`` of a float dtype, with a pixel and ``channels`` channels."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [N, C, H, W], got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call to_dense()")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64 features, got {x.dtype}")
     if x.dim() != 4:

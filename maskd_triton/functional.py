@@ -239,7 +239,9 @@ def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions
     """Errors for levels that do not fit each other, or not the tables. What looks like earlier ones is not looked at again."""
     if torch.compiler.is_compiling():
         return _check_looks(levels, channels, options)
-    maps = [(x.shape, x.dtype, x.device, x.requires_grad, x.is_inference()) for x in levels.students + levels.teachers]
+    maps = [
+        (x.shape, x.dtype, x.layout, x.device, x.requires_grad, x.is_inference()) for x in levels.students + levels.teachers
+    ]
     others = [e.device for e in options.tables.tokens]
     if options.step is not None:
         others.append(options.step.device)

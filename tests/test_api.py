@@ -192,6 +192,7 @@ WRONG_CALLS: list[tuple[str, object, object, type[Exception], str]] = [
     ("batches", [S[0][:1], S[1]], T, ValueError, "student[0]: expected the shape of teacher[0], [2, 4, 6, 5], got [1, 4, 6, 5]"),
     ("batches of levels", [S[0], S[1][:1]], [T[0], T[1][:1]], ValueError, "student[1]: expected the batch size of level 0, 2, got 1"),
     ("three dimensions", [S[0][0], S[1]], T, ValueError, "student[0]: expected features [N, C, H, W], got shape [4, 6, 5]"),
+    ("sparse", S, [T[0].to_sparse(), T[1]], TypeError, "teacher[0]: expected a dense tensor, got torch.sparse_coo; call to_dense()"),
     ("no pixel", [S[0][..., :0], S[1]], [T[0][..., :0], T[1]], ValueError, "teacher[0]: expected at least one channel and one pixel"),
     ("integers", S, [T[0].long(), T[1]], TypeError, "teacher[0]: expected float16, bfloat16, float32 or float64 features, got torch.int64"),
     ("complex", [S[0].cfloat(), S[1]], T, TypeError, "student[0]: expected float16, bfloat16, float32 or float64 features"),
