@@ -459,7 +459,7 @@ def _forward_numbers(
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
     if variant.distance == "cosine" and not config.registers:  # three sums for every element of a tile
-        config = replace(config, registers=168)
+        config = replace(config, registers=128 if s[0].dtype.itemsize == 4 else 255)
     first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
     rows = tuning.token_rows(num_tokens)
     common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}
