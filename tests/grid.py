@@ -63,7 +63,7 @@ def with_torch(torch: str, folder: Path) -> Path:
         (environment / "wanted.txt").write_text(constraints)
         install = [python(environment), "-m", "pip", "install", "--quiet", "--constraint", str(environment / "wanted.txt")]
         run(*install, *wanted)
-        run(*install, "--editable", ".[test,dev,models]")
+        run(*install, "--editable", ".[test,dev,models,recipes]")
         (environment / "wanted.txt").rename(known)  # all of it is there
     return environment
 
