@@ -172,8 +172,10 @@ def _default_tile(key: Key) -> Config:
     masks = key.kernel == "mask_kernel"
     if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
         return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 1 if masks else 3)
-    if key.kernel == "forward_kernel" and (key.bits, key.layout) == (32, "nchw") and key.tokens > 32:
-        return Config(32, 32, 256, 2)  # a tile of 16x64 spills on sm_90 where the teacher is channels-last
+    if key.kernel == "forward_kernel" and key.bits == 32 and key.tokens > 32:
+        return Config(32, 32, 256)  # larger, or with a pipeline, every Triton spills some layout on sm_90 or sm_100
+    if key.kernel == "token_gradient_kernel" and (key.bits, key.layout, key.tokens) == (16, "nhwc", 16):
+        return Config(64, 32, 256, 3)  # as 32x64 it needs more than 128 registers on sm_100
     if key.tokens > 8:
         return Config(16 if key.bits == 32 else 32, 64, 256, 2 if masks else 3)
     if key.layout == "nhwc":
