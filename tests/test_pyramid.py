@@ -24,22 +24,17 @@ LEVELS = [(2, 16, 4, 8), (2, 16, 3, 5), (2, 8, 1, 1), (2, 24, 2, 4), (2, 7, 3, 3
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that were launched."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from maskd_triton.kernels import distill, learn
+    from maskd_triton.kernels import launch
 
     names: list[str] = []
-    for module in (distill, learn):
-        for name, kernel in vars(module).items():
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(kernel, "run", counted(kernel.run, name, names))
+    run = launch.run
+
+    def counting(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(kernel.fn.__name__)
+        run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(launch, "run", counting)
     return names
-
-
-def counted(run: Any, name: str, names: list[str]) -> Any:
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        names.append(name)
-        return run(*args, **kwargs)
-
-    return counting
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
