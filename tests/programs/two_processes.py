@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` runs under torchrun: two processes against one with the joined batch."""
+"""What ``test_distributed.py`` runs: two processes against one with the joined batch."""
 
 import copy
 import sys
