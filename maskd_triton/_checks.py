@@ -74,10 +74,13 @@ def amount(value: Any, name: str) -> float:
 
 
 def positive(value: Any, name: str) -> float:
-    """:func:`amount`, above 0."""
-    found = amount(value, name)
-    if found == 0:
-        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    """``value`` as a Python number; TypeError or ValueError unless it is from 1e-30 to 1e30, which float32 can divide by and,
+    in two parts, hold to 15 digits."""
+    found, expected = number(value), f"{name}: expected a number above 0, from 1e-30 to 1e30, got {value!r}"
+    if found is None:
+        raise TypeError(expected)
+    if not 1e-30 <= found <= 1e30:
+        raise ValueError(expected)
     return found
 
 

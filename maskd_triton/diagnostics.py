@@ -157,10 +157,11 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
 
     Args: the two losses, scalars of the same forward pass; ``features``: the student's, from which both are computed, a
     tensor, sequence or mapping. Costs one backward pass from each loss down to the features. Both graphs are kept for the
-    step's own, and no ``.grad`` is written. Of half features, gradients are taken of 4096 times the losses: float16 would lose
-    them otherwise.
+    step's own, and no ``.grad`` is written. Gradients are taken of 4096 times the losses, since float16 loses small ones on the
+    way: give the losses without a GradScaler's factor, with which they may overflow (NaN).
     Returns a float32 scalar on the features' device (float64 for float64); nothing waits for it.
-    Raises ValueError for features without gradient, and for a loss that depends on none of them.
+    Raises ValueError for features without gradient, and for a loss that depends on none of them, as where features and losses
+    come out of one compiled function.
 
     Example:
         >>> import torch
@@ -177,11 +178,13 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
     for name, loss in (("task_loss", task_loss), ("distill_loss", distill_loss)):
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
             raise ValueError(f"{name}: expected a scalar with gradient, got {loss!r}")
-        scale = torch.full_like(loss, 4096.0 if any(x.dtype.itemsize == 2 for x in levels) else 1.0)
-        grads = torch.autograd.grad(loss, levels, scale, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, levels, torch.full_like(loss, 4096.0), retain_graph=True, allow_unused=True)
         found = [g.to(acc_dtype(g.dtype)).square().sum() for g in grads if g is not None]
         if not found:
-            raise ValueError(f"{name}: depends on none of the features")
+            raise ValueError(
+                f"{name}: depends on none of the features; compute both losses from these very tensors, not beside them in one "
+                "compiled function"
+            )
         norms.append(torch.stack([x.to(found[0]) for x in found]).sum().sqrt())
     return norms[1] / norms[0]
 
@@ -211,7 +214,8 @@ def suggest_loss_weight(
     losses then with their graphs; ``loss_weight``: the criterion's when ``distill_losses`` were taken; ``share``: 0.5 of the
     losses, or 0.1 of the gradients, is a place to start.
     Reads the values, so it waits for the device. Raises ValueError for lists that are empty or of different lengths, a share
-    outside of 0 to 1, losses that are not positive and finite, and as :func:`gradient_ratio` does.
+    outside of 0 to 1, losses or ratios whose median is not positive and finite or that hold a NaN, and as
+    :func:`gradient_ratio` does.
 
     Example:
         >>> import torch
@@ -235,16 +239,20 @@ def suggest_loss_weight(
         raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
     odds = float(loss_weight) * float(share) / (1 - float(share))
     if features is not None:
-        if len(features) != len(task_losses):
-            raise ValueError(f"features: expected levels for each of the {len(task_losses)} batches, got {len(features)}")
+        if isinstance(features, Tensor) or len(features) != len(task_losses):
+            got = "a tensor" if isinstance(features, Tensor) else len(features)
+            raise ValueError(f"features: expected a list with levels for each of the {len(task_losses)} batches, got {got}")
         batches: Any = zip(task_losses, distill_losses, features, strict=True)
-        ratio = statistics.median(float(gradient_ratio(*batch)) for batch in batches)
-        if not 0 < ratio < math.inf:
-            raise ValueError(f"distill_losses: expected a positive, finite median of the gradients' ratio, got {ratio}")
-        return odds / ratio
-    medians = []
-    for name, losses in (("task_losses", task_losses), ("distill_losses", distill_losses)):
-        medians.append(statistics.median(map(float, losses)))
-        if not 0 < medians[-1] < math.inf:
-            raise ValueError(f"{name}: expected a positive, finite median, got {medians[-1]}")
-    return odds * medians[0] / medians[1]
+        return odds / _median(
+            [gradient_ratio(*batch) for batch in batches], "task_losses and distill_losses: gradients' ratios"
+        )
+    return odds * _median(task_losses, "task_losses") / _median(distill_losses, "distill_losses")
+
+
+def _median(values: Sequence[float | Tensor], name: str) -> float:
+    """ValueError where it is not positive and finite, or a value is NaN, which has no place in any order."""
+    numbers = [float(value) for value in values]
+    median = statistics.median(numbers)
+    if not 0 < median < math.inf or any(map(math.isnan, numbers)):
+        raise ValueError(f"{name}: expected a positive, finite median, got {median} of {[float(f'{x:.3g}') for x in numbers]}")
+    return median

@@ -83,7 +83,7 @@ def masked_distill_loss(
         distance: of a pixel's features, in place of the published ``"squared"``, ``mean_c (s - t)^2``: ``"smooth_l1"``,
             ``mean_c rho(s - t)`` with ``rho(x) = x^2 / (2 beta)`` where ``|x| < beta`` and ``|x| - beta / 2`` elsewhere; or
             ``"cosine"``, ``1 - s.t / (|s| |t|)``, lengths at least 1e-8, as in torch.
-        beta: of ``"smooth_l1"``.
+        beta: of ``"smooth_l1"``, from 1e-30 to 1e30.
         standardize: of each level, from :func:`compose_standardization`: the student reconstructs, and masks and weights
             see, ``(t - mean) / std`` of every channel instead of ``t``. None: the features as they are.
         custom_mask: customise the masks with the student's own.

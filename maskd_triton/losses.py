@@ -74,7 +74,7 @@ class MaskedDistillLoss(nn.Module):
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
         distance: of a pixel's features: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
             :func:`maskd_triton.functional.masked_distill_loss`.
-        beta: where ``"smooth_l1"`` turns from squares to absolute values.
+        beta: where ``"smooth_l1"`` turns from squares to absolute values, from 1e-30 to 1e30.
         resize: where a level's height and width differ between the two, ``"student"`` resizes the student's features to the
             teacher's size, ``"teacher"`` the teacher's to the student's (bilinear); None raises.
         impl: ``"auto"`` (CUDA tensors: Triton; others: eager), ``"triton"`` (Triton or an error; CPU tensors under

@@ -1,5 +1,6 @@
 """Coverage, Dice and weight entropy against loops in float64, and which masks are reported as collapsed."""
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import trained
+from problems import Target, trained
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from maskd_triton import MaskLearner, MaskModule, reference
+from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
 from maskd_triton.diagnostics import LevelDiagnostics, collapsed, describe, gradient_ratio, suggest_loss_weight
 
 SHAPES = {  # N, T, H, W
@@ -368,6 +370,60 @@ def test_gradient_ratio_of_small_gradients(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("half", [True, False], ids=["half features", "float32 features"])
+def test_gradient_ratio_in_a_step(half: bool, target: Target) -> None:
+    """Under autocast, beside a GradScaler, of losses small enough for float16 to lose: the ratio is right, no ``.grad`` and no
+    step of the warm-up is left behind, and the optimiser takes the same step as without."""
+    impl, device = target
+    steps = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        first, second, head = (nn.Conv2d(i, o, 3, padding=1).to(device) for i, o in ((3, 6), (6, 4), (4, 5)))
+        criterion = MaskedDistillLoss(
+            [6, 4], 3, pretrained=MaskLearner([6, 4], 3), distance="cosine", loss_weight=1e-5, impl=impl
+        ).to(device)
+        trained = [*first.parameters(), *second.parameters(), *head.parameters()]
+        optimizer, scaler = torch.optim.SGD(trained, lr=0.1), torch.amp.GradScaler(device, init_scale=2.0**10)
+        images, labels = torch.randn(2, 3, 6, 7).to(device), torch.randint(5, (2, 6, 7)).to(device)
+        teacher = [torch.randn(2, c, 6, 7).to(device) for c in (6, 4)]
+        with torch.autocast(device, torch.float16):
+            levels = [first(images)]
+            levels.append(second(levels[0]))
+            if not half:
+                levels = [x.float() for x in levels]
+            task, distill = 1e-5 * cross_entropy(head(levels[1]), labels), criterion(levels, teacher)
+        if asked:
+            ratio = gradient_ratio(task, distill, levels)
+            assert all(p.grad is None for p in trained)
+            assert int(criterion.warmup_step) == 1
+            exact, s = copy.deepcopy(head).double(), [x.detach().double().requires_grad_() for x in levels]
+            losses = 1e-5 * cross_entropy(exact(s[1]), labels), criterion.eval()(s, [t.double() for t in teacher])
+            torch.testing.assert_close(ratio.double(), gradient_ratio(*losses, s), rtol=0.02, atol=0)
+        scaler.scale(task + distill).backward()
+        scaler.step(optimizer)
+        steps.append([p.detach().clone() for p in trained])
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+
+
+def test_gradient_ratio_of_compiled_parts() -> None:
+    torch._dynamo.reset()
+    learner = MaskLearner(3, 2)
+    criterion, head = MaskedDistillLoss(3, 2, pretrained=learner, distance="smooth_l1"), nn.Conv2d(3, 2, 1)
+    x, t = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5)
+
+    def losses(s: Tensor) -> tuple[Tensor, Tensor]:
+        return head(s).square().mean(), criterion(s, t)
+
+    want = gradient_ratio(*losses(x), x)
+    compiled = torch.compile(losses, backend="aot_eager")
+    task, distill = compiled(x)
+    torch.testing.assert_close(gradient_ratio(task, distill, x), want)
+    (task + distill).backward()
+    task, distill, s = torch.compile(lambda x: (*losses(2 * x), 2 * x), backend="aot_eager")(x)
+    with pytest.raises(ValueError, match=r"task_loss: depends on none of the features; .* in one compiled function"):
+        gradient_ratio(task, distill, s)
+
+
 def test_loss_weight_by_gradient() -> None:
     """With the suggested weight, the distillation has its share of the norms."""
     levels, task, distill = two_losses()
@@ -387,8 +443,21 @@ def test_wrong_gradients() -> None:
         (lambda: suggest_loss_weight([1.0], [1.0], by="norm"), "by: expected 'loss' or 'gradient', got 'norm'"),
         (lambda: suggest_loss_weight([task], [distill], by="gradient"), "features: expected the student's of every batch"),
         (lambda: suggest_loss_weight([task], [distill], [levels]), "features: expected the student's of every batch"),
-        (lambda: suggest_loss_weight([task], [distill], [], by="gradient"), "features: expected levels for each of the 1"),
-        (lambda: suggest_loss_weight([task], [0 * distill], [levels], by="gradient"), "distill_losses: expected a positive"),
+        (
+            lambda: suggest_loss_weight([task], [distill], [], by="gradient"),
+            "features: expected a list with .* 1 batches, got 0",
+        ),
+        (lambda: suggest_loss_weight([task], [distill], x[None], by="gradient"), "features: .* of the 1 batches, got a tensor"),
+        (
+            lambda: suggest_loss_weight([task], [0 * distill], [levels], by="gradient"),
+            r"gradients' ratios: .* got 0.0 of \[0.0\]",
+        ),
+        (
+            lambda: suggest_loss_weight([0 * task], [distill], [levels], by="gradient"),
+            r"gradients' ratios: .* got inf of \[inf\]",
+        ),
+        (lambda: suggest_loss_weight([0 * task], [0 * distill], [levels], by="gradient"), "gradients' ratios: .* got nan"),
+        (lambda: suggest_loss_weight([math.nan, 1, 2], [1, 1, 1]), r"task_losses: .* of \[nan, 1.0, 2.0\]"),
     ):
         with pytest.raises(ValueError, match=sentence):
             call()

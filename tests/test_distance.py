@@ -1,6 +1,7 @@
 """``distance=``: smooth L1 and cosine under the same masks, against torch's own functions in float64."""
 
 import itertools
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -183,17 +184,41 @@ def test_wrong_distances() -> None:
     x = torch.zeros(1, 2, 3, 3)
     for options, sentence in (
         ({"distance": "l2"}, r"distance: expected one of 'squared', 'smooth_l1', 'cosine', got 'l2'"),
-        ({"beta": 0}, r"beta: expected a finite number above 0, got 0"),
-        ({"beta": float("inf")}, r"beta: expected a finite number"),
+        *(
+            ({"beta": b}, "beta: expected a number above 0, from 1e-30 ")
+            for b in (0, -1, 1e-40, 1e39, inf, nan, "1", None, True)
+        ),
     ):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises((ValueError, TypeError), match=sentence):
             F.masked_distill_loss(x, x, [torch.zeros(1, 2)], **options)
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises((ValueError, TypeError), match=sentence):
             MaskedDistillLoss(2, 1, pretrained=MaskLearner(2, 1), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("beta", [1e-30, 1e-3, 0.3, 0.5, 1.0, 1e3, 1e30])
+def test_any_beta(beta: float, dtype: torch.dtype, target: Target) -> None:
+    """Also where it is extreme, at differences of beta itself and at none: torch's own function."""
+    impl, device = target
+    teacher = Problem([(2, 4, 3, 5)], 1).teacher[0].to(dtype)
+    teacher[:, :2] = 0
+    student = (teacher + 0.5 * Problem([(2, 4, 3, 5)], 1).student[0]).to(dtype)
+    student[:, 0, 0], student[:, 0, 1], student[:, 1, 0] = (x * min(beta, 6e4) for x in (1, -1, 0))
+    s = student.to(device, copy=True).requires_grad_()
+    masks = torch.ones(2, 1, 3, 5, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    got = F.masked_distill_loss(s, teacher.to(device), masks=masks, distance="smooth_l1", beta=beta, impl=impl)
+    got.backward()
+    x = student.double().requires_grad_()
+    want = smooth_l1_loss(x, teacher.double(), beta=beta)
+    want.backward()
+    units = 1e-11 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(got.cpu().double(), want, rtol=units, atol=0)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # that float16 holds
+    torch.testing.assert_close(s.grad.cpu().double(), x.grad, rtol=units + torch.finfo(dtype).eps, atol=smallest)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "standardize"), itertools.product(OTHERS, [False, True]), ids=str)
+@pytest.mark.parametrize(("options", "standardize"), list(itertools.product(OTHERS, [False, True])), ids=str)
 def test_gradcheck(options: dict[str, Any], standardize: bool, target: Target) -> None:
     problem = Problem([(2, 3, 2, 3)], 2, standardize=standardize)
     with default_dtype(torch.float64):

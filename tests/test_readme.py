@@ -10,6 +10,7 @@ import torch
 
 from bench.workloads import GROWTH
 from maskd_triton._hooks import Where
+from maskd_triton.diagnostics import gradient_ratio
 from tests.helpers import program
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,10 @@ def test_integrations_run() -> None:
     names = program("integrations.md")
     assert names["loss"].isfinite()
     assert set(names["student_alone"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert names["criterion"].loss_weight.item() == pytest.approx(0.3 / 0.7 / 2.05)
+    assert names["weight"] == pytest.approx(0.3 / 0.7 / 2.05)
+    features, target = names["features"], names["teacher"][0](names["images"]).detach()
+    ratio = gradient_ratio(names["task_loss"], names["criterion"](features, target), features)
+    assert ratio.item() == pytest.approx(0.1 / 0.9, rel=1e-5)  # a tenth of the norms
     recipes = {path.name for path in (ROOT / "examples/recipes").glob("*.py")} - {"__init__.py", "tiny.py"}
     page = (ROOT / "docs/integrations.md").read_text()
     assert set(re.findall(r"\(\.\./examples/recipes/(\w+\.py)\)", page)) == recipes
