@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
 
 from . import _checks as check
 from ._records import Distilled, DistillKept, DistillOptions, LearnKept, LearnOptions, LearnTables
@@ -262,9 +263,10 @@ def _distances(
     """Distances ``[N, P]`` of a pixel's features in ``[N, C, P]``, but for the squared and smooth L1 ones' ``1 / C``."""
     buffer = torch.empty_like(student, dtype=dtype)
     if cosines is not None:
-        target = _reconstructed(teacher, statistics, buffer)
-        across = target.square().sum(1)
-        own, product = student.to(dtype).square().sum(1), target.mul_(student).sum(1)
+        # one map, however often it is written: memory is what a CPU waits for
+        own = _reconstructed(student, None, buffer).square_().sum(1)
+        across = _reconstructed(teacher, statistics, buffer).square_().sum(1)
+        product = _reconstructed(teacher, statistics, buffer).mul_(student).sum(1)
         length, other = own.sqrt().clamp(min=COSINE_EPS), across.sqrt().clamp(min=COSINE_EPS)
         reciprocal = 1 / length / other
         cosines[:, 1] = reciprocal
@@ -274,9 +276,9 @@ def _distances(
     difference = _difference(student, teacher, statistics, buffer)
     if options.distance == "squared":
         return difference.mul_(difference).sum(1)
-    size = difference.abs()
-    small = difference.mul_(difference).mul_(0.5 / options.beta)
-    return torch.where(size < options.beta, small, size.sub_(0.5 * options.beta)).sum(1)
+    return smooth_l1_loss(difference, difference.new_zeros(()).expand_as(difference), reduction="none", beta=options.beta).sum(
+        1
+    )
 
 
 @_full_precision

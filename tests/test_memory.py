@@ -28,10 +28,10 @@ def feature_maps(call: Callable[[], object], device: str) -> float:
     return measure.peak_bytes(call, torch.device(device)) / FEATURE_MAP
 
 
-def stage_2(impl: str, device: str, standardize: bool) -> Callable[[], object]:
+def stage_2(impl: str, device: str, standardize: bool, distance: str) -> Callable[[], object]:
     learner = learner_of(impl, device, standardize)
     criterion = MaskedDistillLoss(
-        SHAPE[1], TOKENS, standardize=standardize, custom_mask_warmup=0, pretrained=learner, impl=impl
+        SHAPE[1], TOKENS, standardize=standardize, custom_mask_warmup=0, distance=distance, pretrained=learner, impl=impl
     ).to(device)
     student = torch.randn(SHAPE, device=device, requires_grad=True)
     teacher = torch.randn(SHAPE, device=device)
@@ -57,8 +57,10 @@ BOUNDS = {("2", "eager"): 2.0, ("2", "triton"): 1.6, ("1", "eager"): 3.0, ("1", 
 
 
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
-def test_stage_2(standardize: bool, target: Target) -> None:
-    assert feature_maps(stage_2(*target, standardize), target[1]) < BOUNDS["2", target[0]]
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+def test_stage_2(distance: str, standardize: bool, target: Target) -> None:
+    another = distance == "smooth_l1" and target[0] == "eager"  # torch's function writes none in place: 2.4
+    assert feature_maps(stage_2(*target, standardize, distance), target[1]) < BOUNDS["2", target[0]] + 0.6 * another
 
 
 @pytest.mark.slow

@@ -50,6 +50,35 @@ def test_stage_2(levels: int, layout: str, target: Target, launches: list[str]) 
         close(g, e, 1e-12)
 
 
+@pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+def test_launches_and_what_is_kept(distance: str, standardize: bool, target: Target, launches: list[str]) -> None:
+    """One launch per pass whatever the distance; the backward pass reads features, masks, coefficients and, for the cosine, two
+    scalars per pixel."""
+    impl, device = target
+    problem = Problem(LEVELS[:3], 3, dtype=torch.float32, standardize=standardize)
+    criterion = problem.criterion(custom_mask_warmup=0, distance=distance, impl=impl).to(device)
+    student, teacher = ([x.to(device) for x in maps] for maps in (problem.student, problem.teacher))
+    student = [x.requires_grad_() for x in student]
+    kept: dict[int, int] = {}  # elements of every tensor, by address: the features are no copies
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    launches.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = criterion(student, teacher)
+    loss.backward()
+    assert launches == (["forward_kernel", "finish_kernel", "backward_kernel"] if impl == "triton" else [])
+    pixels = sum(n * h * w for n, _, h, w in LEVELS[:3])
+    features = {x.data_ptr(): x.numel() for x in student + teacher}
+    statistics = 2 * sum(c for _, c, _, _ in LEVELS[:3]) if standardize else 0
+    beside = sum(kept.values()) - sum(features.values()) - statistics - 2 * 3 * 3 - 3 * pixels
+    assert features.items() <= kept.items()
+    assert 0 <= beside - (2 * pixels if distance == "cosine" else 0) <= 1  # the loss weight
+
+
 @pytest.mark.parametrize("need_x", [False, True], ids=["", "x"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("levels", range(1, 8))

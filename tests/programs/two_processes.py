@@ -1,6 +1,7 @@
 """What ``test_distributed.py`` runs: two processes against one with the joined batch."""
 
 import copy
+import itertools
 import os
 import sys
 
@@ -65,8 +66,9 @@ def calibrated(rank: int) -> None:
     """Statistics are those of all ranks' images, also where a rank has more than another, or none."""
     torch.manual_seed(0)
     teacher, batches = nn.Identity(), [torch.randn(3, 4, 5, 6).double() * (i + 1) + i for i in range(5)]
-    for own in (batches[2 * rank : 2 * rank + 2 + rank], batches if rank == 0 else []):
-        learner, alone = (MaskLearner(4, 3, standardize=True).double() for _ in range(2))
+    parts = batches[2 * rank : 2 * rank + 2 + rank], batches if rank == 0 else []
+    for own, kind in itertools.product(parts, ("channel", "isotropic")):
+        learner, alone = (MaskLearner(4, 3, standardize=kind).double() for _ in range(2))
         with learner.calibrate(teacher, ""):
             for x in own:
                 teacher(x)
