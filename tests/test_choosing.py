@@ -32,7 +32,11 @@ def test_the_page(page: dict[str, Any]) -> None:
     (glue,) = re.findall(r"^cnn, cnn_learner = .*?(?=^keep = )", TEXT, re.M | re.S)  # of several teachers
     assert 5 < sum(map(bool, glue.split("\n"))) <= 15
     (table,) = re.findall(r"^\| \| maskd_triton .*?\n\n?(?=\Z|\n)", TEXT, re.M | re.S)
-    assert len({line.count("|") for line in table.split("\n") if line}) == 1
+    rows = [line.split(" | ") for line in table.strip("\n").split("\n") if "---" not in line]
+    assert len({len(row) for row in rows}) == 1
+    (sources,) = [row for row in rows if row[0] == "| source"]
+    assert all("." in source for source in sources[2:])  # an address or a paper for everybody else's column
+    assert re.search(r"^20\d\d-\d\d-\d\d, as documented there", TEXT, re.M)
 
 
 @pytest.mark.parametrize("way", ["head first", "together"])

@@ -37,8 +37,9 @@ def in_reverse(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[T
 
 @pytest.mark.parametrize("valid", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standard"])
-def test_grad_of_features(standardize: bool, valid: bool, target: Target) -> None:
-    criterion, student, teacher = double(target, standardize), maps(target), maps(target)
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+def test_grad_of_features(distance: str, standardize: bool, valid: bool, target: Target) -> None:
+    criterion, student, teacher = double(target, standardize, distance=distance), maps(target), maps(target)
     mask = torch.rand(2, 6, 8, device=target[1]) > 0.3 if valid else None
 
     def loss(levels: list[Tensor]) -> Tensor:
@@ -81,9 +82,10 @@ def test_grad_of_tokens(padded: bool, target: Target) -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-12, atol=1e-15)
 
 
-def test_vmap_and_jacrev(target: Target) -> None:
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+def test_vmap_and_jacrev(distance: str, target: Target) -> None:
     """A batch of students, gradients of each, and the Jacobian of the levels' losses."""
-    criterion, students, teacher = double(target).eval(), maps(target, 3), maps(target)
+    criterion, students, teacher = double(target, distance=distance).eval(), maps(target, 3), maps(target)
 
     def loss(first: Tensor, second: Tensor) -> Tensor:
         return criterion([first, second], teacher)
