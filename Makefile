@@ -1,10 +1,10 @@
 # make demo: set up, train and distil on real images, about 5 minutes on 2 cores. make test: set up and run every check.
-# make grid: the kernels' tests on other versions of torch, too; makes environments of 12 GB.
+# make grid: the kernels' tests on other versions of torch, too; makes environments of 12 GB. make coverage: which lines tests run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-newest grid clean
+.PHONY: demo test test-newest grid coverage clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.digits --out demo_output
@@ -23,8 +23,12 @@ test-newest: $(VENV)/test.stamp
 grid: $(VENV)/test.stamp
 	$(BIN)/python -m tests.grid
 
+coverage: $(VENV)/coverage.stamp
+	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report term-missing --cov-report html:build/coverage
+
 $(VENV)/demo.stamp: EXTRAS := demo
 $(VENV)/test.stamp: EXTRAS := test,dev,demo,models,recipes
+$(VENV)/coverage.stamp: EXTRAS := test,dev,demo,models,recipes,coverage
 $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("maskd_triton needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
