@@ -1,6 +1,5 @@
-"""What is written in two places says the same: versions, pins, and the commands and files that pages name."""
+"""What is written in two places says the same: versions, pins, the map of the code."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import maskd_triton
 ROOT = Path(__file__).parents[1]
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
 
 
 def read(name: str) -> str:
@@ -53,24 +51,6 @@ def test_workflows_test_the_versions_of_the_classifiers() -> None:
     tested = re.search(r"python: \[(.*?)\]", read(".github/workflows/ci.yml"))
     assert tested is not None
     assert re.findall(r'"(.*?)"', tested[1]) == promised
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_commands_and_files_of_a_page_exist(path: Path) -> None:
-    page, makefile = path.read_text(), read("Makefile")
-    for name in set(re.findall(r"\bmake ((?!it\b|a\b)[a-z-]+)\b", " ".join(re.findall(r"`[^`]*`|^make .*$", page, re.M)))):
-        assert re.search(rf"^{name}:", makefile, re.M), name
-    for module in set(re.findall(r"\bpython -m ([\w.]+)", page)) - {"build"}:
-        assert importlib.util.find_spec(module), module
-    for link, anchor in set(re.findall(r"\]\((?!http)([^)#]*)(?:#([\w-]+))?\)", page)):
-        target = path.parent / link if link else path
-        assert target.exists(), link
-        if anchor:
-            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
-            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], anchor
-    named = r"`((?:maskd_triton|kernels|tests|bench|examples|docs|\.github)/[\w./-]+\.\w+)(?::\w+)?`"
-    for name in set(re.findall(named, page)):
-        assert (ROOT / name).exists(), name
 
 
 def test_every_folder_and_module_is_on_the_map() -> None:
