@@ -1,10 +1,11 @@
 # make demo: set up, train and distil on real images, about 5 minutes on 2 cores. make test: set up and run every check.
+# make docs: the site, into build/site, without a network.
 # make grid: the kernels' tests on other versions of torch, too; makes environments of 12 GB. make coverage: which lines tests run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-newest grid coverage clean
+.PHONY: demo test test-newest docs grid coverage clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.digits --out demo_output
@@ -13,12 +14,16 @@ test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
 	$(BIN)/pytest -n auto --dist worksteal
 	$(BIN)/python -m pytest -n auto --dist worksteal -p tests.ptx.plugin tests/ptx
 	$(MAKE) test-newest
 
 test-newest: $(VENV)/test.stamp
 	$(BIN)/python -m tests.grid --torch here --triton newest --suite interpreted compiled
+
+docs: $(VENV)/test.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 grid: $(VENV)/test.stamp
 	$(BIN)/python -m tests.grid
@@ -27,8 +32,8 @@ coverage: $(VENV)/coverage.stamp
 	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report term-missing --cov-report html:build/coverage
 
 $(VENV)/demo.stamp: EXTRAS := demo
-$(VENV)/test.stamp: EXTRAS := test,dev,demo,models,recipes
-$(VENV)/coverage.stamp: EXTRAS := test,dev,demo,models,recipes,coverage
+$(VENV)/test.stamp: EXTRAS := test,dev,demo,models,recipes,docs
+$(VENV)/coverage.stamp: EXTRAS := test,dev,demo,models,recipes,docs,coverage
 $(VENV)/%.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("maskd_triton needs Python 3.10 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

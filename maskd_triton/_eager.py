@@ -57,7 +57,7 @@ def tap_signs(like: Tensor) -> Tensor:
 
 
 def strip_sums(x: Tensor, height: int, width: int) -> Tensor:
-    """Sums of ``x [N, C, P]`` over the nine :data:`STRIPS` -> ``[N, 9, C]`` in the accumulation dtype."""
+    """Sums of ``x [N, C, P]`` over the nine `STRIPS` -> ``[N, 9, C]`` in the accumulation dtype."""
     acc = acc_dtype(x.dtype)
     image = x.unflatten(2, (height, width))
     corners = [image[:, :, i, j].to(acc) for i in (0, -1) for j in (0, -1)]
@@ -73,7 +73,7 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
     Returns ``rows [9, T, C]`` and ``bias [T]`` such that the logits of an image are
     ``sum_s rows[s] @ strip_sums[s] / P + bias``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> w3, b3, w1, b1 = torch.randn(8, 8, 3, 3), torch.randn(8), torch.randn(6, 8, 1, 1), torch.randn(6)
@@ -92,14 +92,14 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
 
 
 class Standardization(NamedTuple):
-    """What raw features of one level need to be masked and compared as standardised ones, from :func:`compose_standardization`.
+    """What raw features of one level need to be masked and compared as standardised ones, from `compose_standardization`.
 
     Attributes:
         tokens: ``[T, C]``, the tokens for raw features, ``E / std``.
         token_bias: ``[T]``, added to their mask logits, ``-(E / std) @ mean``.
         affine: ``[2, C]``, mean and 1 / std of every channel.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> raw, _ = F.compose_standardization(torch.ones(1, 2), torch.tensor([3.0, 0.0]), torch.tensor([2.0, 1.0]))
@@ -121,12 +121,12 @@ def compose_standardization(
     Both are linear in the features, so masks and weights of standardised features come from the raw ones at no cost. The zero
     padding of the 3x3 convolution pads standardised features: what the mean adds to a strip sum depends on the strip's length.
 
-    Args: ``tokens [T, C]``, ``mean [C]``, ``std [C]``, ``weighting`` from :func:`compose_weighting` or None.
-    Returns a :class:`Standardization`, and the weighting for raw features: ``rows [9, T, C]`` and ``bias [5, T]``, a constant
+    Args: ``tokens [T, C]``, ``mean [C]``, ``std [C]``, ``weighting`` from `compose_weighting` or None.
+    Returns a `Standardization`, and the weighting for raw features: ``rows [9, T, C]`` and ``bias [5, T]``, a constant
     and the factors of ``1 / H``, ``1 / W`` and, twice (one diagonal's corners, and the other's), ``1 / (H W)``; None without
     weighting.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> x, tokens, mean, std = torch.randn(1, 8, 4, 4), torch.randn(6, 8), torch.randn(8), torch.rand(8) + 1

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ._hooks import Hooked, Output, Target, Where, names_of
 
+__all__ = ["FeatureCapture", "call"]
+
 Names = str | Sequence[str] | Mapping[str, str]
 
 
@@ -16,7 +18,8 @@ class FeatureCapture:
     """What named modules of a student and a teacher return, as two aligned lists of levels.
 
     Args:
-        student, teacher: the models; a :class:`FrozenTeacher` is looked through.
+        student: the model that learns.
+        teacher: the model it learns from; a `FrozenTeacher` is looked through.
         names: modules by their dotted names, ``""`` is the model itself: a mapping from the student's to the teacher's, or a
             name or names that both have.
         call: which call of a module that runs several times in one pass of its model, counted from 0; None: all, in order.
@@ -31,22 +34,22 @@ class FeatureCapture:
     Each of the last five may be a mapping ``{"student": ..., "teacher": ...}`` where the two differ.
 
     A module may return a tensor, or a sequence or mapping of levels, which are taken in their order, also inside of
-    NestedTensors and ImageLists. Inside the ``with`` block every pass of the models leaves its levels here; :meth:`take` hands
+    NestedTensors and ImageLists. Inside the ``with`` block every pass of the models leaves its levels here; `take` hands
     over those of the latest one and keeps nothing, so no features stay alive after the step. Copies of a model that are made
     in the block (EMA) leave nothing here, nor do recomputations of activation checkpoints. If both are one model
     (self-distillation), passes with gradients are the student's, those under ``torch.no_grad()`` the teacher's.
 
     A module inside of what was compiled before is refused. Compile the models inside the block, or a module whose ``forward``
-    returns the features beside its result, or call :func:`call` inside what is compiled.
+    returns the features beside its result, or call `call` inside what is compiled.
 
     Raises:
         AttributeError: a model has no such module; the message lists near matches.
         ValueError: a module lies in a compiled one; student and teacher give different numbers of levels.
         TypeError, ValueError: outputs that hold no such levels, when the model runs.
-        RuntimeError: :meth:`take` before both models have run, or where it is not known which calls belong together, or after
+        RuntimeError: `take` before both models have run, or where it is not known which calls belong together, or after
             a later layer has overwritten the features in place; entered twice.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from maskd_triton.capture import FeatureCapture
@@ -140,9 +143,9 @@ def call(
     """``model(*args, **kwargs)`` and the levels that its modules ``names`` returned in this call.
 
     Hooks are set and removed within the call, so it also works in a function that is compiled, and copies of a model under DDP
-    or FSDP see their own. Keywords and errors as for :class:`FeatureCapture`.
+    or FSDP see their own. Keywords and errors as for `FeatureCapture`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from maskd_triton import capture

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .tables import COMPOSED, PUBLISHED, LevelTables, MaskLevel
 
+__all__ = ["load_masks", "mask_state", "save_masks"]
+
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 
 _KEY = re.compile(r"(?:^|.*\.)(mask_modules\.[^.]+\..+)$")
@@ -94,7 +96,7 @@ def load_masks(modules: nn.ModuleList | nn.ModuleDict, source: Source) -> None:
             (``standardize=True``) that were never gathered; a criterion as the source of a learner; named levels for modules
             without names; ``modules`` on the meta device.
 
-    Example:
+    Examples:
         >>> from maskd_triton import MaskedDistillLoss, MaskLearner
         >>> from maskd_triton.checkpoints import load_masks
         >>> learner, criterion = MaskLearner(16), MaskedDistillLoss(16, pretrained=MaskLearner(16))
@@ -168,7 +170,7 @@ def _for_levels(found: dict[str, Tensor], modules: nn.ModuleList | nn.ModuleDict
 def save_masks(modules: nn.ModuleList | nn.ModuleDict, path: str | os.PathLike[str]) -> None:
     """Write the tokens and mask weights of ``modules`` as CPU tensors ``mask_modules.{level}.<parameter>``.
 
-    In safetensors' format when ``path`` ends in ``.safetensors``, by ``torch.save`` otherwise; :func:`mask_state` reads both.
+    In safetensors' format when ``path`` ends in ``.safetensors``, by ``torch.save`` otherwise; `mask_state` reads both.
     An existing file is replaced in one step once the new one is on disk: a process killed while saving leaves the old file
     as it was, and at worst a ``.tmp`` file beside it. A symbolic link is kept and the file it leads to is replaced.
 
@@ -177,7 +179,7 @@ def save_masks(modules: nn.ModuleList | nn.ModuleDict, path: str | os.PathLike[s
         IsADirectoryError: ``path`` is a folder.
         ModuleNotFoundError: a ``.safetensors`` path without the safetensors package.
 
-    Example:
+    Examples:
         >>> import os, tempfile
         >>> from maskd_triton import MaskLearner
         >>> from maskd_triton.checkpoints import mask_state, save_masks

@@ -16,6 +16,8 @@ from torch import Tensor
 from ._eager import DICE_EPS, acc_dtype, gram
 from ._levels import Levels, as_list
 
+__all__ = ["DistillDiagnostics", "LevelDiagnostics", "collapsed", "describe", "gradient_ratio", "suggest_loss_weight"]
+
 # On the demo's scenes, useful tokens have coverages of .3 to .7, pairwise Dice up to .92 and weights up to .5; collapsed ones
 # (raw features) .0 to .01 or .987 and more, with .99 and more of the weight also where the favoured mask covers .90.
 EVERYWHERE = 0.98  # such a mask leaves hardly a pixel out: reconstructing under it is a plain MSE
@@ -54,19 +56,20 @@ class DistillDiagnostics(LevelDiagnostics):
 def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None = None) -> LevelDiagnostics:
     r"""Coverage, overlap and weights of one level's masks.
 
-    .. math::
-        \mathrm{coverage}_t = \operatorname{mean}_{n,p} m_{ntp}, \quad
-        \mathrm{dice}_{ij} = \operatorname{mean}_n \frac{2 G_{nij}}{G_{nii} + G_{njj} + 2 \cdot 10^{-12}}, \quad
-        G_{nij} = \sum_p m_{nip} m_{njp}, \quad
-        \mathrm{entropy} = \operatorname{mean}_n \frac{-\sum_t w_{nt} \log w_{nt}}{\log T}
+    $$
+    \mathrm{coverage}_t = \operatorname{mean}_{n,p} m_{ntp}, \quad
+    \mathrm{dice}_{ij} = \operatorname{mean}_n \frac{2 G_{nij}}{G_{nii} + G_{njj} + 2 \cdot 10^{-12}}, \quad
+    G_{nij} = \sum_p m_{nip} m_{njp}, \quad
+    \mathrm{entropy} = \operatorname{mean}_n \frac{-\sum_t w_{nt} \log w_{nt}}{\log T}
+    $$
 
-    Args: ``masks [N, T, H, W]``, ``weights [N, T]`` or None, of any float dtype, as :func:`functional.receptive_masks` and
-    :func:`functional.mask_weights` give them; ``valid [N, H, W]``, bool or integer: the pixels that count, None for all.
-    Returns :class:`LevelDiagnostics` without gradients, on the device of the
+    Args: ``masks [N, T, H, W]``, ``weights [N, T]`` or None, of any float dtype, as `functional.receptive_masks` and
+    `functional.mask_weights` give them; ``valid [N, H, W]``, bool or integer: the pixels that count, None for all.
+    Returns `LevelDiagnostics` without gradients, on the device of the
     arguments, in float32 (float64 for float64), also under autocast; an empty batch gives NaN.
     Raises ValueError for shapes that do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton.diagnostics import describe
         >>> left, both = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
@@ -104,7 +107,7 @@ def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
     the same: the Dice loss shows those, and untrained tokens are among them. Values that are NaN (an empty batch)
     report nothing. Copies the values to the host, so it waits for the device: call it between steps, not in every one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton.diagnostics import collapsed, describe
         >>> masks = torch.zeros(1, 3, 8, 8)
@@ -150,8 +153,9 @@ def _named(tokens: list[int]) -> str:
 def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) -> Tensor:
     r"""How hard the distillation pulls at the student's features, measured by the task.
 
-    .. math::
-        \frac{\lVert \partial\, \mathrm{distillation} / \partial s \rVert}{\lVert \partial\, \mathrm{task} / \partial s \rVert}
+    $$
+    \frac{\lVert \partial\, \mathrm{distillation} / \partial s \rVert}{\lVert \partial\, \mathrm{task} / \partial s \rVert}
+    $$
 
     with norms over all levels ``s``. Losses say little about this: a large one may have a small gradient.
 
@@ -163,7 +167,7 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
     Raises ValueError for features without gradient, and for a loss that depends on none of them, as where features and losses
     come out of one compiled function.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton.diagnostics import gradient_ratio
         >>> s = torch.ones(1, 2, 3, 3, requires_grad=True)
@@ -200,11 +204,12 @@ def suggest_loss_weight(
 ) -> float:
     r"""A ``loss_weight`` with which distillation makes up ``share`` of the whole loss, or of the gradients' norms.
 
-    .. math::
-        \lambda' = \lambda \, \frac{\mathrm{share}}{1 - \mathrm{share}}
-        \, \frac{\operatorname{median}(\mathrm{task})}{\operatorname{median}(\mathrm{distillation})}
+    $$
+    \lambda' = \lambda \, \frac{\mathrm{share}}{1 - \mathrm{share}}
+    \, \frac{\operatorname{median}(\mathrm{task})}{\operatorname{median}(\mathrm{distillation})}
+    $$
 
-    or, with ``by="gradient"``, ``1 / median(gradient_ratio)`` in place of the last factor (:func:`gradient_ratio`).
+    or, with ``by="gradient"``, ``1 / median(gradient_ratio)`` in place of the last factor (`gradient_ratio`).
 
     A place to start the search from, not its result: the losses' sizes say little about what they teach, their gradients more.
     Published weights are 1 (two-stage detectors), 7 (RetinaNet) and 10 (FCOS, RepPoints), all on raw features.
@@ -215,9 +220,9 @@ def suggest_loss_weight(
     losses, or 0.1 of the gradients, is a place to start.
     Reads the values, so it waits for the device. Raises ValueError for lists that are empty or of different lengths, a share
     outside of 0 to 1, losses or ratios whose median is not positive and finite or that hold a NaN, and as
-    :func:`gradient_ratio` does.
+    `gradient_ratio` does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton.diagnostics import suggest_loss_weight
         >>> suggest_loss_weight([2.0, 1.0, 3.0], [0.25, 0.5, 0.125])

@@ -57,10 +57,11 @@ def masked_distill_loss(
 ) -> Tensor:
     r"""Masked feature reconstruction loss (stage 2 of MasKD), summed over feature levels.
 
-    .. math::
-        \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
-        \frac{\sum_p m_{ntp}^q \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)},
-        \qquad m = \sigma(E\,t)
+    $$
+    \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
+    \frac{\sum_p m_{ntp}^q \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)},
+    \qquad m = \sigma(E\,t)
+    $$
 
     With customised masks ``m = sigmoid(E t) * sigmoid(E s)``, where the mask is a constant for the gradient. The
     gradient is ``(s - t)`` times one number per pixel, so nothing of size ``[N, T, C, H, W]`` is built.
@@ -70,8 +71,8 @@ def masked_distill_loss(
         teacher: features of the same shapes; must not require grad.
         tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype. This and all else by level may be a
             mapping with the keys of the features, in any order; sequences follow the order of ``teacher``.
-        weighting: ``(rows [9, T, C_i], bias)`` of each level from :func:`compose_weighting` (with ``standardize``, from
-            :func:`compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
+        weighting: ``(rows [9, T, C_i], bias)`` of each level from `compose_weighting` (with ``standardize``, from
+            `compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
         valid: the pixels that count in a padded batch: bool or integer ``[N, H0, W0]`` (transformers' ``pixel_mask``) at the
             images' size, taken down to each level's (nearest neighbour), or an object with ``tensors`` and ``image_sizes``
             (torchvision's ``ImageList``). Others count neither in sums nor areas nor mask weights: the same as cropping every
@@ -84,7 +85,7 @@ def masked_distill_loss(
             ``mean_c rho(s - t)`` with ``rho(x) = x^2 / (2 beta)`` where ``|x| < beta`` and ``|x| - beta / 2`` elsewhere; or
             ``"cosine"``, ``1 - s.t / (|s| |t|)``, lengths at least 1e-8, as in torch.
         beta: of ``"smooth_l1"``, from 1e-30 to 1e30.
-        standardize: of each level, from :func:`compose_standardization`: the student reconstructs, and masks and weights
+        standardize: of each level, from `compose_standardization`: the student reconstructs, and masks and weights
             see, ``(t - mean) / std`` of every channel instead of ``t``. None: the features as they are.
         custom_mask: customise the masks with the student's own.
         warmup_step: int64 scalar tensor; masks are customised once it has reached ``custom_mask_warmup`` (decided on
@@ -108,7 +109,7 @@ def masked_distill_loss(
             grad; a teacher computed under ``inference_mode`` where a gradient is wanted; an unknown ``reduction`` or ``impl``.
         RuntimeError: ``impl="triton"`` on CPU tensors without ``TRITON_INTERPRET=1``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> s, t = torch.zeros(2, 8, 4, 4, requires_grad=True), torch.ones(2, 8, 4, 4)
@@ -167,7 +168,7 @@ def distill_tables(
 
 
 class Given(NamedTuple):
-    """What comes with a call beside features: pixels, masks and mask weights, as :func:`masked_distill_loss` takes them."""
+    """What comes with a call beside features: pixels, masks and mask weights, as `masked_distill_loss` takes them."""
 
     valid: Any = None
     masks: Levels | None = None
@@ -268,7 +269,7 @@ def _check_looks(levels: Matched, channels: Sequence[int], options: DistillOptio
 
 
 def check_distance(distance: str) -> str:
-    """``distance``; ValueError unless it is one of :data:`DISTANCES`."""
+    """``distance``; ValueError unless it is one of `DISTANCES`."""
     check.choice(distance, "distance", DISTANCES)
     return distance
 
@@ -302,7 +303,7 @@ def receptive_masks(x: Tensor, tokens: Tensor, token_bias: Tensor | None = None)
     Returns ``[N, T, H, W]``, float32 (float64 for float64 ``x``).
     Raises ValueError or TypeError naming the argument that does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> F.receptive_masks(torch.ones(1, 8, 2, 2), torch.zeros(6, 8)).shape
@@ -322,11 +323,11 @@ def mask_weights(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     The convolution (padding 1) followed by the average over all positions is linear in nine sums of ``x``: all pixels,
     four borders, four corners. Exact, and differentiable in every argument.
 
-    Args: ``x [N, C, H, W]``, ``rows [9, T, C]`` and ``bias`` from :func:`compose_weighting` or
-    :func:`compose_standardization`.
+    Args: ``x [N, C, H, W]``, ``rows [9, T, C]`` and ``bias`` from `compose_weighting` or
+    `compose_standardization`.
     Returns ``[N, T]``, float32 (float64 for float64 ``x``). Raises ValueError or TypeError for an ``x`` that does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> parameters = torch.randn(8, 8, 3, 3), torch.zeros(8), torch.zeros(2, 8, 1, 1), torch.zeros(2)
@@ -347,7 +348,7 @@ def dice_loss(masks: Tensor) -> Tensor:
     Returns a scalar, float32 (float64 for float64), also under autocast. Raises ValueError or TypeError for anything else.
     Source: section 3.2 of the paper, with the squared areas of its code.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> left, right = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -369,19 +370,20 @@ def masked_features_and_dice(
 ) -> tuple[list[Tensor], Tensor]:
     r"""Stage 1: what the teacher's heads see, and how much the masks overlap.
 
-    .. math::
-        y = x \sum_t w_t m_t, \qquad m = \sigma(E x + b), \qquad
-        \mathrm{dice} = \operatorname{mean}_n \operatorname{mean}_{i \ne j} \frac{2 G_{ij}}{G_{ii} + G_{jj} + 2 \cdot 10^{-12}},
-        \quad G_{ij} = \sum_p m_i m_j
+    $$
+    y = x \sum_t w_t m_t, \qquad m = \sigma(E x + b), \qquad
+    \mathrm{dice} = \operatorname{mean}_n \operatorname{mean}_{i \ne j} \frac{2 G_{ij}}{G_{ii} + G_{jj} + 2 \cdot 10^{-12}},
+    \quad G_{ij} = \sum_p m_i m_j
+    $$
 
     Args:
         features: ``[N, C_i, H_i, W_i]`` of each level.
         tokens: ``[T, C_i]`` of each level.
-        weighting: ``(rows, bias)`` of each level from :func:`compose_weighting`, which give the weights ``w``; None sums the
+        weighting: ``(rows, bias)`` of each level from `compose_weighting`, which give the weights ``w``; None sums the
             masks without weights.
         token_bias: ``b [T]`` of each level; None: zeros, as published. With tokens, biases and weighting from
-            :func:`compose_standardization`, masks and weights are those of standardised features.
-        valid: the pixels that count in a padded batch, as in :func:`masked_distill_loss`: others are masked to 0 and count
+            `compose_standardization`, masks and weights are those of standardised features.
+        valid: the pixels that count in a padded batch, as in `masked_distill_loss`: others are masked to 0 and count
             neither in the Dice sums nor in the mask weights. None: all pixels.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
 
@@ -392,7 +394,7 @@ def masked_features_and_dice(
     Raises TypeError and ValueError naming the argument that does not fit; RuntimeError for ``impl="triton"`` on CPU tensors
     without ``TRITON_INTERPRET=1``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import functional as F
         >>> x, tokens = torch.ones(1, 8, 2, 2), torch.zeros(6, 8)

@@ -35,13 +35,16 @@ from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
 from .tables import LevelTables, MaskLevel
 
+__all__ = ["MaskedDistillLoss"]
+
 
 class MaskedDistillLoss(nn.Module):
     r"""Masked distillation with receptive tokens: the student reconstructs the teacher's features where masks say so.
 
-    .. math::
-        \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
-        \frac{\sum_p m_{ntp}^2 \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)}
+    $$
+    \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
+    \frac{\sum_p m_{ntp}^2 \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)}
+    $$
 
     with masks ``m = sigmoid(E t)`` and softmax weights ``w`` of the frozen teacher features ``t``; after the warm-up
     ``m = sigmoid(E t) * sigmoid(E s)``, no gradient through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
@@ -68,12 +71,12 @@ class MaskedDistillLoss(nn.Module):
             the segmentation code). ``criterion.loss_weight = x``, a number or scalar tensor, changes it at any time, also of
             a compiled criterion; reading gives the buffer, so nothing waits for the device.
         eps: added to the mask areas (1e-5 reproduces the segmentation code, 0 the detection code with its 0/0).
-        pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see :func:`maskd_triton.checkpoints.mask_state`.
+        pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
             None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE (unless a state dict is
             loaded afterwards).
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
         distance: of a pixel's features: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
-            :func:`maskd_triton.functional.masked_distill_loss`.
+            `maskd_triton.functional.masked_distill_loss`.
         beta: where ``"smooth_l1"`` turns from squares to absolute values, from 1e-30 to 1e30.
         resize: where a level's height and width differ between the two, ``"student"`` resizes the student's features to the
             teacher's size, ``"teacher"`` the teacher's to the student's (bilinear); None raises.
@@ -85,7 +88,7 @@ class MaskedDistillLoss(nn.Module):
         mapping, in any order if the levels have names; without, its order in the first call is that of ``channels``. ``valid
         [N, H0, W0]``. Returns a float32 scalar (float64 for float64 features), or ``[levels]`` for ``reduction="none"``.
 
-    Tokens and mask weights are frozen: ``mask_modules`` holds a :class:`maskd_triton.tables.LevelTables` per level, buffers in
+    Tokens and mask weights are frozen: ``mask_modules`` holds a `maskd_triton.tables.LevelTables` per level, buffers in
     the default dtype, composed once in float64 when they are loaded. State dicts hold these; a learner's entries in their place
     are taken, too. ``loss_weight`` and ``warmup_step``, the number of training-mode calls so far, are buffers; whether masks
     are customised is decided on the device. A call that activation checkpointing repeats in the backward pass counts once.
@@ -95,7 +98,7 @@ class MaskedDistillLoss(nn.Module):
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
         RuntimeError: ``impl="triton"`` on CPU tensors without ``TRITON_INTERPRET=1``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import MaskedDistillLoss, MaskLearner
         >>> learner = MaskLearner([16, 16])  # after stage 1
@@ -237,7 +240,7 @@ class MaskedDistillLoss(nn.Module):
         """The loss; see the class. ``reduction="none"`` gives one value per level.
 
         ``valid``: the pixels that count in a padded batch, ``masks`` and ``mask_weights``: those to use instead of the tokens'
-        (not customised), all as in :func:`functional.masked_distill_loss`. ``advance=False``: this call does not count for the
+        (not customised), all as in `functional.masked_distill_loss`. ``advance=False``: this call does not count for the
         warm-up; with gradient accumulation, pass it for every batch but the last before an optimiser step.
         """
         again = graph_task() != -1  # activation checkpointing repeats a call
@@ -285,7 +288,7 @@ class MaskedDistillLoss(nn.Module):
 
         Raises ValueError or TypeError for levels that do not fit, RuntimeError for ``num_tokens=None``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from maskd_triton import MaskedDistillLoss, MaskLearner
             >>> criterion = MaskedDistillLoss([16, 16], 4, pretrained=MaskLearner([16, 16], 4))
@@ -308,10 +311,10 @@ class MaskedDistillLoss(nn.Module):
         costs next to nothing, and nothing waits for the device until a value is read. Masks are those that the loss used:
         customised ones once the warm-up is over.
 
-        Returns :class:`maskd_triton.diagnostics.DistillDiagnostics` by level.
+        Returns `maskd_triton.diagnostics.DistillDiagnostics` by level.
         Raises RuntimeError before the first call, and after one inside ``torch.compile``, which keeps nothing.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from maskd_triton import MaskedDistillLoss, MaskLearner
             >>> criterion = MaskedDistillLoss(16, 4, pretrained=MaskLearner(16, 4))

@@ -21,35 +21,38 @@ from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
 from .tables import CONVOLUTIONS, MaskLevel, Tables, compose
 
+__all__ = ["MaskLearner", "MaskModule"]
+
 
 class MaskModule(MaskLevel):
     r"""Receptive tokens of one feature level: T masks of every image, their weights, and the masked features.
 
-    .. math::
-        m = \sigma(E x), \quad w = \mathrm{softmax}_t(\mathrm{conv}_{1\times1}(\mathrm{avgpool}(\mathrm{conv}_{3\times3}(x)))),
-        \quad y = x \sum_t w_t m_t
+    $$
+    m = \sigma(E x), \quad w = \mathrm{softmax}_t(\mathrm{conv}_{1\times1}(\mathrm{avgpool}(\mathrm{conv}_{3\times3}(x)))),
+    \quad y = x \sum_t w_t m_t
+    $$
 
     Args:
         channels: C, channels of the teacher's features.
         num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
         weight_mask: weigh the masks per image; False sums them without weights.
         standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``; ``y`` is of ``x`` itself. See
-            :class:`MaskLearner`.
-        impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`; concerns ``forward``.
+            `MaskLearner`.
+        impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`; concerns ``forward``.
 
     Shape:
         ``x [N, C, H, W]``; ``masks(x) [N, T, H, W]`` and ``weights(x) [N, T]`` in float32 (float64 for float64 ``x``);
         ``forward(x, valid=None)`` gives the masked features in the shape and dtype of ``x`` and the scalar Dice loss, of the
-        valid pixels of a padded batch, if given (:func:`functional.masked_distill_loss` says in which forms).
+        valid pixels of a padded batch, if given (`functional.masked_distill_loss` says in which forms).
 
     Parameters are ``mask_token [T, C]`` (initialised N(0, 0.01^2)) and the mask weighting module ``prob``
     (conv3x3, pool, conv1x1; N(0, 2 / fan_out), bias 0), named and initialised as in the official implementation.
     With ``standardize``, the buffers ``channel_mean [C]``, ``channel_std [C]`` and ``pixels_seen`` hold the statistics
-    (:meth:`MaskLearner.calibrate`); until they are gathered, mean 0 and deviation 1.
+    (`MaskLearner.calibrate`); until they are gathered, mean 0 and deviation 1.
 
     Raises ValueError for sizes that are not positive ints, and for features with other channels.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import MaskModule
         >>> masked, dice = MaskModule(16, num_tokens=6)(torch.randn(2, 16, 8, 8))
@@ -112,7 +115,7 @@ class MaskModule(MaskLevel):
 def _learn(
     modules: Sequence[MaskModule], features: Sequence[Tensor], valid: Any, impl: str
 ) -> tuple[list[Tensor], Tensor, list[Seen]]:
-    """:func:`functional.learn` with the parameters of every level's module."""
+    """`functional.learn` with the parameters of every level's module."""
 
     def tables(on_this_rank: F.OnThisRank) -> LearnTables:
         levels = [module.tables(acc_dtype(features[0].dtype), on_this_rank) for module in modules]
@@ -141,7 +144,7 @@ class _Call(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """What a call of the learner itself gave: the same attribute as a teacher's :class:`Target`."""
+    """What a call of the learner itself gave: the same attribute as a teacher's `Target`."""
 
     parts: list[_Call]
 
@@ -154,24 +157,24 @@ class MaskLearner(nn.Module):
             features may be mappings in any order.
         num_tokens: T, receptive tokens per level.
         weight_mask: weigh the masks per image.
-        standardize: masks and weights see standardised features of the teacher, by statistics that :meth:`calibrate` gathers
+        standardize: masks and weights see standardised features of the teacher, by statistics that `calibrate` gathers
             once; what the teacher's heads see stays un-standardised. ``"channel"`` (or True): every channel with mean 0 and
             deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
             With a linear align this is PHI-S (RADIO, arXiv 2410.01680), whose rotation tokens and align absorb. On raw features
             the weighted masks tend to collapse: one token on everywhere, the others empty. Give the same to
-            :class:`MaskedDistillLoss`. Off by default, as published.
+            `MaskedDistillLoss`. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
-            :func:`maskd_triton.checkpoints.mask_state`. None: tokens as initialised in :class:`MaskModule`.
-        impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in :class:`MaskedDistillLoss`.
+            `maskd_triton.checkpoints.mask_state`. None: tokens as initialised in `MaskModule`.
+        impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`.
 
     Shape:
         ``forward(features, valid=None)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``;
-        ``valid`` are the pixels that count in a padded batch (:meth:`attach`). :meth:`dice_loss` is then the sum of the
+        ``valid`` are the pixels that count in a padded batch (`attach`). `dice_loss` is then the sum of the
         levels' Dice losses of that call.
 
     The learner's parameters are the only ones to train; put ``learner.parameters()`` into the optimizer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from maskd_triton import MaskLearner
@@ -274,12 +277,12 @@ class MaskLearner(nn.Module):
 
         Levels go by their key, or by their index in a sequence. Warns (UserWarning, naming level and tokens), once per level,
         when masks have collapsed in a way that the losses do not show: on everywhere, empty, or one with all the weight
-        (:func:`maskd_triton.diagnostics.collapsed`). Values stay on the device, but the check waits for it: call this now and
-        then, not in every step. :meth:`save` calls it, too.
+        (`maskd_triton.diagnostics.collapsed`). Values stay on the device, but the check waits for it: call this now and
+        then, not in every step. `save` calls it, too.
 
-        Returns :class:`maskd_triton.diagnostics.LevelDiagnostics` by level. RuntimeError before the first forward.
+        Returns `maskd_triton.diagnostics.LevelDiagnostics` by level. RuntimeError before the first forward.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from maskd_triton import MaskLearner
             >>> learner = MaskLearner([16, 16], num_tokens=4)
@@ -300,11 +303,11 @@ class MaskLearner(nn.Module):
         return levels
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens for ``pretrained=``; see :func:`maskd_triton.checkpoints.save_masks` for formats and errors.
+        """Write the tokens for ``pretrained=``; see `maskd_triton.checkpoints.save_masks` for formats and errors.
 
-        Warns as :meth:`diagnostics` does if the latest masks have collapsed.
+        Warns as `diagnostics` does if the latest masks have collapsed.
 
-        Example:
+        Examples:
             >>> import os, tempfile
             >>> from maskd_triton import MaskedDistillLoss, MaskLearner
             >>> with tempfile.TemporaryDirectory() as folder:
@@ -350,7 +353,7 @@ class MaskLearner(nn.Module):
         belongs into the block: it recomputes what is masked.
 
         Args:
-            teacher: the frozen model, on the learner's device; a :class:`FrozenTeacher` is looked through. A compiled module
+            teacher: the frozen model, on the learner's device; a `FrozenTeacher` is looked through. A compiled module
                 may be in it, but not around what is masked: ``torch.compile`` the whole inside the block.
             names: dotted name or names of modules whose outputs are masked; ``""`` is the teacher itself. One gives all levels:
                 a tensor, sequence or mapping of them, or a dataclass like transformers' ``BackboneOutput``; or one level in
@@ -375,7 +378,7 @@ class MaskLearner(nn.Module):
             ValueError: a module lies in a compiled one; levels that cannot be divided among the modules; and, when the teacher
                 runs, levels, channels, layouts or fields that do not fit.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from maskd_triton import MaskLearner
@@ -421,20 +424,20 @@ class MaskLearner(nn.Module):
     ) -> Iterator["MaskLearner"]:
         """Gather the statistics of ``standardize=``: mean and deviation of every channel over all pixels of the block.
 
-        Run the teacher on some batches inside the block, as with :meth:`attach`; a few hundred images are plenty. Nothing is
+        Run the teacher on some batches inside the block, as with `attach`; a few hundred images are plenty. Nothing is
         masked and no gradient is kept. The statistics replace earlier ones at the end of the block; a block that raises
         leaves those. ``channel_std`` is ``sqrt(var + 1e-5 mean(var))``, so that channels that never move stay finite;
         ``sqrt(mean(var))`` for ``"isotropic"``. Where torch.distributed is initialised, the statistics are those of all ranks'
         data: every rank runs the block, on batches of its own.
 
-        Args: as for :meth:`attach`, and ``all_ranks``: False where only this process runs the block.
+        Args: as for `attach`, and ``all_ranks``: False where only this process runs the block.
 
         Raises:
-            AttributeError, ValueError: as for :meth:`attach`.
+            AttributeError, ValueError: as for `attach`.
             RuntimeError: ``standardize=False``; attached already, this learner or another; no batch was run; features all
                 constant, or not finite.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from maskd_triton import MaskLearner

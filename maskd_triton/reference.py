@@ -12,6 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, cosine_similarity, smooth_l1_loss
 
+__all__ = [
+    "dice",
+    "distill_loss",
+    "distill_loss_levels",
+    "mask_weights",
+    "masked_distance",
+    "masked_features_and_dice",
+    "masks",
+]
+
 Weighting = tuple[Tensor, Tensor, Tensor, Tensor]
 """``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``: the mask weighting module of one level."""
 
@@ -39,7 +49,7 @@ def masked_distance(
     beta: float = 1.0,
     eps: float = 1e-12,
 ) -> Tensor:
-    """Stage 2 of one level, of masks ``m [N, T, H, W]`` and weights ``w [N, T]`` (1 / T without); see :func:`distill_loss`.
+    """Stage 2 of one level, of masks ``m [N, T, H, W]`` and weights ``w [N, T]`` (1 / T without); see `distill_loss`.
 
     ``mask_power=1`` puts ``m`` itself before the squared difference, in place of its square. Other distances than
     ``"squared"``, which are not the paper's, are torch's ``smooth_l1_loss`` and ``1 - cosine_similarity``.
@@ -67,7 +77,7 @@ def distill_loss_levels(
     loss_weight: float = 1.0,
     **options: Any,
 ) -> Tensor:
-    """Stage 2, one loss per level, ``[levels]``; see :func:`distill_loss`."""
+    """Stage 2, one loss per level, ``[levels]``; see `distill_loss`."""
     losses = []
     for i, (s, t, e) in enumerate(zip(student, teacher, tokens, strict=True)):
         m = masks(t, e)
@@ -92,7 +102,7 @@ def distill_loss(
 
     ``A[n, t] = sum_{c, p} (m (s - t))^2``, ``B[n, t] = sum_p m``; ``m = sigmoid(E t)``, with ``custom_mask`` times
     ``stopgrad(sigmoid(E s))``; ``w`` is 1 / T without ``weighting``. ``student``, ``teacher``: ``[N, C_i, H_i, W_i]``,
-    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: those of :func:`masked_distance`.
+    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: those of `masked_distance`.
     Returns a scalar.
     """
     return distill_loss_levels(

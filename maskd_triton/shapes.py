@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import _checks as check
 
+__all__ = ["from_nhwc", "from_packed", "from_tokens", "valid_pixels"]
+
 
 def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
     """A ViT's tokens ``[N, L, C]`` as features ``[N, C, H, W]``, ``size`` the grid ``(H, W)``, row by row; a view.
@@ -16,7 +18,7 @@ def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
 
     Raises ValueError for another number of dimensions or tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import shapes
         >>> tokens = torch.randn(2, 1 + 14 * 14, 384)
@@ -35,7 +37,7 @@ def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
 def from_nhwc(x: Tensor) -> Tensor:
     """Features ``[N, H, W, C]`` (Swin's, for one) as ``[N, C, H, W]``; a view. ValueError unless there are four dimensions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import shapes
         >>> shapes.from_nhwc(torch.randn(2, 7, 9, 96)).shape
@@ -54,7 +56,7 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
 
     Raises TypeError for sizes that are no pairs of ints, ValueError for another number of dimensions or tokens.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import shapes
         >>> [level.shape for level in shapes.from_packed(torch.randn(2, 8 * 8 + 4 * 4, 256), [(8, 8), (4, 4)])]
@@ -90,7 +92,7 @@ def valid_pixels(
     Returns bool ``[N, H0, W0]``.
     Raises TypeError for sizes that are no pairs of ints; ValueError for an image that is larger than ``size``.
 
-    Example:
+    Examples:
         >>> from maskd_triton import shapes
         >>> shapes.valid_pixels([(2, 3), (1, 2)], (2, 3))
         tensor([[[ True,  True,  True],

@@ -10,6 +10,8 @@ from . import _checks as check
 from . import functional as F
 from ._eager import acc_dtype
 
+__all__ = ["LevelTables"]
+
 CONVOLUTIONS = ("prob.0.weight", "prob.0.bias", "prob.2.weight", "prob.2.bias")
 
 
@@ -28,7 +30,7 @@ class Tables(NamedTuple):
 
 
 def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
-    """The tables of one level's published entries (:meth:`MaskLevel.published_shapes`), composed in ``dtype``.
+    """The tables of one level's published entries (`MaskLevel.published_shapes`), composed in ``dtype``.
 
     Tokens, which nothing is composed of, stay as they are. Differentiable."""
     weighting = None
@@ -64,7 +66,7 @@ class MaskLevel(nn.Module):
         raise NotImplementedError
 
     def published_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The entries of a level as :class:`MaskModule` and the official implementation name them."""
+        """The entries of a level as `MaskModule` and the official implementation name them."""
         t, c = self.num_tokens, self.channels
         shapes: dict[str, tuple[int, ...]] = {"mask_token": (t, c)}
         if self.weight_mask:
@@ -74,7 +76,7 @@ class MaskLevel(nn.Module):
         return shapes
 
     def table_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The entries of a :class:`LevelTables`."""
+        """The entries of a `LevelTables`."""
         t, c = self.num_tokens, self.channels
         shapes: dict[str, tuple[int, ...]] = {"mask_token": (t, c)}
         if self.weight_mask:
@@ -101,12 +103,13 @@ class MaskLevel(nn.Module):
 
 
 class LevelTables(MaskLevel):
-    r"""The frozen tables of one level in a :class:`MaskedDistillLoss`: buffers, which are exactly what its kernels read.
+    r"""The frozen tables of one level in a `MaskedDistillLoss`: buffers, which are exactly what its kernels read.
 
-    .. math::
-        m = \sigma(E' x + b), \quad w = \mathrm{softmax}_t\big(\tfrac{1}{HW} \textstyle\sum_s R_s S_s(x) + c\big)
+    $$
+    m = \sigma(E' x + b), \quad w = \mathrm{softmax}_t\big(\tfrac{1}{HW} \textstyle\sum_s R_s S_s(x) + c\big)
+    $$
 
-    with the sums ``S_s`` of ``x`` over nine strips (:func:`functional.compose_weighting`).
+    with the sums ``S_s`` of ``x`` over nine strips (`functional.compose_weighting`).
 
     Args:
         channels: C, channels of the teacher's features.
@@ -118,12 +121,12 @@ class LevelTables(MaskLevel):
     [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``); with ``standardize`` also ``teacher_tokens [T, C]``
     (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean and 1 / std). Zeros until they are loaded.
 
-    ``load_state_dict`` takes these, and the entries of a :class:`MaskModule` (``mask_token``, ``prob.0.weight``, ...,
+    ``load_state_dict`` takes these, and the entries of a `MaskModule` (``mask_token``, ``prob.0.weight``, ...,
     ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error.
 
     Raises ValueError or TypeError for sizes that are not positive ints.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import MaskModule
         >>> from maskd_triton.tables import LevelTables

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+__all__ = ["FrozenTeacher"]
+
 
 class FrozenTeacher(nn.Module):
     """Keeps a teacher in eval mode, runs it without gradients and leaves it out of parameters and checkpoints.
@@ -16,7 +18,7 @@ class FrozenTeacher(nn.Module):
     over devices: then its owner places it. A deep copy (an EMA of the holder) shares the model; a pickle contains it.
 
     Args:
-        model: the teacher, compiled or not; put into eval mode, its parameters frozen. :attr:`model` can be assigned, too:
+        model: the teacher, compiled or not; put into eval mode, its parameters frozen. `model` can be assigned, too:
             ``teacher.model = torch.compile(teacher.model)``.
 
     ``forward`` passes everything on to the model, under ``torch.no_grad()`` and in eval mode, whoever called ``train()`` on the
@@ -25,7 +27,7 @@ class FrozenTeacher(nn.Module):
 
     Raises TypeError for anything that is no module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from maskd_triton import FrozenTeacher
@@ -102,7 +104,7 @@ def named_paths(
 ) -> Iterator[tuple[str, tuple[nn.Module, ...]]]:
     """All modules by all their names, each with the modules that hold it, from ``model`` to the module itself.
 
-    What a :class:`FrozenTeacher` holds, or ``torch.compile`` wraps, goes by the names that it has there.
+    What a `FrozenTeacher` holds, or ``torch.compile`` wraps, goes by the names that it has there.
     """
     path = (*above, model)
     yield prefix, path

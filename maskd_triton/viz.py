@@ -20,6 +20,8 @@ except ModuleNotFoundError as error:
         "maskd_triton.viz needs matplotlib, which is not installed: pip install 'maskd-triton[viz]'", name="matplotlib"
     ) from error
 
+__all__ = ["plot_masks"]
+
 _PER_LINE = 8  # masks beside each other; further ones go on the next line
 _FONT = 9.0  # points: 11 pixels where a figure of 14 inches is shown 1200 pixels wide
 _SMALLEST_FONT = 4.5  # numbers that would have to be smaller are left out
@@ -50,9 +52,10 @@ def plot_masks(
 
     Args:
         images: ``[N, 3, H, W]``, in ``[0, 1]``, or normalised and given with ``mean`` and ``std``.
-        masks: ``[N, T, h, w]`` of each level, as :meth:`MaskModule.masks` gives them.
-        weights: ``[N, T]`` of each level, as :meth:`MaskModule.weights` gives them; None: masks without weights.
-        mean, std: three numbers each that the images were normalised with, ``(image - mean) / std``.
+        masks: ``[N, T, h, w]`` of each level, as `MaskModule.masks` gives them.
+        weights: ``[N, T]`` of each level, as `MaskModule.weights` gives them; None: masks without weights.
+        mean: three numbers that the images were normalised with, ``(image - mean) / std``.
+        std: see ``mean``.
         names: a name for each level; None: ``level 0`` and so on.
 
     Any float dtype and device. Returns a figure to ``savefig``, about 14 inches wide for 6 tokens. Its ``axes`` are, level by
@@ -62,7 +65,7 @@ def plot_masks(
         ValueError: no image or level, shapes or lengths that do not fit, ``mean`` without ``std``, values outside ``[0, 1]``.
         ModuleNotFoundError: on import, if matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from maskd_triton import MaskModule
         >>> from maskd_triton.viz import plot_masks

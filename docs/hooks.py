@@ -1,0 +1,90 @@
+"""What the site holds beside docs/: README as its first page, and the other files of the repository that pages link to.
+
+It also turns formulas into MathML, and names of the API that stand as code into links to the reference.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
+SOURCES = {site: repository for repository, site in PAGES.items()}
+SHOWN = {".py": "python", ".cff": "yaml"}  # as a page with highlighted code, not as a download
+CODE_OR_LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]+`)|\]\((?!https?:|#)(?P<link>[^)#\s]+)", re.M | re.S)
+API = ("maskd_triton.", "functional.", "capture.", "checkpoints.", "diagnostics.", "shapes.", "viz.")
+
+
+def place(path: str) -> str:
+    """Where a file of the repository stands on the site."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return PAGES.get(path, f"repository/{path}" + (".md" if Path(path).suffix in SHOWN else ""))
+
+
+def target(site: str, link: str) -> str:
+    """The file of the repository that the page ``site`` means by ``link``."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(SOURCES.get(site, f"docs/{site}")), link))
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for path, site in PAGES.items():
+        files.append(File.generated(config, site, content=(ROOT / path).read_text()))
+    for page in files.documentation_pages():
+        for path in {target(page.src_uri, m["link"]) for m in CODE_OR_LINK.finditer(page.content_string) if m["link"]}:
+            site, language = place(path), SHOWN.get(Path(path).suffix)
+            if files.get_file_from_path(site) or not (ROOT / path).is_file():
+                continue  # a link to nothing is mkdocs' error
+            if language:
+                content = f"# {path}\n\n````{language}\n{(ROOT / path).read_text()}````\n"
+                files.append(File.generated(config, site, content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+            else:
+                files.append(File.generated(config, site, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    site = page.file.src_uri
+    if site.startswith("repository/"):
+        return markdown
+    if site == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would hold one entry
+
+    def moved(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        return "](" + posixpath.relpath(place(target(site, match["link"])), posixpath.dirname(site) or ".")
+
+    return CODE_OR_LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    html = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, html, flags=re.S)
+    names = {name.rpartition(".")[2]: name for name in re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.M)}
+    reference = posixpath.relpath("api.html", posixpath.dirname(page.url) or ".")
+
+    def linked(match: re.Match[str]) -> str:
+        name = names.get(match["name"] or "")
+        if name is None or not name.endswith(match["whole"]):
+            return match[0]
+        return f'<a href="{reference}#{name}">{match[0]}</a>'
+
+    skipped = r"<a\b.*?</a>|<h\d\b.*?</h\d>|<pre\b.*?</pre>|<div class=\"language.*?</pre>"
+    return re.sub(rf"{skipped}|<code>(?P<whole>(?:\w+\.)*(?P<name>\w+))</code>", linked, html, flags=re.S)
+
+
+def formula(match: re.Match[str]) -> str:
+    """TeX as MathML, which browsers draw without a script."""
+    import html
+
+    return convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
