@@ -67,11 +67,22 @@ def strip_sums(x: Tensor, height: int, width: int) -> Tensor:
 
 @_full_precision
 def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold conv1x1(avgpool(conv3x3(.))) into one linear map of the strip sums.
+    """Fold ``conv1x1(avgpool(conv3x3(x)))`` into one linear map of nine sums of ``x``.
 
-    Args: ``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``.
-    Returns ``rows [9, T, C]`` and ``bias [T]`` such that the logits of an image are
-    ``sum_s rows[s] @ strip_sums[s] / P + bias``.
+    The nine are the sums over all pixels, over the four borders and over the four corners. With them, the logits of an image of
+    P pixels are ``sum_s rows[s] @ sums[s] / P + bias``.
+
+    Args:
+        w3: weight of the 3x3 convolution, ``[C, C, 3, 3]``.
+        b3: its bias, ``[C]``.
+        w1: weight of the 1x1 convolution, ``[T, C, 1, 1]``.
+        b1: its bias, ``[T]``.
+
+    Returns:
+        ``rows [9, T, C]`` and ``bias [T]``, differentiable in every argument.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named.
 
     Examples:
         >>> import torch
@@ -92,7 +103,9 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
 
 
 class Standardization(NamedTuple):
-    """What raw features of one level need to be masked and compared as standardised ones, from `compose_standardization`.
+    """What raw features of one level need so that they are masked and compared as if they were standardised.
+
+    `compose_standardization` makes it.
 
     Attributes:
         tokens: ``[T, C]``, the tokens for raw features, ``E / std``.
@@ -118,13 +131,23 @@ def compose_standardization(
 ) -> tuple[Standardization, tuple[Tensor, Tensor] | None]:
     """Fold the standardisation ``(x - mean) / std`` of every channel into tokens and mask weighting.
 
-    Both are linear in the features, so masks and weights of standardised features come from the raw ones at no cost. The zero
-    padding of the 3x3 convolution pads standardised features: what the mean adds to a strip sum depends on the strip's length.
+    Mask logits and weight logits are linear in the features, so masks and weights of standardised features come from the raw
+    ones at no cost. The zero padding of the 3x3 convolution pads standardised features. What the mean adds to the sum over a
+    border then depends on the border's length, so the bias depends on H and W.
 
-    Args: ``tokens [T, C]``, ``mean [C]``, ``std [C]``, ``weighting`` from `compose_weighting` or None.
-    Returns a `Standardization`, and the weighting for raw features: ``rows [9, T, C]`` and ``bias [5, T]``, a constant
-    and the factors of ``1 / H``, ``1 / W`` and, twice (one diagonal's corners, and the other's), ``1 / (H W)``; None without
-    weighting.
+    Args:
+        tokens: ``[T, C]``.
+        mean: ``[C]``.
+        std: ``[C]``.
+        weighting: ``(rows, bias)`` from `compose_weighting`; None: no mask weights.
+
+    Returns:
+        A `Standardization`; and the weighting for raw features, ``rows [9, T, C]`` and ``bias [5, T]``: a constant, the
+        factors of ``1 / H`` and ``1 / W``, and those of ``1 / (H W)`` for the corners of one diagonal and of the other. None
+        without ``weighting``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Features of named modules, without changing the models: two models to two aligned lists of levels."""
+"""Features of named modules, without changing the models: a list of levels from the student, and one from the teacher."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,39 +15,38 @@ Names = str | Sequence[str] | Mapping[str, str]
 
 
 class FeatureCapture:
-    """What named modules of a student and a teacher return, as two aligned lists of levels.
+    """Features of named modules of a student and a teacher, as two lists of levels that belong together.
 
     Args:
         student: the model that learns.
         teacher: the model it learns from; a `FrozenTeacher` is looked through.
-        names: modules by their dotted names, ``""`` is the model itself: a mapping from the student's to the teacher's, or a
-            name or names that both have.
+        names: modules by their dotted names; ``""`` is the model itself. A name or names that both models have, or a mapping
+            from the student's names to the teacher's.
         call: which call of a module that runs several times in one pass of its model, counted from 0; None: all, in order.
-        output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of those
+        output: which part of a module's output holds the levels: a field, a key, a position in a tuple, or a tuple of those
             as a path, in which ``...`` stands for every part and a list for several; None: ``"feature_maps"`` of a dataclass,
             otherwise the output itself.
         layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``), which are handed over as views ``[N, C, H, W]``;
             None: as they are.
         grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the model is called with.
-        prefix_tokens: class and register tokens in front, which are left out.
+        prefix_tokens: how many class and register tokens stand in front; they are left out.
 
     Each of the last five may be a mapping ``{"student": ..., "teacher": ...}`` where the two differ.
 
     A module may return a tensor, or a sequence or mapping of levels, which are taken in their order, also inside of
-    NestedTensors and ImageLists. Inside the ``with`` block every pass of the models leaves its levels here; `take` hands
-    over those of the latest one and keeps nothing, so no features stay alive after the step. Copies of a model that are made
-    in the block (EMA) leave nothing here, nor do recomputations of activation checkpoints. If both are one model
-    (self-distillation), passes with gradients are the student's, those under ``torch.no_grad()`` the teacher's.
+    NestedTensors and ImageLists. Inside the ``with`` block every pass of the models leaves its levels here. `take` hands over
+    those of the latest pass and keeps nothing, so no features stay alive after the step. Copies of a model that are made in
+    the block (EMA) leave nothing here, nor do recomputations of activation checkpoints. If both are one model
+    (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
 
-    A module inside of what was compiled before is refused. Compile the models inside the block, or a module whose ``forward``
-    returns the features beside its result, or call `call` inside what is compiled.
+    A module inside a model that was compiled before is refused. Compile the models inside the block; or compile a module
+    whose ``forward`` returns the features beside its result; or use `capture.call` inside what is compiled.
 
     Raises:
         AttributeError: a model has no such module; the message lists near matches.
-        ValueError: a module lies in a compiled one; student and teacher give different numbers of levels.
-        TypeError, ValueError: outputs that hold no such levels, when the model runs.
-        RuntimeError: `take` before both models have run, or where it is not known which calls belong together, or after
-            a later layer has overwritten the features in place; entered twice.
+        ValueError: a module lies in a compiled one; outputs hold no such levels, when the model runs.
+        TypeError: outputs of another kind, when the model runs.
+        RuntimeError: the block is entered twice.
 
     Examples:
         >>> import torch
@@ -116,7 +115,16 @@ class FeatureCapture:
         self._stack = None
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's and the teacher's levels of their latest passes; nothing of them is kept."""
+        """Hand over the levels of the latest passes, and keep nothing of them.
+
+        Returns:
+            The student's levels and the teacher's, two lists of one length.
+
+        Raises:
+            RuntimeError: a model has not run; it is not known which calls belong together; a later layer has overwritten the
+                features in place.
+            ValueError: student and teacher gave different numbers of levels.
+        """
         passes = set().union(*(side.passes for side in self._sides))
         students, teachers = [side.checked(taken) for side, taken in [(side, side.forget()) for side in self._sides]]
         if self._one_model and passes == {True, False} and self._sides[0].targets[0].only is None:
@@ -140,10 +148,25 @@ def call(
     prefix_tokens: int = 0,
     **kwargs: Any,
 ) -> tuple[Any, list[Tensor]]:
-    """``model(*args, **kwargs)`` and the levels that its modules ``names`` returned in this call.
+    """Call ``model(*args, **kwargs)`` and get its result with the features of its modules.
 
-    Hooks are set and removed within the call, so it also works in a function that is compiled, and copies of a model under DDP
-    or FSDP see their own. Keywords and errors as for `FeatureCapture`.
+    Hooks are set and removed within the call. So this also works inside a function that is compiled, and copies of a model
+    under DDP or FSDP see their own features.
+
+    Args:
+        model: the model to call.
+        names: modules by their dotted names.
+        call: as for `FeatureCapture`, like the following.
+        output: see ``call``.
+        layout: see ``call``.
+        grid: see ``call``.
+        prefix_tokens: see ``call``.
+
+    Returns:
+        What the model returned, and a list of levels.
+
+    Raises:
+        AttributeError, TypeError, ValueError, RuntimeError: as for `FeatureCapture`.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Learned tokens in files: writing ours; reading ours and the three layouts other implementations write."""
+"""Learned tokens in files: writes our layout, and reads ours and those of three other implementations."""
 
 import os
 import pickle
@@ -46,12 +46,17 @@ _DAMAGE = (
 
 
 def mask_state(source: Source) -> dict[str, Tensor]:
-    """All mask entries of ``source`` as ``mask_modules.{level}.<parameter>``, on the CPU when read from a file.
+    """Read the tokens and mask weights that a source holds.
 
-    ``source`` is a path, a module (``MaskLearner``, ``MaskedDistillLoss``), or a state dict: our own, a whole detector's
-    (any prefix before ``mask_modules``, also below a ``"state_dict"`` key), the YOLOv5 port's (below ``"maskd_model"``),
-    or one level's bare entries (``mask_token``: segmentation). Files that end in ``.safetensors`` are read by safetensors,
-    others by torch with ``weights_only=True``: nothing in them is executed.
+    Args:
+        source: a module (`MaskLearner` or `MaskedDistillLoss`), a state dict, or the path of one. A state dict may be our own;
+            a whole detector's, with any prefix before ``mask_modules``, also below a ``"state_dict"`` key; the YOLOv5
+            port's, below ``"maskd_model"``; or one level's bare entries, such as segmentation's ``mask_token``. Files that end
+            in ``.safetensors`` are read by safetensors, others by torch with ``weights_only=True``: nothing in them is
+            executed.
+
+    Returns:
+        Tensors by their names ``mask_modules.{level}.<parameter>``, on the CPU when read from a file.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
@@ -59,6 +64,12 @@ def mask_state(source: Source) -> dict[str, Tensor]:
             one entry under two prefixes.
         TypeError: any other kind of source.
         ModuleNotFoundError: a ``.safetensors`` file without the safetensors package.
+
+    Examples:
+        >>> from maskd_triton import MaskLearner
+        >>> from maskd_triton.checkpoints import mask_state
+        >>> {name: list(x.shape) for name, x in mask_state(MaskLearner([8, 16], weight_mask=False)).items()}
+        {'mask_modules.0.mask_token': [6, 8], 'mask_modules.1.mask_token': [6, 16]}
     """
     state, origin = _state_dict(source)
     for key in _NESTED:
@@ -88,8 +99,12 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 def load_masks(modules: nn.ModuleList | nn.ModuleDict, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
-    ``modules`` are the ``mask_modules`` of a learner, or of a criterion, which composes its tables of them or copies those of
-    another criterion. Named levels are found by name; in a source whose levels are numbered, by position.
+    A criterion's modules compose their tables from a learner's entries, or copy those of another criterion. Named levels are
+    found by name, or by position in a source whose levels are numbered.
+
+    Args:
+        modules: the ``mask_modules`` of a learner or criterion.
+        source: as for `mask_state`.
 
     Raises:
         ValueError: a list of all missing, unexpected, misshapen, sparse and non-finite entries, and statistics
@@ -170,9 +185,13 @@ def _for_levels(found: dict[str, Tensor], modules: nn.ModuleList | nn.ModuleDict
 def save_masks(modules: nn.ModuleList | nn.ModuleDict, path: str | os.PathLike[str]) -> None:
     """Write the tokens and mask weights of ``modules`` as CPU tensors ``mask_modules.{level}.<parameter>``.
 
-    In safetensors' format when ``path`` ends in ``.safetensors``, by ``torch.save`` otherwise; `mask_state` reads both.
     An existing file is replaced in one step once the new one is on disk: a process killed while saving leaves the old file
-    as it was, and at worst a ``.tmp`` file beside it. A symbolic link is kept and the file it leads to is replaced.
+    as it was, and at worst a ``.tmp`` file beside it. A symbolic link is kept, and the file it leads to is replaced.
+
+    Args:
+        modules: the ``mask_modules`` of a learner or criterion.
+        path: the file. ``.safetensors`` at its end asks for safetensors' format; others are written by ``torch.save``.
+            `mask_state` reads both.
 
     Raises:
         FileNotFoundError: no such folder.

@@ -1,7 +1,7 @@
-"""Whether learned masks are of any use: what the losses of stage 1 do not show.
+"""Statistics of learned masks, detection of collapsed ones, and a loss weight to start from.
 
-Dice near 0 and a low task loss are also what collapsed masks give: one token on everywhere and the others empty. Stage 2 is
-then a plain feature MSE.
+The losses of stage 1 do not show whether masks are of any use. Collapsed masks, one token on everywhere and the others empty,
+also have a Dice loss near 0 and a low task loss; stage 2 is then a plain feature MSE.
 """
 
 import math
@@ -28,7 +28,7 @@ ALL_WEIGHT = 0.95  # what is left for all others is too little to move the loss
 
 @dataclass(frozen=True, eq=False)
 class LevelDiagnostics:
-    """How one level's T masks behave, on the device of the masks: nothing waits for it until a value is read.
+    """Statistics of one level's T masks, on the masks' device. Nothing waits for it until you read a value.
 
     Attributes:
         coverage: ``[T]``, each mask's mean value over images and pixels: 0 empty, 1 on everywhere.
@@ -47,7 +47,11 @@ class LevelDiagnostics:
 
 @dataclass(frozen=True, eq=False)
 class DistillDiagnostics(LevelDiagnostics):
-    """The same of a level in stage 2, and ``loss``, the level's share of the criterion's value, a scalar without gradient."""
+    """`LevelDiagnostics` of a level in stage 2, and its loss.
+
+    Attributes:
+        loss: scalar without gradient, the level's share of the criterion's value.
+    """
 
     loss: Tensor
 
@@ -63,11 +67,17 @@ def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None 
     \mathrm{entropy} = \operatorname{mean}_n \frac{-\sum_t w_{nt} \log w_{nt}}{\log T}
     $$
 
-    Args: ``masks [N, T, H, W]``, ``weights [N, T]`` or None, of any float dtype, as `functional.receptive_masks` and
-    `functional.mask_weights` give them; ``valid [N, H, W]``, bool or integer: the pixels that count, None for all.
-    Returns `LevelDiagnostics` without gradients, on the device of the
-    arguments, in float32 (float64 for float64), also under autocast; an empty batch gives NaN.
-    Raises ValueError for shapes that do not fit.
+    Args:
+        masks: ``[N, T, H, W]`` of any float dtype, as `functional.receptive_masks` gives them.
+        weights: ``[N, T]`` of any float dtype, as `functional.mask_weights` gives them; None: masks without weights.
+        valid: the pixels that count, bool or integer ``[N, H, W]``; None: all.
+
+    Returns:
+        Tensors without gradients on the device of the arguments, float32 (float64 for float64), also under autocast. An empty
+        batch gives NaN.
+
+    Raises:
+        ValueError: shapes that do not fit.
 
     Examples:
         >>> import torch
@@ -100,12 +110,18 @@ def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None 
 
 
 def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
-    """Why tokens of this level are of no use, a sentence for each kind of failure; an empty list for healthy masks.
+    """Sentences that say which tokens of a level are of no use.
 
-    Reported are masks that are on everywhere, empty masks, masks that are the same as others (of those that are neither),
-    and a token that takes all weight; the thresholds are this module's constants. ``overlap=False`` leaves out masks that are
-    the same: the Dice loss shows those, and untrained tokens are among them. Values that are NaN (an empty batch)
-    report nothing. Copies the values to the host, so it waits for the device: call it between steps, not in every one.
+    Four failures are reported: a mask that is on everywhere, an empty mask, masks that are the same, and a token that takes all
+    weight. The thresholds are this module's constants. Values are copied to the host, which waits for the device: call this
+    between steps, not in every one.
+
+    Args:
+        level: what `describe` or ``diagnostics()`` gave. NaN, from an empty batch, reports nothing.
+        overlap: also report masks that are the same. The Dice loss shows those, and untrained tokens are among them.
+
+    Returns:
+        A sentence for each kind of failure; an empty list for healthy masks.
 
     Examples:
         >>> import torch
@@ -151,21 +167,29 @@ def _named(tokens: list[int]) -> str:
 
 
 def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) -> Tensor:
-    r"""How hard the distillation pulls at the student's features, measured by the task.
+    r"""How hard the distillation pulls at the student's features, compared with the task.
 
     $$
     \frac{\lVert \partial\, \mathrm{distillation} / \partial s \rVert}{\lVert \partial\, \mathrm{task} / \partial s \rVert}
     $$
 
-    with norms over all levels ``s``. Losses say little about this: a large one may have a small gradient.
+    with norms over all levels ``s``. The losses say little about this: a large one may have a small gradient.
 
-    Args: the two losses, scalars of the same forward pass; ``features``: the student's, from which both are computed, a
-    tensor, sequence or mapping. Costs one backward pass from each loss down to the features. Both graphs are kept for the
-    step's own, and no ``.grad`` is written. Gradients are taken of 4096 times the losses, since float16 loses small ones on the
-    way: give the losses without a GradScaler's factor, with which they may overflow (NaN).
-    Returns a float32 scalar on the features' device (float64 for float64); nothing waits for it.
-    Raises ValueError for features without gradient, and for a loss that depends on none of them, as where features and losses
-    come out of one compiled function.
+    This costs one backward pass from each loss down to the features. Both graphs are kept for the step's own backward pass,
+    and no ``.grad`` is written. The losses are multiplied by 4096 first, since float16 loses small gradients on the way. So
+    give losses without a GradScaler's factor, with which they may overflow (NaN).
+
+    Args:
+        task_loss: scalar with gradient.
+        distill_loss: scalar with gradient, of the same forward pass.
+        features: the student's, from which both are computed: a tensor, sequence or mapping.
+
+    Returns:
+        float32 scalar on the features' device (float64 for float64). Nothing waits for it.
+
+    Raises:
+        ValueError: features without gradient; a loss that depends on none of them, as when features and losses come out of one
+            compiled function.
 
     Examples:
         >>> import torch
@@ -202,7 +226,7 @@ def suggest_loss_weight(
     share: float = 0.5,
     by: str = "loss",
 ) -> float:
-    r"""A ``loss_weight`` with which distillation makes up ``share`` of the whole loss, or of the gradients' norms.
+    r"""A ``loss_weight`` that gives distillation a certain share of the whole loss, or of the gradients' norms.
 
     $$
     \lambda' = \lambda \, \frac{\mathrm{share}}{1 - \mathrm{share}}
@@ -211,16 +235,25 @@ def suggest_loss_weight(
 
     or, with ``by="gradient"``, ``1 / median(gradient_ratio)`` in place of the last factor (`gradient_ratio`).
 
-    A place to start the search from, not its result: the losses' sizes say little about what they teach, their gradients more.
-    Published weights are 1 (two-stage detectors), 7 (RetinaNet) and 10 (FCOS, RepPoints), all on raw features.
+    Search from there: it is a start, not a result. What a loss teaches shows in its gradients rather than in its size.
+    Published weights are 1 (two-stage detectors), 7 (RetinaNet) and 10 (FCOS, RepPoints), all on raw features. This reads the
+    values, so it waits for the device.
 
-    Args: the two losses of the same few batches, at least one, from a student that has trained a little (an untrained one has
-    task losses unlike any later ones); ``features``: with ``by="gradient"``, the student's in each of these batches, the
-    losses then with their graphs; ``loss_weight``: the criterion's when ``distill_losses`` were taken; ``share``: 0.5 of the
-    losses, or 0.1 of the gradients, is a place to start.
-    Reads the values, so it waits for the device. Raises ValueError for lists that are empty or of different lengths, a share
-    outside of 0 to 1, losses or ratios whose median is not positive and finite or that hold a NaN, and as
-    `gradient_ratio` does.
+    Args:
+        task_losses: one of each of a few batches, from a student that has trained a little. An untrained one has task losses
+            unlike any later ones.
+        distill_losses: of the same batches.
+        features: with ``by="gradient"``, the student's in each of these batches; the losses then need their graphs.
+        loss_weight: the criterion's when ``distill_losses`` were taken.
+        share: between 0 and 1. Start with 0.5 of the losses, or 0.1 of the gradients.
+        by: ``"loss"`` or ``"gradient"``.
+
+    Returns:
+        A number for ``criterion.loss_weight``.
+
+    Raises:
+        ValueError: lists that are empty or of different lengths; a share outside of 0 to 1; losses or ratios that hold a NaN or
+            whose median is not positive and finite; and as `gradient_ratio` does.
 
     Examples:
         >>> import torch

@@ -63,41 +63,43 @@ def masked_distill_loss(
     \qquad m = \sigma(E\,t)
     $$
 
-    With customised masks ``m = sigmoid(E t) * sigmoid(E s)``, where the mask is a constant for the gradient. The
-    gradient is ``(s - t)`` times one number per pixel, so nothing of size ``[N, T, C, H, W]`` is built.
+    With customised masks ``m = sigmoid(E t) * sigmoid(E s)``. Masks are constants for the gradient, which is ``(s - t)`` times
+    one number per pixel. So nothing of size ``[N, T, C, H, W]`` is built.
 
     Args:
         student: features ``[N, C_i, H_i, W_i]`` of each level: a tensor, a sequence, or a mapping, matched by key.
         teacher: features of the same shapes; must not require grad.
-        tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype. This and all else by level may be a
-            mapping with the keys of the features, in any order; sequences follow the order of ``teacher``.
+        tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype. This and all other arguments that hold
+            one thing per level may be a mapping with the keys of the features, in any order; sequences follow the order of
+            ``teacher``.
         weighting: ``(rows [9, T, C_i], bias)`` of each level from `compose_weighting` (with ``standardize``, from
             `compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
+        standardize: of each level, from `compose_standardization`: the student reconstructs ``(t - mean) / std`` of every
+            channel instead of ``t``, and masks and weights see the same. None: the features as they are.
         valid: the pixels that count in a padded batch: bool or integer ``[N, H0, W0]`` (transformers' ``pixel_mask``) at the
-            images' size, taken down to each level's (nearest neighbour), or an object with ``tensors`` and ``image_sizes``
-            (torchvision's ``ImageList``). Others count neither in sums nor areas nor mask weights: the same as cropping every
-            image, whatever they hold, NaN included. An image without a valid pixel contributes 0. None: all pixels.
-        masks: ``[N, T, H_i, W_i]`` of each level, of any float dtype and at least 0, in place of those of ``tokens``, which
-            must be None then: boxes, score maps, attention. Read as they are, not customised.
+            images' size, down-sampled to each level (nearest neighbour); or an object with ``tensors`` and ``image_sizes``
+            (torchvision's ``ImageList``). Other pixels count neither in sums nor areas nor mask weights, whatever they hold,
+            NaN included: the result is that of cropping every image. An image without a valid pixel contributes 0.
+            None: all pixels.
+        masks: boxes, score maps or attention, ``[N, T, H_i, W_i]`` of each level, of any float dtype and at least 0. They
+            replace the masks of ``tokens``, which must be None, and are not customised.
         mask_weights: ``[N, T]`` of each level, in place of ``weighting``; None with ``masks``: ``1 / T``.
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
-        distance: of a pixel's features, in place of the published ``"squared"``, ``mean_c (s - t)^2``: ``"smooth_l1"``,
-            ``mean_c rho(s - t)`` with ``rho(x) = x^2 / (2 beta)`` where ``|x| < beta`` and ``|x| - beta / 2`` elsewhere; or
-            ``"cosine"``, ``1 - s.t / (|s| |t|)``, lengths at least 1e-8, as in torch.
+        distance: between the features of a pixel. ``"squared"``, as published: ``mean_c (s - t)^2``. ``"smooth_l1"``:
+            ``mean_c rho(s - t)`` with ``rho(x) = x^2 / (2 beta)`` where ``|x| < beta`` and ``|x| - beta / 2`` elsewhere.
+            ``"cosine"``: ``1 - s.t / (|s| |t|)``, with lengths of at least 1e-8, as in torch.
         beta: of ``"smooth_l1"``, from 1e-30 to 1e30.
-        standardize: of each level, from `compose_standardization`: the student reconstructs, and masks and weights
-            see, ``(t - mean) / std`` of every channel instead of ``t``. None: the features as they are.
         custom_mask: customise the masks with the student's own.
         warmup_step: int64 scalar tensor; masks are customised once it has reached ``custom_mask_warmup`` (decided on
             the device, without a sync). None: from the start.
         custom_mask_warmup: see ``warmup_step``.
-        loss_weight: factor on the loss: a number, or a scalar tensor, whose value is not looked at.
+        loss_weight: factor on the loss: a number, or a scalar tensor, which is not copied to the host.
         eps: added to the mask areas; 0 reproduces the 0/0 of the original for empty masks.
         reduction: ``"sum"`` over levels, or ``"none"`` for one value per level.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
 
-    Shape:
-        scalar, or ``[levels]`` for ``reduction="none"``; float32, or float64 for float64 features. An empty batch
+    Returns:
+        A scalar, or ``[levels]`` for ``reduction="none"``; float32, or float64 for float64 features. An empty batch
         gives 0.
 
     Float16, bfloat16 and float32 may be mixed; sums are taken in float32. A layout in which ``H`` and ``W`` do not
@@ -299,9 +301,16 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 def receptive_masks(x: Tensor, tokens: Tensor, token_bias: Tensor | None = None) -> Tensor:
     """Masks ``sigmoid(sum_c tokens[t, c] * x[n, c, h, w] + token_bias[t])``.
 
-    Args: ``x [N, C, H, W]``, ``tokens [T, C]``, ``token_bias [T]`` or None.
-    Returns ``[N, T, H, W]``, float32 (float64 for float64 ``x``).
-    Raises ValueError or TypeError naming the argument that does not fit.
+    Args:
+        x: features ``[N, C, H, W]``.
+        tokens: ``[T, C]``.
+        token_bias: ``[T]``; None: zeros.
+
+    Returns:
+        ``[N, T, H, W]``, float32 (float64 for float64 ``x``).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named.
 
     Examples:
         >>> import torch
@@ -320,12 +329,19 @@ def receptive_masks(x: Tensor, tokens: Tensor, token_bias: Tensor | None = None)
 def mask_weights(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
     """Softmax over tokens of ``conv1x1(avgpool(conv3x3(x)))``, without running the 3x3 convolution.
 
-    The convolution (padding 1) followed by the average over all positions is linear in nine sums of ``x``: all pixels,
-    four borders, four corners. Exact, and differentiable in every argument.
+    The convolution (padding 1) followed by the average over all positions is linear in nine sums of ``x``: over all pixels, the
+    four borders and the four corners. So the result is exact. It is differentiable in every argument.
 
-    Args: ``x [N, C, H, W]``, ``rows [9, T, C]`` and ``bias`` from `compose_weighting` or
-    `compose_standardization`.
-    Returns ``[N, T]``, float32 (float64 for float64 ``x``). Raises ValueError or TypeError for an ``x`` that does not fit.
+    Args:
+        x: features ``[N, C, H, W]``.
+        rows: ``[9, T, C]``, from `compose_weighting` or `compose_standardization`.
+        bias: ``[T]`` or ``[5, T]``, from the same.
+
+    Returns:
+        ``[N, T]``, float32 (float64 for float64 ``x``).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named.
 
     Examples:
         >>> import torch
@@ -344,9 +360,17 @@ def mask_weights(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
 def dice_loss(masks: Tensor) -> Tensor:
     """Mean Dice coefficient over images and ordered pairs of different masks (T = 1: zero).
 
-    ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. Args: ``masks [N, T, H, W]``.
-    Returns a scalar, float32 (float64 for float64), also under autocast. Raises ValueError or TypeError for anything else.
-    Source: section 3.2 of the paper, with the squared areas of its code.
+    A pair's coefficient is ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``: section 3.2 of the paper, with the
+    squared areas of its code.
+
+    Args:
+        masks: ``[N, T, H, W]``.
+
+    Returns:
+        A scalar, float32 (float64 for float64 masks), also under autocast.
+
+    Raises:
+        TypeError, ValueError: masks of another kind or shape.
 
     Examples:
         >>> import torch
@@ -368,7 +392,7 @@ def masked_features_and_dice(
     valid: Any = None,
     impl: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
-    r"""Stage 1: what the teacher's heads see, and how much the masks overlap.
+    r"""Masked features and Dice losses (stage 1 of MasKD): what the teacher's heads see, and how much the masks overlap.
 
     $$
     y = x \sum_t w_t m_t, \qquad m = \sigma(E x + b), \qquad
@@ -387,12 +411,16 @@ def masked_features_and_dice(
             neither in the Dice sums nor in the mask weights. None: all pixels.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
 
-    Returns masked features in the shapes, dtypes and (dense) strides of ``features``, and the Dice losses ``[levels]`` in
-    float32 (float64 for float64 features). Differentiable once, in every tensor; sums are taken in float32, also under
-    autocast, in a fixed order. Source: sections 3.1 and 3.2 of the paper; gradients in closed form.
+    Returns:
+        Masked features in the shapes, dtypes and (dense) strides of ``features``, and the Dice losses ``[levels]`` in float32
+        (float64 for float64 features). Both are differentiable once, in every tensor.
 
-    Raises TypeError and ValueError naming the argument that does not fit; RuntimeError for ``impl="triton"`` on CPU tensors
-    without ``TRITON_INTERPRET=1``.
+    Sums are taken in float32, also under autocast, in a fixed order. Source: sections 3.1 and 3.2 of the paper; gradients in
+    closed form.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named.
+        RuntimeError: ``impl="triton"`` on CPU tensors without ``TRITON_INTERPRET=1``.
 
     Examples:
         >>> import torch

@@ -39,60 +39,60 @@ __all__ = ["MaskedDistillLoss"]
 
 
 class MaskedDistillLoss(nn.Module):
-    r"""Masked distillation with receptive tokens: the student reconstructs the teacher's features where masks say so.
+    r"""Masked distillation loss (stage 2 of MasKD): the distance of student and teacher features, weighted by learned masks.
 
     $$
     \mathcal{L} = \lambda \sum_{levels} \frac{1}{N} \sum_n \sum_t w_{nt}
     \frac{\sum_p m_{ntp}^2 \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)}
     $$
 
-    with masks ``m = sigmoid(E t)`` and softmax weights ``w`` of the frozen teacher features ``t``; after the warm-up
-    ``m = sigmoid(E t) * sigmoid(E s)``, no gradient through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
+    with masks ``m = sigmoid(E t)`` and softmax weights ``w`` of the frozen teacher features ``t``. After the warm-up masks are
+    customised, ``m = sigmoid(E t) * sigmoid(E s)``. No gradient goes through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
 
     Args:
         channels: channels of the teacher's features, one per level; an int means a single level. A mapping ``{name: C}`` names
             the levels: then features, ``masks=``, ``student_channels`` and ``align`` may be mappings in any order, and the
             state dict says ``mask_modules.{name}``.
         num_tokens: T, receptive tokens per level; None: no tokens, ``masks=`` come with every call.
-        student_channels: channels of the student's features if it needs aligning: then a biased 1x1 convolution per
-            level, ``align.{i}``, belongs to the criterion's parameters and must be trained with the student. None: no
-            align, equal channels required.
-        align: modules of one's own in their place, one per level (a sequence or ``ModuleList``, or one module for a single
-            level): ``[N, C', H, W]`` to ``[N, C, H, W]``, trained with the student. Called as they are, so hooks, adapters,
-            pruning, FSDP per module work; half features under autocast of their dtype.
+        student_channels: channels of the student's features, if they are to be aligned. The criterion then has a biased 1x1
+            convolution per level, ``align.{i}``, among its parameters: train them with the student. None: no align; channels
+            must be equal.
+        align: your own modules instead of these convolutions, ``[N, C', H, W]`` to ``[N, C, H, W]``, trained with the student:
+            one per level as a sequence or ``ModuleList``, or one module for a single level. They are called, so hooks,
+            adapters, pruning and FSDP per module work; half features run under autocast of their dtype.
         weight_mask: weigh masks per image by the mask weighting module; False: a mean over tokens.
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
-            and ``pretrained`` holds; masks and weights see the same. As in the learner: ``"channel"`` (or True) or
+            and ``pretrained`` holds; masks and weights see the same. Give what the learner had: ``"channel"`` (or True) or
             ``"isotropic"``. Off by default, as published.
         custom_mask: customise masks with the student's own once the warm-up is over.
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
             ``advance=False`` do not count.
-        loss_weight: factor on the loss (1 for two-stage detectors, 7 RetinaNet, 10 FCOS and RepPoints; 0.5 reproduces
-            the segmentation code). ``criterion.loss_weight = x``, a number or scalar tensor, changes it at any time, also of
-            a compiled criterion; reading gives the buffer, so nothing waits for the device.
+        loss_weight: factor on the loss. As published: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
+            0.5 for segmentation. ``criterion.loss_weight = x``, a number or scalar tensor, changes it at any time, also of a
+            compiled criterion. Reading it gives the buffer, so nothing waits for the device.
         eps: added to the mask areas (1e-5 reproduces the segmentation code, 0 the detection code with its 0/0).
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
-            None warns: untrained tokens give masks of about 0.5 everywhere, half of a plain MSE (unless a state dict is
-            loaded afterwards).
+            None warns: untrained tokens give masks of about 0.5 everywhere, and half of a plain MSE, until a state dict is
+            loaded.
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
-        distance: of a pixel's features: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
+        distance: between the features of a pixel: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
             `maskd_triton.functional.masked_distill_loss`.
         beta: where ``"smooth_l1"`` turns from squares to absolute values, from 1e-30 to 1e30.
-        resize: where a level's height and width differ between the two, ``"student"`` resizes the student's features to the
-            teacher's size, ``"teacher"`` the teacher's to the student's (bilinear); None raises.
+        resize: what to do if a level has another height or width in the student than in the teacher: ``"student"`` resizes the
+            student's features to the teacher's size (bilinear), ``"teacher"`` the teacher's to the student's; None raises.
         impl: ``"auto"`` (CUDA tensors: Triton; others: eager), ``"triton"`` (Triton or an error; CPU tensors under
             ``TRITON_INTERPRET=1``) or ``"eager"``.
 
     Shape:
-        ``student`` and ``teacher``: levels ``[N, C_i, H_i, W_i]``, a tensor, a sequence in the order of ``channels``, or a
-        mapping, in any order if the levels have names; without, its order in the first call is that of ``channels``. ``valid
-        [N, H0, W0]``. Returns a float32 scalar (float64 for float64 features), or ``[levels]`` for ``reduction="none"``.
+        ``student`` and ``teacher`` are levels ``[N, C_i, H_i, W_i]``: a tensor, a sequence in the order of ``channels``, or a
+        mapping. A mapping may come in any order if the levels have names; otherwise its order in the first call is that of
+        ``channels``. ``valid`` is ``[N, H0, W0]``. The result is a float32 scalar (float64 for float64 features), or
+        ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
-    Tokens and mask weights are frozen: ``mask_modules`` holds a `maskd_triton.tables.LevelTables` per level, buffers in
-    the default dtype, composed once in float64 when they are loaded. State dicts hold these; a learner's entries in their place
-    are taken, too. ``loss_weight`` and ``warmup_step``, the number of training-mode calls so far, are buffers; whether masks
-    are customised is decided on the device. A call that activation checkpointing repeats in the backward pass counts once.
-    Features are summed in float32.
+    Tokens and mask weights are frozen. ``mask_modules`` holds a `maskd_triton.tables.LevelTables` per level: buffers in the
+    default dtype, composed in float64 when tokens are loaded. A state dict holds these tables; loading also takes a learner's
+    entries in their place. ``loss_weight`` and ``warmup_step``, the number of training-mode calls so far, are buffers, and the
+    device decides whether masks are customised. A call that activation checkpointing repeats in the backward pass counts once.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
@@ -237,11 +237,17 @@ class MaskedDistillLoss(nn.Module):
         advance: bool = True,
         reduction: str = "sum",
     ) -> Tensor:
-        """The loss; see the class. ``reduction="none"`` gives one value per level.
+        """The loss; see the class.
 
-        ``valid``: the pixels that count in a padded batch, ``masks`` and ``mask_weights``: those to use instead of the tokens'
-        (not customised), all as in `functional.masked_distill_loss`. ``advance=False``: this call does not count for the
-        warm-up; with gradient accumulation, pass it for every batch but the last before an optimiser step.
+        Args:
+            student: the student's features.
+            teacher: the teacher's features, without gradient.
+            valid: the pixels that count in a padded batch, as in `functional.masked_distill_loss`.
+            masks: masks to use instead of the tokens', not customised, as in `functional.masked_distill_loss`.
+            mask_weights: weights to use instead of the tokens', as in `functional.masked_distill_loss`.
+            advance: whether this call counts for the warm-up. With gradient accumulation, pass False for every batch but the
+                last before an optimiser step.
+            reduction: ``"sum"`` over levels, or ``"none"`` for one value per level.
         """
         again = graph_task() != -1  # activation checkpointing repeats a call
         counts, compiling, step = self.training and advance, torch.compiler.is_compiling(), self.warmup_step
@@ -284,9 +290,17 @@ class MaskedDistillLoss(nn.Module):
         return loss
 
     def masks(self, features: Levels) -> Levels:
-        """The masks ``sigmoid(E t)`` ``[N, T, H_i, W_i]`` of a teacher's features, in their container.
+        """The masks ``sigmoid(E t)`` of a teacher's features.
 
-        Raises ValueError or TypeError for levels that do not fit, RuntimeError for ``num_tokens=None``.
+        Args:
+            features: levels ``[N, C_i, H_i, W_i]``.
+
+        Returns:
+            Masks ``[N, T, H_i, W_i]`` in the same container.
+
+        Raises:
+            TypeError, ValueError: levels that do not fit.
+            RuntimeError: a criterion with ``num_tokens=None``.
 
         Examples:
             >>> import torch
@@ -305,14 +319,16 @@ class MaskedDistillLoss(nn.Module):
             return like(features, [level.masks(x) for level, x in zip(self._levels(), tensors, strict=True)], keys)
 
     def diagnostics(self) -> dict[Any, DistillDiagnostics]:
-        """Loss, coverage of the masks, pairwise Dice, weights and their entropy of every level of the latest call.
+        """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights and their entropy.
 
-        Levels go by their key, or by their index in a sequence. Made of what that call kept (its masks, no features), so it
-        costs next to nothing, and nothing waits for the device until a value is read. Masks are those that the loss used:
-        customised ones once the warm-up is over.
+        They come from what that call kept, its masks but no features. So this costs next to nothing, and nothing waits for the
+        device until you read a value. Masks are those that the loss used: customised ones once the warm-up is over.
 
-        Returns `maskd_triton.diagnostics.DistillDiagnostics` by level.
-        Raises RuntimeError before the first call, and after one inside ``torch.compile``, which keeps nothing.
+        Returns:
+            `maskd_triton.diagnostics.DistillDiagnostics` of every level, by its key, or by its index in a sequence.
+
+        Raises:
+            RuntimeError: there was no call yet, or the latest was inside ``torch.compile``, which keeps nothing.
 
         Examples:
             >>> import torch

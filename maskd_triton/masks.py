@@ -36,21 +36,22 @@ class MaskModule(MaskLevel):
         channels: C, channels of the teacher's features.
         num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
         weight_mask: weigh the masks per image; False sums them without weights.
-        standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``; ``y`` is of ``x`` itself. See
-            `MaskLearner`.
+        standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``, while ``y`` is made of ``x``
+            itself. See `MaskLearner`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`; concerns ``forward``.
 
     Shape:
-        ``x [N, C, H, W]``; ``masks(x) [N, T, H, W]`` and ``weights(x) [N, T]`` in float32 (float64 for float64 ``x``);
-        ``forward(x, valid=None)`` gives the masked features in the shape and dtype of ``x`` and the scalar Dice loss, of the
-        valid pixels of a padded batch, if given (`functional.masked_distill_loss` says in which forms).
+        ``masks(x)`` and ``weights(x)`` of features ``x [N, C, H, W]`` are ``[N, T, H, W]`` and ``[N, T]``, in float32 (float64
+        for float64 ``x``). ``forward(x, valid=None)`` gives the masked features, in the shape and dtype of ``x``, and the
+        scalar Dice loss. ``valid`` are the pixels of a padded batch that count, as in `functional.masked_distill_loss`.
 
     Parameters are ``mask_token [T, C]`` (initialised N(0, 0.01^2)) and the mask weighting module ``prob``
     (conv3x3, pool, conv1x1; N(0, 2 / fan_out), bias 0), named and initialised as in the official implementation.
     With ``standardize``, the buffers ``channel_mean [C]``, ``channel_std [C]`` and ``pixels_seen`` hold the statistics
-    (`MaskLearner.calibrate`); until they are gathered, mean 0 and deviation 1.
+    (`MaskLearner.calibrate`). Until they are gathered, they are mean 0 and deviation 1.
 
-    Raises ValueError for sizes that are not positive ints, and for features with other channels.
+    Raises:
+        TypeError, ValueError: sizes that are not positive ints; features with other channels.
 
     Examples:
         >>> import torch
@@ -96,7 +97,12 @@ class MaskModule(MaskLevel):
         return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
 
     def tables(self, dtype: torch.dtype, on_this_rank: F.OnThisRank | None = None) -> Tables:
-        """Composed in ``dtype`` of the present parameters, differentiable in them."""
+        """The tables that the operators take, composed of the present parameters and differentiable in them.
+
+        Args:
+            dtype: of the composition.
+            on_this_rank: brings a parameter, given with its name, to this rank; None: parameters are here.
+        """
         level: dict[str, Tensor] = {"mask_token": self.mask_token}
         if self.weight_mask:
             level |= dict(zip(CONVOLUTIONS, self.weighting(), strict=True))
@@ -150,29 +156,29 @@ class _Pass(NamedTuple):
 
 
 class MaskLearner(nn.Module):
-    """Stage 1 for all feature levels of a frozen teacher: replaces its features by masked ones, keeps the Dice loss.
+    """Stage 1: learns receptive tokens for all feature levels of a frozen teacher, whose features it masks.
 
     Args:
         channels: channels of each level, an int for a single level, or a mapping ``{name: C}``, which names the levels: then
             features may be mappings in any order.
         num_tokens: T, receptive tokens per level.
         weight_mask: weigh the masks per image.
-        standardize: masks and weights see standardised features of the teacher, by statistics that `calibrate` gathers
-            once; what the teacher's heads see stays un-standardised. ``"channel"`` (or True): every channel with mean 0 and
+        standardize: masks and weights see standardised features of the teacher, by statistics that `calibrate` gathers once.
+            The teacher's heads still see features as they are. ``"channel"`` (or True): every channel with mean 0 and
             deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
-            With a linear align this is PHI-S (RADIO, arXiv 2410.01680), whose rotation tokens and align absorb. On raw features
-            the weighted masks tend to collapse: one token on everywhere, the others empty. Give the same to
-            `MaskedDistillLoss`. Off by default, as published.
+            With a linear align that equals PHI-S (RADIO, arXiv 2410.01680): tokens and align absorb its rotation. On raw
+            features weighted masks tend to collapse: one token on everywhere, the others empty. Give `MaskedDistillLoss` the
+            same. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
             `maskd_triton.checkpoints.mask_state`. None: tokens as initialised in `MaskModule`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`.
 
     Shape:
-        ``forward(features, valid=None)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``;
-        ``valid`` are the pixels that count in a padded batch (`attach`). `dice_loss` is then the sum of the
-        levels' Dice losses of that call.
+        ``forward(features, valid=None)`` takes and gives a tensor, sequence or mapping of levels ``[N, C_i, H_i, W_i]``.
+        ``valid`` are the pixels that count in a padded batch (`attach`). `dice_loss` then gives the sum of the levels' Dice
+        losses.
 
-    The learner's parameters are the only ones to train; put ``learner.parameters()`` into the optimizer.
+    Only the learner's parameters are trained: put ``learner.parameters()`` into the optimizer.
 
     Examples:
         >>> import torch
@@ -248,8 +254,9 @@ class MaskLearner(nn.Module):
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest pass.
 
-        RuntimeError before it, and after an ``attach`` block; inside of one also where not all levels have been seen, or where
-        the teacher ran without gradients although the learner is to be trained.
+        Raises:
+            RuntimeError: there is no pass yet, or the ``attach`` block has ended; not all levels have been seen in it; the
+                teacher ran without gradients although the learner is in training.
         """
         parts = [part for target in self._latest for part in target.parts if part.dice is not None]
         if not parts:
@@ -273,14 +280,17 @@ class MaskLearner(nn.Module):
         return loss
 
     def diagnostics(self) -> dict[Any, LevelDiagnostics]:
-        """Coverage, pairwise Dice, weights and their entropy of the latest forward's masks, for every level.
+        """Statistics of the latest forward's masks: coverage, pairwise Dice, weights and their entropy.
 
-        Levels go by their key, or by their index in a sequence. Warns (UserWarning, naming level and tokens), once per level,
-        when masks have collapsed in a way that the losses do not show: on everywhere, empty, or one with all the weight
-        (`maskd_triton.diagnostics.collapsed`). Values stay on the device, but the check waits for it: call this now and
-        then, not in every step. `save` calls it, too.
+        Warns (UserWarning, naming level and tokens), once per level, when masks have collapsed in a way that the losses do not
+        show: on everywhere, empty, or one with all the weight (`maskd_triton.diagnostics.collapsed`). Values stay on the
+        device, but the check waits for it: call this now and then, not in every step. `save` calls it, too.
 
-        Returns `maskd_triton.diagnostics.LevelDiagnostics` by level. RuntimeError before the first forward.
+        Returns:
+            `maskd_triton.diagnostics.LevelDiagnostics` of every level, by its key, or by its index in a sequence.
+
+        Raises:
+            RuntimeError: nothing has been seen yet.
 
         Examples:
             >>> import torch
@@ -303,9 +313,10 @@ class MaskLearner(nn.Module):
         return levels
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens for ``pretrained=``; see `maskd_triton.checkpoints.save_masks` for formats and errors.
+        """Write the tokens for ``pretrained=``. Warns as `diagnostics` does if the latest masks have collapsed.
 
-        Warns as `diagnostics` does if the latest masks have collapsed.
+        Args:
+            path: the file; formats and errors are those of `maskd_triton.checkpoints.save_masks`.
 
         Examples:
             >>> import os, tempfile
@@ -345,19 +356,19 @@ class MaskLearner(nn.Module):
     ) -> Iterator["MaskLearner"]:
         """Mask what the teacher's modules ``names`` return while the block lasts.
 
-        Inside the block all parameters of the teacher are frozen, and its normalisation, attention and drop layers (dropout,
-        drop path, stochastic depth) are in eval mode, also if the teacher is switched to train mode, which torchvision's
-        detectors need to return losses. Where a module with children is itself random in train mode, call
-        ``teacher.eval()``. On exit, also by an exception, ``requires_grad``, training flags, hooks and buffers (statistics of
-        other layers, vectors of spectral norm) are as they were. ``backward()`` of a teacher with activation checkpointing
-        belongs into the block: it recomputes what is masked.
+        Inside the block all parameters of the teacher are frozen. Its normalisation, attention and drop layers (dropout, drop
+        path, stochastic depth) are in eval mode, even when you switch the teacher to train mode, as torchvision's detectors
+        need to return losses. Call ``teacher.eval()`` if a module with children is itself random in train mode. After the
+        block, also by an exception, ``requires_grad``, training flags, hooks and buffers (statistics of other layers, vectors
+        of spectral norm) are as they were. Call ``backward()`` of a teacher with activation checkpointing inside the block: it
+        recomputes what is masked.
 
         Args:
             teacher: the frozen model, on the learner's device; a `FrozenTeacher` is looked through. A compiled module
                 may be in it, but not around what is masked: ``torch.compile`` the whole inside the block.
-            names: dotted name or names of modules whose outputs are masked; ``""`` is the teacher itself. One gives all levels:
-                a tensor, sequence or mapping of them, or a dataclass like transformers' ``BackboneOutput``; or one level in
-                every call of a head that the levels share. Several give the same number of levels each.
+            names: dotted name or names of modules whose outputs are masked; ``""`` is the teacher itself. A single module
+                gives all levels, as a tensor, sequence, mapping or dataclass like transformers' ``BackboneOutput``, or one
+                level in each of its calls, like a head that levels share. Several modules give equally many levels each.
             call: which call of a module that runs several times in one pass, counted from 0; the others are left alone.
                 None: all of them, in order.
             output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of
@@ -365,18 +376,18 @@ class MaskLearner(nn.Module):
                 dataclass, otherwise the output itself.
             layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``); None: ``"nchw"``.
             grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the teacher is called with.
-            prefix_tokens: class and register tokens in front, which pass through unchanged.
-            valid: the valid pixels of a padded batch: the name of an argument of the teacher's ``forward`` (``"pixel_mask"``)
-                or of a module that pads (torchvision's ``"transform"``), or a function of the arguments; bool or integer
-                ``[N, H0, W0]``, an ImageList or a NestedTensor. Padding then counts neither in the masks, their Dice loss and
-                weights nor in the statistics.
+            prefix_tokens: how many class and register tokens stand in front; they pass through unchanged.
+            valid: where the valid pixels of a padded batch come from: the name of an argument of the teacher's ``forward``
+                (``"pixel_mask"``), the name of a module that pads (torchvision's ``"transform"``), or a function of the
+                arguments. It must give bool or integer ``[N, H0, W0]``, an ImageList or a NestedTensor. Padding then counts
+                neither in masks, Dice loss and weights nor in statistics.
 
         Raises:
             AttributeError: the teacher has no such module; the message lists near matches.
             RuntimeError: the learner is attached already, or another one to the same module; the learner standardises and has
                 no statistics yet; ``backward()`` after the block recomputes the teacher.
-            ValueError: a module lies in a compiled one; levels that cannot be divided among the modules; and, when the teacher
-                runs, levels, channels, layouts or fields that do not fit.
+            ValueError: a module lies in a compiled one; levels cannot be divided among the modules; and, when the teacher runs,
+                levels, channels, layouts or fields do not fit.
 
         Examples:
             >>> import torch
@@ -425,12 +436,21 @@ class MaskLearner(nn.Module):
         """Gather the statistics of ``standardize=``: mean and deviation of every channel over all pixels of the block.
 
         Run the teacher on some batches inside the block, as with `attach`; a few hundred images are plenty. Nothing is
-        masked and no gradient is kept. The statistics replace earlier ones at the end of the block; a block that raises
-        leaves those. ``channel_std`` is ``sqrt(var + 1e-5 mean(var))``, so that channels that never move stay finite;
-        ``sqrt(mean(var))`` for ``"isotropic"``. Where torch.distributed is initialised, the statistics are those of all ranks'
-        data: every rank runs the block, on batches of its own.
+        masked and no gradient is kept. At the end of the block the statistics replace earlier ones, unless the block raised.
+        ``channel_std`` is ``sqrt(var + 1e-5 mean(var))``, which keeps channels that never change finite; for ``"isotropic"``
+        it is ``sqrt(mean(var))``. If torch.distributed is initialised, the statistics are those of all ranks' data: every rank
+        runs the block, on batches of its own.
 
-        Args: as for `attach`, and ``all_ranks``: False where only this process runs the block.
+        Args:
+            teacher: as for `attach`, like the following.
+            names: see ``teacher``.
+            call: see ``teacher``.
+            output: see ``teacher``.
+            layout: see ``teacher``.
+            grid: see ``teacher``.
+            prefix_tokens: see ``teacher``.
+            valid: see ``teacher``.
+            all_ranks: False if only this process runs the block.
 
         Raises:
             AttributeError, ValueError: as for `attach`.

@@ -49,10 +49,10 @@ def masked_distance(
     beta: float = 1.0,
     eps: float = 1e-12,
 ) -> Tensor:
-    """Stage 2 of one level, of masks ``m [N, T, H, W]`` and weights ``w [N, T]`` (1 / T without); see `distill_loss`.
+    """Stage 2 of one level, with masks ``m [N, T, H, W]`` and weights ``w [N, T]`` (None: 1 / T); see `distill_loss`.
 
-    ``mask_power=1`` puts ``m`` itself before the squared difference, in place of its square. Other distances than
-    ``"squared"``, which are not the paper's, are torch's ``smooth_l1_loss`` and ``1 - cosine_similarity``.
+    ``mask_power=1`` puts ``m`` itself before the squared difference, in place of its square. Distances other than
+    ``"squared"`` are not the paper's; they are torch's ``smooth_l1_loss`` and ``1 - cosine_similarity``.
     """
     if distance == "squared":
         factor = m if mask_power == 2 else m.sqrt()
@@ -103,7 +103,6 @@ def distill_loss(
     ``A[n, t] = sum_{c, p} (m (s - t))^2``, ``B[n, t] = sum_p m``; ``m = sigmoid(E t)``, with ``custom_mask`` times
     ``stopgrad(sigmoid(E s))``; ``w`` is 1 / T without ``weighting``. ``student``, ``teacher``: ``[N, C_i, H_i, W_i]``,
     ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: those of `masked_distance`.
-    Returns a scalar.
     """
     return distill_loss_levels(
         student, teacher, tokens, weighting, custom_mask=custom_mask, loss_weight=loss_weight, **options

@@ -1,4 +1,4 @@
-"""Features in other shapes as ``[N, C, H, W]``, views, never copies; and which pixels of a padded batch are valid."""
+"""Features of other shapes as views ``[N, C, H, W]``, and which pixels of a padded batch are valid."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,20 @@ __all__ = ["from_nhwc", "from_packed", "from_tokens", "valid_pixels"]
 
 
 def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """A ViT's tokens ``[N, L, C]`` as features ``[N, C, H, W]``, ``size`` the grid ``(H, W)``, row by row; a view.
+    """A ViT's tokens as features: ``[N, L, C]`` to ``[N, C, H, W]``, a view.
 
-    Drop prefix tokens first: ``from_tokens(x[:, 1:], size)`` for one class token.
+    Drop class and register tokens first: ``from_tokens(x[:, 1:], size)`` for one class token.
 
-    Raises ValueError for another number of dimensions or tokens.
+    Args:
+        x: tokens ``[N, H W, C]``, row by row, of any dtype.
+        size: rows and columns ``(H, W)`` of the grid.
+
+    Returns:
+        ``[N, C, H, W]``.
+
+    Raises:
+        TypeError: a ``size`` that is no pair of ints.
+        ValueError: another number of dimensions or tokens.
 
     Examples:
         >>> import torch
@@ -35,7 +44,16 @@ def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def from_nhwc(x: Tensor) -> Tensor:
-    """Features ``[N, H, W, C]`` (Swin's, for one) as ``[N, C, H, W]``; a view. ValueError unless there are four dimensions.
+    """Channels-last features, such as Swin's, as ``[N, C, H, W]``, a view.
+
+    Args:
+        x: features ``[N, H, W, C]`` of any dtype.
+
+    Returns:
+        ``[N, C, H, W]``.
+
+    Raises:
+        ValueError: another number of dimensions.
 
     Examples:
         >>> import torch
@@ -49,12 +67,18 @@ def from_nhwc(x: Tensor) -> Tensor:
 
 
 def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Tokens of all scales one after the other, ``[N, sum H_i W_i, C]`` (deformable DETR's encoder), as a list of levels
-    ``[N, C, H_i, W_i]``; views.
+    """Tokens of several scales in one tensor, as in deformable DETR's encoder, as a list of levels; views.
 
-    ``sizes``: ``(H_i, W_i)`` of each level, also as an array or tensor ``[levels, 2]`` (a tensor waits for its device).
+    Args:
+        x: ``[N, sum H_i W_i, C]``, one scale after the other, of any dtype.
+        sizes: ``(H_i, W_i)`` of each level, also as an array or tensor ``[levels, 2]``; reading a tensor waits for its device.
 
-    Raises TypeError for sizes that are no pairs of ints, ValueError for another number of dimensions or tokens.
+    Returns:
+        Levels ``[N, C, H_i, W_i]``.
+
+    Raises:
+        TypeError: sizes that are no pairs of ints.
+        ValueError: another number of dimensions or tokens.
 
     Examples:
         >>> import torch
@@ -86,11 +110,19 @@ def pair(size: Any, name: str) -> tuple[int, int]:
 def valid_pixels(
     image_sizes: Sequence[tuple[int, int]], size: tuple[int, int], device: torch.device | str | None = None
 ) -> Tensor:
-    """Which pixels of a batch, padded at the bottom and on the right to ``size`` ``(H0, W0)``, belong to images: ``valid=``.
+    """A mask of the pixels that belong to images, for ``valid=``, in a batch padded at the bottom and on the right.
 
-    Args: ``image_sizes``: ``(h, w)`` of every image before padding, also as an array or tensor ``[N, 2]``.
-    Returns bool ``[N, H0, W0]``.
-    Raises TypeError for sizes that are no pairs of ints; ValueError for an image that is larger than ``size``.
+    Args:
+        image_sizes: ``(h, w)`` of every image before padding, also as an array or tensor ``[N, 2]``.
+        size: height and width ``(H0, W0)`` of the padded batch.
+        device: of the result; None: the default device.
+
+    Returns:
+        bool ``[N, H0, W0]``, True on images.
+
+    Raises:
+        TypeError: sizes that are no pairs of ints.
+        ValueError: an image larger than ``size``.
 
     Examples:
         >>> from maskd_triton import shapes

@@ -1,4 +1,4 @@
-"""What stage 2 reads of one level: composed once, in float64, from what stage 1 learned."""
+"""The frozen tables of one level that stage 2 reads, composed once, in float64, from what stage 1 learned."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -109,13 +109,13 @@ class LevelTables(MaskLevel):
     m = \sigma(E' x + b), \quad w = \mathrm{softmax}_t\big(\tfrac{1}{HW} \textstyle\sum_s R_s S_s(x) + c\big)
     $$
 
-    with the sums ``S_s`` of ``x`` over nine strips (`functional.compose_weighting`).
+    with the nine sums ``S_s`` of ``x`` (`functional.compose_weighting`).
 
     Args:
         channels: C, channels of the teacher's features.
         num_tokens: T.
-        weight_mask: with mask weights.
-        standardize: of standardised features, ``"channel"`` (or True) or ``"isotropic"``.
+        weight_mask: whether there are mask weights.
+        standardize: ``"channel"`` (or True) or ``"isotropic"`` for tables of standardised features.
 
     Buffers, in the default dtype: ``mask_token [T, C]`` (``E``, which the student's masks use); with mask weights ``pool_rows
     [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``); with ``standardize`` also ``teacher_tokens [T, C]``
@@ -124,7 +124,8 @@ class LevelTables(MaskLevel):
     ``load_state_dict`` takes these, and the entries of a `MaskModule` (``mask_token``, ``prob.0.weight``, ...,
     ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error.
 
-    Raises ValueError or TypeError for sizes that are not positive ints.
+    Raises:
+        TypeError, ValueError: sizes that are not positive ints.
 
     Examples:
         >>> import torch
@@ -152,7 +153,11 @@ class LevelTables(MaskLevel):
                 self.register_buffer(name, torch.zeros(shape))
 
     def tables(self, dtype: torch.dtype | None = None) -> Tables:
-        """The buffers, whatever ``dtype``."""
+        """The buffers as the operators take them.
+
+        Args:
+            dtype: has no effect; a `MaskModule` composes its tables in it.
+        """
         found: Any = self._buffers  # read in every step; nn.Module's own way to an attribute takes 0.4 us
         standard = (found["teacher_tokens"], found["token_bias"], found["statistics"]) if self.standardize else None
         return Tables(

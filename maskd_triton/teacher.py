@@ -1,4 +1,4 @@
-"""A teacher that nothing trains, saves, shards or spoils."""
+"""A teacher in eval mode, without gradients, that optimisers, checkpoints and wrappers do not see."""
 
 import copy
 from collections.abc import Iterator
@@ -18,14 +18,15 @@ class FrozenTeacher(nn.Module):
     over devices: then its owner places it. A deep copy (an EMA of the holder) shares the model; a pickle contains it.
 
     Args:
-        model: the teacher, compiled or not; put into eval mode, its parameters frozen. `model` can be assigned, too:
+        model: the teacher, compiled or not. It is put into eval mode, and its parameters are frozen. It can be replaced later:
             ``teacher.model = torch.compile(teacher.model)``.
 
     ``forward`` passes everything on to the model, under ``torch.no_grad()`` and in eval mode, whoever called ``train()`` on the
     model since. ``MaskLearner.attach``, ``calibrate`` and ``maskd_triton.capture`` look through it: give the names of modules
     as the model itself has them. Inside an ``attach`` block it runs with gradients, which the tokens need.
 
-    Raises TypeError for anything that is no module.
+    Raises:
+        TypeError: anything that is no module.
 
     Examples:
         >>> import torch
