@@ -22,13 +22,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Implementation = Callable[..., Any]
+NAMESPACE = "maskd_triton"  # of the operators; a build for the Hugging Face Hub has one of its own (bench/hub.py)
 
 
 class _Registry:
     """The operators of this process; each calls the latest function that was registered under its name."""
 
     def __init__(self) -> None:
-        self.library = torch.library.Library("maskd_triton", "DEF")
+        self.library = torch.library.Library(NAMESPACE, "DEF")
         self.functions: dict[str, Implementation] = {}
         self.fakes: dict[str, Implementation] = {}
         self.derivatives: dict[str, Implementation] = {}
@@ -36,7 +37,7 @@ class _Registry:
 
 def _registry() -> _Registry:
     """Kept with torch's operators, which survive this module: a second import (a notebook, a reloader) finds it there."""
-    kept = vars(torch.ops.maskd_triton)
+    kept = vars(getattr(torch.ops, NAMESPACE))
     if "registry" not in kept:
         kept["registry"] = _Registry()
     return kept["registry"]
@@ -55,7 +56,7 @@ def operator(signature: str, fake: Implementation) -> Callable[[Implementation],
         if new:
             registry.library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
             registry.library.impl(name, lambda *args: registry.functions[name](*args), "CompositeExplicitAutograd")
-        result = getattr(torch.ops.maskd_triton, name).default
+        result = getattr(getattr(torch.ops, NAMESPACE), name).default
         if new:
             torch.library.register_fake(result.name(), lambda *args: registry.fakes[name](*args), lib=registry.library)
             torch.library.register_vmap(result, functools.partial(_one_by_one, result), lib=registry.library)
@@ -164,7 +165,7 @@ class _DifferentiableOnce(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"maskd_triton::{ctx.operator} has no derivative: the loss can be differentiated once only")
+        raise RuntimeError(f"{NAMESPACE}::{ctx.operator} has no derivative: the loss can be differentiated once only")
 
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
