@@ -66,9 +66,14 @@ def container(modules: Sequence[nn.Module], names: Sequence[Any] | None) -> nn.M
     return nn.ModuleList(modules) if names is None else nn.ModuleDict(dict(zip(map(str, names), modules, strict=True)))
 
 
-def members(modules: nn.Module) -> list[Any]:
-    """The modules in a :func:`container`."""
-    return list(modules._modules.values())
+def members(modules: nn.Module, name: str, names: Sequence[Any] | None, levels: int) -> list[Any]:
+    """The modules in a :func:`container`, by name where levels have names; ValueError unless there is one for each level."""
+    held = modules._modules
+    found = list(held.values()) if names is None else [held[str(key)] for key in names if str(key) in held]
+    if len(found) != levels or len(held) != levels:
+        expected = f"{levels} levels" if names is None else f"levels {names}"
+        raise ValueError(f"{name}: expected one module for each of the {expected}, got {list(held)}")
+    return found
 
 
 def usual(keys: Iterable[Any], order: Sequence[Any] | None) -> list[Any]:

@@ -183,7 +183,7 @@ class Latest(NamedTuple):
             weights = self.outputs.weights[i]
             total = weights.sum(1, keepdim=True)  # given weights need not sum to 1
             seen[self.keys[i] if self.keys else i] = Seen(
-                self.outputs.masks[i].view(n, -1, h, w),
+                self.outputs.masks[i].unflatten(2, (h, w)),
                 weights / total.where(total > 0, 1) if self.weighed else None,
                 self.valid[i].view(n, h, w) if self.valid else None,
             )

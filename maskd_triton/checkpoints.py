@@ -26,7 +26,7 @@ _BARE = COMPOSED | PUBLISHED | {"mask_token"}
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
 
 # How torch.load names what weights_only=True refuses
-_REFUSED = re.compile(r"GLOBAL (\S+\.\S+) was not an allowed|allowlisted via `add_safe_globals`, but got <class '(.+?)'>")
+_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|(?:_globals`|lists), but got <class '(.+?)'>")
 
 # What torch.load is seen to raise for files that are no checkpoint: its unpickler trusts the bytes it follows.
 _DAMAGE = (
@@ -271,10 +271,11 @@ def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
         except _DAMAGE as error:
             unsafe = f"pretrained: {path} cannot be loaded safely (weights_only=True): it "
             if refused := _refused(path, error):
+                dtypes = " (a numpy.dtype asks for its class in numpy.dtypes next)" if "numpy.dtype" in refused else ""
                 raise ValueError(
                     f"{unsafe}holds more than tensors and plain containers: {', '.join(refused)}. If you trust where it comes "
                     "from, load it once with torch.load(..., weights_only=False) and save its state dict alone, or allow these "
-                    f"while it is read: with torch.serialization.safe_globals([{', '.join(refused)}]): ..."
+                    f"while it is read: with torch.serialization.safe_globals([{', '.join(refused)}]): ...{dtypes}"
                 ) from error
             raise ValueError(f"{unsafe}is damaged, or no checkpoint") from error
     if not isinstance(loaded, Mapping):
@@ -290,7 +291,7 @@ def _refused(path: Path, error: Exception) -> list[str]:
     names = {next(filter(None, first.groups()))}
     with suppress(*_DAMAGE):  # all others at once; of files in torch's older format the first alone
         names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    return sorted(names)
+    return sorted({name if "." in name else f"builtins.{name}" for name in names})
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -163,10 +163,10 @@ def distill_tables(
     weighting: Sequence[tuple[Tensor, Tensor]] | None,
     standardize: Sequence[Standardization] | None,
 ) -> DistillTables:
-    """The tables of all levels from those of each."""
+    """The tables of all levels from those of each, without their gradients."""
     pool = zip(*weighting, strict=True) if weighting else ((), ())
     standard = zip(*standardize, strict=True) if standardize else ((), (), ())
-    return DistillTables(tokens, *pool, *standard)
+    return DistillTables(*([x.detach() if x.requires_grad else x for x in field] for field in (tokens, *pool, *standard)))
 
 
 class Given(NamedTuple):

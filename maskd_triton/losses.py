@@ -157,16 +157,19 @@ class MaskedDistillLoss(nn.Module):
             raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
         self.align: nn.ModuleList | nn.ModuleDict | None = None
         if align is not None:
-            self.align = container(_modules(in_order(align, "align", self.names), len(self.channels)), self.names)
+            names = self.names
+            if isinstance(align, nn.ModuleDict):  # its keys are strings
+                align, names = dict(align.items()), names and [str(name) for name in names]
+            self.align = container(_modules(in_order(align, "align", names), len(self.channels)), self.names)
         elif student_channels is not None:
             given = in_order(student_channels, "student_channels", self.names)
             narrow = per_level(given, "student_channels", len(self.channels))
             self.align = container([nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)], self.names)
+        at = "cpu" if torch.get_default_device().type == "meta" else None  # numbers, which no state dict need bring back
         with torch.inference_mode(False):  # also when it is made inside of such a block, a training step counts
-            self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("loss_weight", torch.ones(()))
+            self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64, device=at))
+            self.register_buffer("loss_weight", torch.ones((), device=at))
         self.loss_weight = loss_weight  # type: ignore[assignment]
-        self._unwritten_loss_weight = loss_weight if self.loss_weight.is_meta else None
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
         elif self.num_tokens is not None:
@@ -185,7 +188,7 @@ class MaskedDistillLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
-        return self.__dict__ | {"_latest": None}
+        return super().__getstate__() | {"_latest": None}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A new ``loss_weight`` is written into the buffer: a compiled or captured step reads it there."""
@@ -193,29 +196,28 @@ class MaskedDistillLoss(nn.Module):
         if buffer is None:
             return super().__setattr__(name, value)
         value = check.scale(value, name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name}: requires grad, but is written into a buffer; to learn it, multiply the loss by it")
         if buffer.is_meta and isinstance(value, Tensor):  # load_state_dict(assign=True)
-            self._buffers[name] = value.detach()
+            self._buffers[name] = value
             return None
-        with torch.no_grad():
-            buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
+        with torch.no_grad():  # fill_ would be compiled for every number anew
+            buffer.copy_(value if isinstance(value, Tensor) else torch.ones_like(buffer) * value)
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
+        """``to_empty`` leaves the numbers as they are."""
+        before = self.warmup_step, self.loss_weight
         super()._apply(fn, recurse)
-        if self._unwritten_loss_weight is not None and not self.loss_weight.is_meta:  # to_empty, of a criterion made on meta
-            self.warmup_step.zero_()
-            self.loss_weight = self._unwritten_loss_weight  # type: ignore[assignment]
-            self._unwritten_loss_weight = None
+        for old, new in zip(before, (self.warmup_step, self.loss_weight), strict=True):
+            if new is not old and not (new.is_meta or old.is_meta):
+                new.copy_(old)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """State dicts without a ``loss_weight`` leave the present one; made on the meta device, that of the constructor."""
-        if f"{prefix}loss_weight" not in state_dict:
-            given = self._unwritten_loss_weight
-            value = self.loss_weight if given is None else torch.as_tensor(given, dtype=self.loss_weight.dtype)
-            state_dict = {**state_dict, f"{prefix}loss_weight": value}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._unwritten_loss_weight = None
+        """State dicts without a ``loss_weight`` leave the present one."""
+        super()._load_from_state_dict({f"{prefix}loss_weight": self.loss_weight, **state_dict}, prefix, *args)
+        self._buffers["loss_weight"] = self.loss_weight.to(self.warmup_step.device)  # which assign=True may have replaced
 
     def extra_repr(self) -> str:
         loss_weight = "meta" if self.loss_weight.is_meta else float(f"{self.loss_weight.item():.6g}")
@@ -258,7 +260,7 @@ class MaskedDistillLoss(nn.Module):
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
         if self.training and torch.is_grad_enabled() and not compiling:
             warn_without_gradient(levels.students, levels.keys, self._warned, stacklevel=4)  # through nn.Module's two functions
-        if levels.by_key and not compiling:
+        if levels.by_key and levels.keys != self._order:
             _keep(self, "_order", levels.keys)
         levels = self._prepared(levels, valid)
         options = DistillOptions(
@@ -313,6 +315,8 @@ class MaskedDistillLoss(nn.Module):
             raise RuntimeError("masks: this criterion has no tokens (num_tokens=None)")
         order = usual(features, self._order) if isinstance(features, Mapping) else None
         tensors, keys = as_list(features, "features", self.names or order)
+        if self.names is None and order is not None:
+            _keep(self, "_order", order)
         if len(tensors) != len(self.channels):
             raise ValueError(f"features: expected {len(self.channels)} levels, got {len(tensors)}")
         with torch.no_grad():
@@ -365,8 +369,10 @@ class MaskedDistillLoss(nn.Module):
         """Every level's module called as it is; half features may have left the autocast region that their student ran in."""
         assert self.align is not None
         outputs = []
-        for module, x, c, label in zip(members(self.align), students, self.channels, labels, strict=True):
-            check.features(x, f"student{label}", module.in_channels if isinstance(module, nn.Conv2d) else None)
+        modules = members(self.align, "align", self.names, len(self.channels))
+        for module, x, c, label in zip(modules, students, self.channels, labels, strict=True):
+            narrow = module.in_channels if isinstance(module, nn.Conv2d) else 0  # a lazy one has 0, too
+            check.features(x, f"student{label}", narrow or None)
             half = x.dtype.itemsize == 2 and torch.amp.is_autocast_available(x.device.type)
             try:
                 with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
@@ -404,20 +410,23 @@ class MaskedDistillLoss(nn.Module):
 
     def _tables(self, dtype: torch.dtype, weigh: bool) -> DistillTables:
         """Every level's, frozen also where a user put a level in training (a ``MaskModule``) in a level's place."""
-        with torch.no_grad():
-            levels = [level.tables(acc_dtype(dtype)) for level in self._levels()]
+        levels = [level.tables(acc_dtype(dtype)) for level in self._levels()]
         return F.distill_tables(
-            [level.tokens.detach() if level.tokens.requires_grad else level.tokens for level in levels],
+            [level.tokens for level in levels],
             [level.weighting for level in levels if level.weighting is not None] if weigh else None,
             [level.standardization for level in levels if level.standardization is not None],
         )
 
     def _levels(self) -> list[MaskLevel]:
-        levels: list[MaskLevel] = []
-        for level in members(self.mask_modules):
+        """The ``mask_modules``; a user may have put others in their place."""
+        levels = members(self.mask_modules, "mask_modules", self.names, len(self.channels))
+        for i, (level, c) in enumerate(zip(levels, self.channels, strict=True)):
             if not isinstance(level, MaskLevel):
-                raise TypeError(f"mask_modules: expected LevelTables (or MaskModule), got {type(level).__name__}")
-            levels.append(level)
+                raise TypeError(f"mask_modules[{i}]: expected LevelTables (or MaskModule), got {type(level).__name__}")
+            expected = c, self.num_tokens, self.weight_mask, bool(self.standardize)
+            if (level.channels, level.num_tokens, level.weight_mask, bool(level.standardize)) != expected:
+                own = LevelTables(c, self.num_tokens or 0, self.weight_mask, self.standardize)
+                raise ValueError(f"mask_modules[{i}]: expected one of {own.extra_repr()}, got {level.extra_repr()}")
         return levels
 
 

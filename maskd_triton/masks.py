@@ -222,7 +222,7 @@ class MaskLearner(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is a learner that no teacher is attached to and that has seen nothing."""
-        return self.__dict__ | {"_latest": [], "_seen": {}, "_attached": False}
+        return super().__getstate__() | {"_latest": [], "_seen": {}, "_attached": False}
 
     def forward(self, features: Levels, valid: Any = None) -> Levels:
         tensors, keys = self._by_name(*as_list(features, "features", self.names), "features")
@@ -249,7 +249,11 @@ class MaskLearner(nn.Module):
         return [found[key] for key in order], order
 
     def _modules_of_levels(self) -> list[MaskModule]:
-        return [module for module in members(self.mask_modules) if isinstance(module, MaskModule)]
+        modules = members(self.mask_modules, "mask_modules", self.names, len(self.channels))
+        for i, module in enumerate(modules):
+            if not isinstance(module, MaskModule):
+                raise TypeError(f"mask_modules[{i}]: expected a MaskModule, got {type(module).__name__}")
+        return modules
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest pass.

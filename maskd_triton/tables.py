@@ -158,13 +158,16 @@ class LevelTables(MaskLevel):
         Args:
             dtype: has no effect; a `MaskModule` composes its tables in it.
         """
-        found: Any = self._buffers  # read in every step; nn.Module's own way to an attribute takes 0.4 us
-        standard = (found["teacher_tokens"], found["token_bias"], found["statistics"]) if self.standardize else None
+        one = self._table
         return Tables(
-            found["mask_token"],
-            (found["pool_rows"], found["pool_bias"]) if self.weight_mask else None,
-            None if standard is None else F.Standardization(*standard),
+            one("mask_token"),
+            (one("pool_rows"), one("pool_bias")) if self.weight_mask else None,
+            F.Standardization(one("teacher_tokens"), one("token_bias"), one("statistics")) if self.standardize else None,
         )
+
+    def _table(self, name: str) -> Tensor:
+        found = self._buffers.get(name)  # read in every step; nn.Module's own way to an attribute takes 0.4 us
+        return getattr(self, name) if found is None else found  # a parametrisation, a parameter in its place
 
     def _load_from_state_dict(
         self,
@@ -199,13 +202,12 @@ class LevelTables(MaskLevel):
             level = self._composed(
                 {name: level[name] for name in expected}, bool(local_metadata.get("assign_to_params_buffers", False))
             )
-        own = {prefix + name: level[name] for name in self._buffers}
+        own = {prefix + name: level[name].detach() for name in self._buffers}
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    @torch.no_grad()
     def _composed(self, level: Mapping[str, Tensor], assign: bool) -> dict[str, Tensor]:
         """The buffers in float64 on the CPU, or, to be assigned, in dtype and on the device of the tokens they are made of."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
             full = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in level.items()}  # of DTensors
             like = full["mask_token"]
             tables = compose({name: x.to("cpu", torch.float64) for name, x in full.items()}, torch.float64)

@@ -73,6 +73,7 @@ class FrozenTeacher(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenTeacher":
         held = [*self.model.parameters(), *self.model.buffers()]
         sharded = any(hasattr(x, "device_mesh") for x in held)  # DTensor, which not every build of torch has
+        sharded |= any("_fsdp_wrapped_module" in module._modules for module in self.model.modules())  # FSDP 1
         placed_by_owner = sharded or len({x.device for x in held}) > 1 or any(x.is_meta for x in held)
         if not placed_by_owner:
             self.model._apply(lambda x: _converted(fn, x), recurse)
@@ -81,12 +82,12 @@ class FrozenTeacher(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenTeacher":
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        own = {name: value for name, value in self.__dict__.items() if name != "_held"}
-        twin.__dict__.update(copy.deepcopy(own, memo) | {"_held": self._held, "with_gradient": False})
+        own = {name: value for name, value in self.__getstate__().items() if name != "_held"}
+        twin.__dict__.update(copy.deepcopy(own, memo) | {"_held": self._held})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"with_gradient": False}
+        return super().__getstate__() | {"with_gradient": False}
 
     def extra_repr(self) -> str:
         return type(self.model).__name__

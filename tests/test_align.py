@@ -158,6 +158,21 @@ def test_wrong_modules(call: Callable[[], Any], error: type[Exception], sentence
     assert sentence in str(caught.value)
 
 
+def test_lazy_modules() -> None:
+    criterion = criterion_of(align=[nn.LazyConv2d(c, 1) for c in WIDE])
+    criterion(features(NARROW), features(WIDE)).backward()
+    assert [module.in_channels for module in criterion.align] == NARROW
+
+
+def test_modules_taken_out() -> None:
+    criterion = criterion_of(student_channels=NARROW)
+    del criterion.align[0]
+    with pytest.raises(ValueError, match=r"align: expected one module for each of the 2 levels, got \['0'\]"):
+        criterion(features(NARROW), features(WIDE))
+    criterion.align = None
+    assert criterion(features(WIDE), features(WIDE)) == 0
+
+
 def test_compiled_with_ones_own() -> None:
     torch._dynamo.reset()
     criterion = criterion_of(align=[mlp(4, 8), mlp(5, 6)]).eval()

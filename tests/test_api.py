@@ -13,9 +13,9 @@ import pytest
 import torch
 from helpers import default_dtype
 from problems import Problem, literal_losses
-from torch import Tensor
+from torch import Tensor, nn
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule
+from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner, MaskModule
 from maskd_triton import functional as F
 from maskd_triton.diagnostics import suggest_loss_weight
 
@@ -113,6 +113,13 @@ def test_ints_of_other_kinds(kind: Callable[[int], Any]) -> None:
     )
     x = torch.zeros(1, 8, 2, 2)
     F.masked_distill_loss(x, x, [torch.zeros(3, 8)], custom_mask_warmup=kind(7), mask_power=kind(1))
+
+
+@pytest.mark.parametrize("value", [np.True_, np.False_])
+def test_bools_of_numpy(value: Any) -> None:
+    for module in (MaskLearner(8, 3, value, standardize=value), MaskedDistillLoss(8, 3, weight_mask=value, standardize=value)):
+        assert module.standardize == (value and "channel")
+        assert (len(list(module.mask_modules[0].buffers())) > 2) == bool(value)
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
@@ -314,6 +321,25 @@ def test_copies_are_equal_and_independent(copied: Callable[[MaskedDistillLoss], 
         other.mask_modules[1].pool_rows.mul_(-2)
     assert not torch.equal(other(S, T), before)
     assert torch.equal(criterion(S, T), before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", ["criterion", "learner", "teacher"])
+def test_copies_of_what_was_compiled_in_place(kind: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    """As torch has it: the copy is not compiled, and does not run the original."""
+    torch._dynamo.reset()
+    problem = Problem([(2, 4, 5, 6), (2, 3, 3, 4)], 3, dtype=torch.float32)
+    module, inputs = {
+        "criterion": (problem.criterion(), (S, T)),
+        "learner": (problem.learner, (T,)),
+        "teacher": (FrozenTeacher(nn.Conv2d(4, 2, 1)), (S[0],)),
+    }[kind]
+    module.compile(backend="eager")
+    module(*inputs)
+    twin = copied(module)
+    twin.register_forward_hook(lambda *_: "its own")
+    assert twin(*inputs) == "its own"
+    assert module(*inputs) != "its own"
 
 
 def test_tables_in_float64() -> None:

@@ -383,6 +383,7 @@ STRANGE: dict[str, tuple[Any, str]] = {
     "path": (PurePosixPath("runs"), "pathlib.PurePosixPath"),
     "date": (datetime.date(2026, 11, 25), "datetime.date"),
     "class": (Config(), f"{__name__}.Config"),
+    "builtin": (len, "builtins.len"),
 }
 
 

@@ -110,6 +110,15 @@ def test_copies_have_seen_nothing() -> None:
         criterion.diagnostics()
 
 
+def test_diagnostics_of_an_empty_batch(target: Target) -> None:
+    """NaN, as of every mean of nothing."""
+    impl, device = target
+    criterion = MaskedDistillLoss(4, 3, pretrained=MaskLearner(4, 3), impl=impl).to(device)
+    empty = torch.zeros(0, 4, 8, 8, device=device)
+    assert criterion(empty, empty) == 0
+    assert criterion.diagnostics()[0].coverage.isnan().all()
+
+
 @pytest.mark.parametrize("weighting", ["learned", "uniform", "given"])
 def test_diagnostics_of_an_image_without_valid_pixels(weighting: str, target: Target) -> None:
     """With eps=0, as in detection: weights are those that the loss used, not 0 / 0."""

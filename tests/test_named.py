@@ -74,8 +74,32 @@ def test_align_by_name() -> None:
     modules = {name: nn.Conv2d(2, c, 1) for name, c in CHANNELS.items()}
     student = features(3, [2, 2, 2])
     want = MaskedDistillLoss(PLAIN.channels, align=list(modules.values()), pretrained=PLAIN, **OPTIONS)
-    got = MaskedDistillLoss(CHANNELS, align=turned(modules), pretrained=NAMED, **OPTIONS)
-    assert torch.equal(got(turned(student), T), want(list(student.values()), list(T.values())))
+    loss = want(list(student.values()), list(T.values()))
+    for given in (turned(modules), nn.ModuleDict(turned(modules)), nn.ModuleDict(modules), list(modules.values())):
+        assert torch.equal(MaskedDistillLoss(CHANNELS, align=given, pretrained=NAMED, **OPTIONS)(turned(student), T), loss)
+    numbered = MaskedDistillLoss({0: 5, 1: 5}, align=nn.ModuleDict({"1": modules["p4"], "0": modules["p3"]}), **OPTIONS)
+    assert numbered.align["0"] is modules["p3"]
+
+
+def test_modules_put_in_another_order() -> None:
+    """As they come where one is taken out and put back, wrapped."""
+    modules = {name: nn.Conv2d(2, c, 1) for name, c in CHANNELS.items()}
+    student = features(3, [2, 2, 2])
+    criterion, learner = MaskedDistillLoss(CHANNELS, align=modules, pretrained=NAMED, **OPTIONS), copy.deepcopy(NAMED)
+    want, masked = criterion(student, T), learner(T)
+    for container in (criterion.align, criterion.mask_modules, learner.mask_modules):
+        container["p3"] = container.pop("p3")
+        assert list(container) == ["p4", "pool", "p3"]
+    assert torch.equal(criterion(student, T), want)
+    assert all(torch.equal(x, masked[name]) for name, x in learner(T).items())
+    criterion.align["p5"] = criterion.align.pop("p3")
+    with pytest.raises(
+        ValueError, match=r"align: expected one module for each of the levels \['p3', 'p4', 'pool'\], got \['p4', 'po"
+    ):
+        criterion(student, T)
+    learner.mask_modules["p3"] = nn.Identity()
+    with pytest.raises(TypeError, match=r"mask_modules\[0\]: expected a MaskModule, got Identity"):
+        learner(T)
 
 
 @pytest.mark.parametrize("order", [lambda x: x, turned])
@@ -208,6 +232,14 @@ def test_without_names_the_first_order_counts(target: tuple[str, str]) -> None:
         criterion(list(s.values()), list(t.values()), mask_weights=list(weights.values())),
     )
     assert torch.equal(torch.compile(criterion, backend="aot_eager", fullgraph=True)(s, turned(t), reduction="none"), want)
+    torch._dynamo.reset()
+    late = MaskedDistillLoss([5, 5, 4], pretrained=PLAIN, impl=impl, **OPTIONS).to(device).eval()
+    compiled = torch.compile(late, backend="aot_eager", fullgraph=True)  # sees the first mapping itself
+    for student, teacher in ((s, t), (s, turned(t)), (turned(s), turned(t))):
+        assert torch.equal(compiled(student, teacher, reduction="none"), want)
+    late = MaskedDistillLoss([5, 5, 4], pretrained=PLAIN, impl=impl, **OPTIONS).to(device).eval()
+    late.masks(t)
+    assert torch.equal(late(s, turned(t), reduction="none"), want)
     others = {"a": 0, "b": 1, "c": 2}  # another pair of models: nothing is known of their order
     a, b = ({name: list(x.values())[i] for name, i in others.items()} for x in (s, t))
     assert torch.equal(criterion(a, b, reduction="none"), want)

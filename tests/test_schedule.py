@@ -92,7 +92,10 @@ def test_wrong_loss_weights(value: Any) -> None:
 
 
 def test_gradient_of_a_loss_weight() -> None:
-    """A tensor is a factor like any other."""
+    """A tensor is a factor like any other; what is written into the criterion's buffer would get none."""
+    criterion = criterion_of()
+    with pytest.raises(ValueError, match="loss_weight: requires grad, but is written into a buffer"):
+        criterion.loss_weight = torch.nn.Parameter(torch.tensor(2.0))
     weight = torch.tensor(2.0, requires_grad=True)
     loss = F.masked_distill_loss(STUDENT[0], TEACHER[0], [torch.zeros(4, 8)], loss_weight=weight)
     loss.backward()
@@ -108,6 +111,23 @@ def test_a_schedule_under_compile() -> None:
         criterion.loss_weight = max(0.0, 1 - step / 10)
         torch.testing.assert_close(compiled(STUDENT, TEACHER), one * max(0.0, 1 - step / 10))
     assert counter.frame_count == 1
+
+
+def test_a_schedule_inside_of_what_is_compiled() -> None:
+    """The weight of the step is an argument: torch makes a float that changes an input of the graph."""
+    torch._dynamo.reset()
+    criterion, counter = criterion_of(), CompileCounterWithBackend("aot_eager")
+    one = criterion_of()(STUDENT, TEACHER)
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(weight: float) -> Tensor:
+        criterion.loss_weight = weight
+        return criterion(STUDENT, TEACHER)
+
+    for i in range(12):
+        torch.testing.assert_close(step(max(0.0, 1 - i / 10)), one * max(0.0, 1 - i / 10))
+        assert criterion.loss_weight == pytest.approx(max(0.0, 1 - i / 10))
+    assert counter.frame_count <= 3  # a float, any float, and 0.0, which torch compiles by itself
 
 
 # --- the warm-up ------------------------------------------------------------------------------------------------------

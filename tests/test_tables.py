@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from problems import trained
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton.checkpoints import load_masks
@@ -71,6 +72,20 @@ def replaced_buffers(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: 
             own.register_buffer(name, value.clone())
 
 
+def parameters_for_buffers(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
+    for own, new in zip(criterion.mask_modules, other.mask_modules, strict=True):
+        for name, value in new.named_buffers():
+            delattr(own, name)
+            setattr(own, name, nn.Parameter(value.clone()))
+
+
+def assigned_parameters(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
+    learner = learned(3, other.weight_mask, other.standardize)
+    own = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
+    criterion.load_state_dict(own, assign=True, strict=False)
+    assert not any(x.requires_grad or x.grad_fn for x in criterion.mask_modules.buffers())
+
+
 def replaced_modules(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
     for i, tables in enumerate(other.mask_modules):
         criterion.mask_modules[i] = copy.deepcopy(tables)
@@ -90,6 +105,8 @@ CHANGES: dict[str, Change] = {
     "distributed_checkpoint": distributed_checkpoint,
     "data": through_data,
     "data_swapped": swapped_data,
+    "parameters_for_buffers": parameters_for_buffers,
+    "load_assign_of_parameters": assigned_parameters,
     "buffers_replaced": replaced_buffers,
     "modules_replaced": replaced_modules,
 }
@@ -105,12 +122,16 @@ def test_changes_are_seen(change: Change, weight_mask: bool, standardize: bool, 
     assert torch.equal(criterion(S, T), want)
     student = [s.clone().requires_grad_() for s in S]
     criterion(student, T).backward()
+    assert all(p.grad is None for p in criterion.parameters())
 
 
-@pytest.mark.parametrize("change", ["load", "load_of_a_part", "distributed_checkpoint", "data", "load_under_inference_mode"])
+COMPILED = ["load", "load_of_a_part", "distributed_checkpoint", "data", "load_under_inference_mode", "parameters_for_buffers"]
+
+
+@pytest.mark.parametrize("change", [*COMPILED, "load_assign_of_parameters"])
 def test_changes_are_seen_by_a_compiled_criterion(change: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
-    criterion, other = (criterion_of(learned(seed)) for seed in (1, 2))
+    criterion, other = (criterion_of(learned(seed)) for seed in (2, 3))
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(S, T), criterion(S, T))
     CHANGES[change](criterion, other, tmp_path)
@@ -141,9 +162,46 @@ def test_a_mask_module_in_the_place_of_tables() -> None:
     with torch.no_grad():
         learner.mask_modules[0].prob[2].weight.mul_(-3)
     torch.testing.assert_close(criterion(S, T), criterion_of(learner)(S, T), rtol=1e-5, atol=0)
-    criterion.mask_modules[1] = nn.Identity()
-    with pytest.raises(TypeError, match=r"mask_modules: expected LevelTables \(or MaskModule\), got Identity"):
-        criterion(S, T)
+
+
+def wrong_level(i: int, *args: Any, **options: Any) -> Callable[[MaskedDistillLoss], None]:
+    return lambda criterion: criterion.mask_modules.__setitem__(i, LevelTables(*args, **options))
+
+
+UNFIT: list[tuple[Callable[[MaskedDistillLoss], object], str]] = [
+    (lambda c: c.mask_modules.__setitem__(1, nn.Identity()), r"\[1\]: expected LevelTables \(or MaskModule\), got Identity"),
+    (wrong_level(0, 7, TOKENS, standardize=True), r"\[0\]: expected one of 5, num_tokens=3.*, got 7, num_tokens=3"),
+    (wrong_level(1, 4, 2, standardize=True), r"\[1\]: expected one of 4, num_tokens=3.*, got 4, num_tokens=2"),
+    (wrong_level(1, 4, TOKENS, False, True), r"\[1\]: expected one of .*weight_mask=True.*, got .*weight_mask=False"),
+    (wrong_level(1, 4, TOKENS), r"\[1\]: expected one of .*standardize='channel', got 4, .*weight_mask=True$"),
+    (lambda c: c.mask_modules.append(LevelTables(4, 3)), r": expected one module for each of the 2 levels, got \['0', '1', '2"),
+    (lambda c: c.mask_modules.__delitem__(0), r": expected one module for each of the 2 levels, got \['0'\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), UNFIT)
+def test_replaced_modules_that_do_not_fit(change: Callable[[MaskedDistillLoss], object], sentence: str) -> None:
+    """Kernels would read beyond the end of a table that is smaller."""
+    criterion = criterion_of(learned(1))
+    criterion(S, T)
+    change(criterion)
+    for call in (lambda: criterion(S, T), lambda: criterion.masks(T)):
+        with pytest.raises((TypeError, ValueError), match="mask_modules" + sentence):
+            call()
+
+
+class Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 8).round() / 8
+
+
+def test_parametrised_tables() -> None:
+    criterion, want = (criterion_of(learned(1)) for _ in range(2))
+    for level, plain in zip(criterion.mask_modules, want.mask_modules, strict=True):
+        for name in ("mask_token", "pool_rows"):
+            parametrize.register_parametrization(level, name, Rounded())
+            plain.get_buffer(name).copy_(Rounded()(plain.get_buffer(name)))
+    assert torch.equal(criterion(S, T), want(S, T))
 
 
 # --- training after everything that comes before it --------------------------------------------------------------------
@@ -186,6 +244,10 @@ def test_export_leaves_the_criterion_usable(strict: bool) -> None:
     want = criterion(S, T)
     exported = torch.export.export(criterion, (S, T), strict=strict)
     assert torch.equal(exported.module()(S, T), want)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(S, T), want)
     assert torch.equal(criterion(S, T), want)
     student = [s.clone().requires_grad_() for s in S]
     criterion.train()(student, T).backward()
@@ -262,9 +324,15 @@ def test_meta_device(assign: bool) -> None:
         assert torch.equal(criterion(S, T), want(S, T))
     with torch.device("meta"):
         late = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0, loss_weight=3.0)
-    load_masks(late.to_empty(device="cpu").mask_modules, learner)
-    torch.testing.assert_close(late(S, T), 3 * want(S, T))
-    assert int(late.warmup_step) == 1
+        written = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0)
+        assert written([s.to("meta") for s in S], [t.to("meta") for t in T]).is_meta
+        written.warmup_step.zero_()
+    written.loss_weight = torch.tensor(3)
+    real = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0, loss_weight=3.0)
+    for criterion in (late, written, real):
+        load_masks(criterion.to_empty(device="cpu").mask_modules, learner)  # which overwrites all tables, but no number
+        torch.testing.assert_close(criterion(S, T), 3 * want(S, T))
+        assert int(criterion.warmup_step) == 1
 
 
 def test_tables_of_one_level() -> None:

@@ -123,7 +123,7 @@ def test_left_where_its_owner_put_it() -> None:
 
 
 def test_sharded_teacher_is_left_alone(tmp_path: Path) -> None:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -133,6 +133,11 @@ def test_sharded_teacher_is_left_alone(tmp_path: Path) -> None:
         model.half()
         assert net[0].weight.dtype == torch.float32
         assert model["teacher"](IMAGES).shape == (4, 8, 6, 6)
+        first = FullyShardedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1)), device_id=torch.device("cpu"))
+        model = holder(first)
+        want = model["teacher"](IMAGES)
+        model.half().to_empty(device="cpu")
+        assert torch.equal(model["teacher"](IMAGES), want)
         inner = network()
         fully_shard(nn.Sequential(nn.Conv2d(3, 3, 1), FrozenTeacher(inner)), mesh=mesh)
         assert type(inner[0].weight) is nn.Parameter
