@@ -6,6 +6,7 @@ plain feature MSE.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -19,12 +20,14 @@ from tqdm import tqdm
 from bench import environment
 
 from . import digits_report as report
-from .digits_data import SPLITS, make_scenes
-from .digits_models import make_student, make_teacher
+from . import digits_standardize as standardize
+from .digits_data import SPLITS, Scenes, make_scenes
+from .digits_models import SegmentationNet, make_student, make_teacher
 from .digits_training import (
     VARIANTS,
     StudentRun,
     Study,
+    Tick,
     learn_tokens,
     mean_iou,
     task_loss,
@@ -57,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = QUICK if args.quick else Settings()
     asked = {"student_steps": args.steps, "seeds": args.seeds}
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
-    study, stage1 = prepare(settings, torch.device(args.device))
+    device = torch.device(args.device)
+    scenes, teacher = teach(settings, device)
+    if args.standardize:
+        compare_standardizations(scenes, teacher, settings, args.out, start)
+        return
+    study, stage1 = prepare(scenes, teacher, settings)
     if args.tune:
         tune(study, settings.student_steps)
         return
@@ -87,21 +95,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"  {wall_time:.0f} s in all. Written to {args.out.resolve()}: masks.png, curves.png, results.json")
 
 
-def prepare(settings: Settings, device: torch.device) -> tuple[Study, dict[str, list[float]]]:
-    """Scenes, a trained teacher and its receptive tokens; the losses of stage 1."""
+def teach(settings: Settings, device: torch.device) -> tuple[dict[str, Scenes], SegmentationNet]:
+    """Scenes of every split, and a trained teacher."""
     section("1/4 Scenes: scikit-learn's handwritten digits on its two photographs")
-    train, validation, test = (
-        make_scenes(split, count).to(device) for split, count in zip(SPLITS, settings.scenes, strict=True)
-    )
+    scenes = {split: make_scenes(split, count).to(device) for split, count in zip(SPLITS, settings.scenes, strict=True)}
     sizes = ", ".join(f"{count} {split}" for split, count in zip(SPLITS, settings.scenes, strict=True))
     print(f"  {sizes}; no two of them share a digit or a column of a photograph")
 
     teacher_size, student_size = parameters(make_teacher()), parameters(make_student())
     section(f"2/4 Teacher: {teacher_size} parameters (the student has {student_size})")
     with progress(settings.teacher_steps, "teacher") as bar:
-        teacher = train_teacher(train, settings.teacher_steps, bar.update)
-    print(f"  validation mIoU {mean_iou(teacher, validation):.3f}")
+        teacher = train_teacher(scenes["train"], settings.teacher_steps, bar.update)
+    print(f"  validation mIoU {mean_iou(teacher, scenes['validation']):.3f}")
+    return scenes, teacher
 
+
+def prepare(scenes: dict[str, Scenes], teacher: SegmentationNet, settings: Settings) -> tuple[Study, dict[str, list[float]]]:
+    """The teacher's receptive tokens; the losses of stage 1."""
+    train = scenes["train"]
     section("3/4 Stage 1: receptive tokens on the frozen teacher")
     with progress(settings.token_steps, "tokens") as bar:
         learner, stage1 = learn_tokens(teacher, train, settings.token_steps, bar.update)
@@ -109,7 +120,35 @@ def prepare(settings: Settings, device: torch.device) -> tuple[Study, dict[str, 
     with torch.no_grad():
         learner(levels)
     print(report.masks_table(learner.diagnostics()))  # warns of collapsed masks
-    return Study(train, validation, test, teacher, levels, learner), stage1
+    return Study(**scenes, teacher=teacher, levels=levels, learner=learner), stage1
+
+
+def compare_standardizations(
+    scenes: dict[str, Scenes], teacher: SegmentationNet, settings: Settings, out: Path, start: float
+) -> None:
+    """Which tokens collapse on raw, standardised and isotropic features; written to ``out``."""
+    section(f"Stage 1 with raw, standardised and isotropic features: {settings.seeds} seeds, {settings.token_steps} steps")
+    train, validation = scenes["train"], scenes["validation"]
+    with progress(settings.token_steps * settings.seeds * 2 * len(standardize.KINDS), "") as bar:
+
+        def tick(what: str) -> Tick:
+            bar.set_description(f"  {what}")
+            return bar.update
+
+        runs = standardize.compare(teacher, train, validation, settings.token_steps, settings.seeds, tick)
+    with torch.no_grad():
+        unmasked = task_loss(teacher(validation.images), validation.labels).item()
+    print("\n".join(standardize.table(runs, unmasked)))
+    results = {
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "settings": asdict(settings),
+        "unmasked": unmasked,
+        "runs": [asdict(run) for run in runs],
+        **environment.describe(train.images.device, report.PACKAGES),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "standardize.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"  {results['wall_seconds']:.0f} s in all. Written to {(out / 'standardize.json').resolve()}")
 
 
 def train_students(study: Study, settings: Settings) -> list[StudentRun]:
@@ -145,6 +184,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="training steps per student (default 250)")
     parser.add_argument("--quick", action="store_true", help="smoke run; its figures mean nothing")
     parser.add_argument("--tune", action="store_true", help="only compare loss weights, on validation")
+    parser.add_argument("--standardize", action="store_true", help="only compare standardisations in stage 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

@@ -75,18 +75,21 @@ def train_teacher(train: Scenes, steps: int, tick: Tick) -> SegmentationNet:
     return teacher.eval()
 
 
-def learn_tokens(teacher: SegmentationNet, train: Scenes, steps: int, tick: Tick) -> tuple[MaskLearner, dict[str, list[float]]]:
+def learn_tokens(
+    teacher: SegmentationNet, train: Scenes, steps: int, tick: Tick, standardize: bool | str = True, seed: int = 0
+) -> tuple[MaskLearner, dict[str, list[float]]]:
     """Stage 1: the teacher must still solve its task on masked features, and the masks must differ (Dice)."""
-    torch.manual_seed(0)
-    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=True).to(train.images.device)
-    with learner.calibrate(teacher, "neck"):
-        for images in train.images.split(200):
-            teacher(images)
+    torch.manual_seed(seed)
+    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=standardize).to(train.images.device)
+    if standardize:
+        with learner.calibrate(teacher, "neck"):
+            for images in train.images.split(200):
+                teacher(images)
     optimizer = torch.optim.Adam(learner.parameters(), TOKEN_LR, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
     history: dict[str, list[float]] = {"task loss": [], "dice": []}
     with learner.attach(teacher, "neck"):
-        for batch in _batches(len(train), steps, seed=0):
+        for batch in _batches(len(train), steps, seed):
             task = task_loss(teacher(train.images[batch]), train.labels[batch])
             dice = learner.dice_loss()
             _step(task + dice, optimizer, schedule)

@@ -1,8 +1,10 @@
 """docs/choosing.md does what it says: teachers without a head, several teachers, views, cached features, class tokens."""
 
 import copy
+import json
 import re
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -197,3 +199,30 @@ def test_class_token_beside_the_map(page: dict[str, Any]) -> None:
     pooled, token = project(student(page["images"]).mean((2, 3))), page["vit"](page["images"])[:, 0]
     cosine = (pooled * token).sum(1) / (pooled.norm(dim=1) * token.norm(dim=1))
     torch.testing.assert_close(names["class_loss"], 1 - cosine.mean())
+
+
+def test_which_standardisation_cures_collapse() -> None:
+    """The page's table is that of the committed results, and what the page says of it is so."""
+    results = json.loads((DOCS.parent / "bench/results/cpu-standardize.json").read_text())
+    runs = results["runs"]
+    kinds = {run["standardize"] for run in runs}
+    assert len(runs) == len(kinds) * 2 * results["settings"]["seeds"]
+    assert results["settings"]["seeds"] >= 3
+    assert f"| | not masked | | | | {results['unmasked']:.3f} |" in TEXT
+    for channels in ("as trained", "100 : 1"):
+        for kind in kinds:
+            own = [run for run in runs if (run["channels"], run["standardize"]) == (channels, kind)]
+            lost, ruled = sum(run["lost"] for run in own), sum(run["ruled"] for run in own)
+            entropy, loss = (mean(run[name] for run in own) for name in ("entropy", "task_loss"))
+            row = (
+                f"| {channels} | {kind} | {lost} of {18 * len(own)} | {ruled} of {3 * len(own)} | {entropy:.2f} | {loss:.3f} |"
+            )
+            assert row in TEXT
+    (command,) = re.findall(r"`(python -m examples.digits --\w+)`", TEXT)
+    assert results["command"].startswith(command)
+    assert f"({results['wall_seconds'] / 60:.0f} minutes" in TEXT
+    for kind in ("isotropic", "channel"):
+        own = [run for run in runs if (run["channels"], run["standardize"]) == ("100 : 1", f'"{kind}"')]
+        assert re.search(rf"{max(max(run['weight'][0]) for run in own):.2f}"[1:] + f'( of the weight)? with `"{kind}"`', TEXT)
+    assert f"{results['settings']['seeds']} seeds" in TEXT
+    assert f"{results['device']}, {results['threads']} thread,\n{results['date'][:10]}" in TEXT
