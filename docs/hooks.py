@@ -1,8 +1,10 @@
-"""What the site holds beside docs/: README as its first page, and the other files of the repository that pages link to.
+"""What the site holds beside docs/: README as its first page, the notebook, and the files of the repository that pages link to.
 
 It also turns formulas into MathML, and names of the API that stand as code into links to the reference.
 """
 
+import base64
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -18,6 +20,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "examples/quickstart.ipynb": "quickstart.md",
 }
 SOURCES = {site: repository for repository, site in PAGES.items()}
 SHOWN = {".py": "python", ".cff": "yaml"}  # as a page with highlighted code, not as a download
@@ -39,7 +42,12 @@ def target(site: str, link: str) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, site in PAGES.items():
-        files.append(File.generated(config, site, content=(ROOT / path).read_text()))
+        text = (ROOT / path).read_text()
+        if path.endswith(".ipynb"):
+            text, pictures = notebook(text)
+            for name, picture in pictures.items():
+                files.append(File.generated(config, name, content=picture))
+        files.append(File.generated(config, site, content=text))
     for page in files.documentation_pages():
         for path in {target(page.src_uri, m["link"]) for m in CODE_OR_LINK.finditer(page.content_string) if m["link"]}:
             site, language = place(path), SHOWN.get(Path(path).suffix)
@@ -53,6 +61,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def notebook(text: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, with what its cells gave, and its pictures by their names."""
+    parts, pictures = [], {}
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"quickstart-{len(pictures)}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![what the cell above draws]({name})")
+            elif printed := output.get("text") or data.get("text/plain"):
+                parts.append(f"```text\n{''.join(printed).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n", pictures
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     site = page.file.src_uri
     if site.startswith("repository/"):
@@ -61,7 +86,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         page.meta["hide"] = ["navigation"]  # it would hold one entry
 
     def moved(match: re.Match[str]) -> str:
-        if match["code"]:
+        if match["code"] or match["link"].startswith("quickstart-"):
             return match[0]
         return "](" + posixpath.relpath(place(target(site, match["link"])), posixpath.dirname(site) or ".")
 

@@ -49,7 +49,7 @@ def gradients(learner: MaskLearner, loss: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in learner.parameters()]
 
 
-# Where
+# Which modules, which part
 
 
 class Yolo(nn.Module):
@@ -586,7 +586,7 @@ def test_parameters_of_inference_mode() -> None:
     assert state_of(teacher) == before
 
 
-# Whose
+# Copies, and one model in both roles
 
 
 def copies(model: nn.Module) -> Iterator[nn.Module]:
@@ -755,7 +755,7 @@ def test_a_teacher_inside_of_the_student() -> None:
     assert torch.equal(t, student["teacher"].model.p3(IMAGES + 1))
 
 
-# When
+# Which pass
 
 
 class Checkpointed(nn.Module):
@@ -1078,7 +1078,7 @@ def test_students_without_gradient_warn_once() -> None:
             fresh.train()(students, teachers)
 
 
-# Unchanged
+# Layers that work in place
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
