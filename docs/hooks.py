@@ -25,7 +25,6 @@ PAGES = {
 SOURCES = {site: repository for repository, site in PAGES.items()}
 SHOWN = {".py": "python", ".cff": "yaml"}  # as a page with highlighted code, not as a download
 CODE_OR_LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]+`)|\]\((?!https?:|#)(?P<link>[^)#\s]+)", re.M | re.S)
-API = ("maskd_triton.", "functional.", "capture.", "checkpoints.", "diagnostics.", "shapes.", "viz.")
 
 
 def place(path: str) -> str:
@@ -95,17 +94,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     html = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, html, flags=re.S)
-    names = {name.rpartition(".")[2]: name for name in re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.M)}
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.M)
     reference = posixpath.relpath("api.html", posixpath.dirname(page.url) or ".")
 
     def linked(match: re.Match[str]) -> str:
-        name = names.get(match["name"] or "")
-        if name is None or not name.endswith(match["whole"]):
-            return match[0]
-        return f'<a href="{reference}#{name}">{match[0]}</a>'
+        written = match["name"]
+        meant = [name for name in names if written and name.endswith(f".{written}")]
+        if written and "." not in written:  # `masks` or `call` alone may be an argument
+            meant = [name for name in meant if not written.islower() or ("_" in written and ".reference." not in name)]
+        return f'<a href="{reference}#{meant[0]}">{match[0]}</a>' if len(meant) == 1 else match[0]
 
     skipped = r"<a\b.*?</a>|<h\d\b.*?</h\d>|<pre\b.*?</pre>|<div class=\"language.*?</pre>"
-    return re.sub(rf"{skipped}|<code>(?P<whole>(?:\w+\.)*(?P<name>\w+))</code>", linked, html, flags=re.S)
+    return re.sub(rf"{skipped}|<code>(?:maskd_triton\.)?(?P<name>[\w.]+)</code>", linked, html, flags=re.S)
 
 
 def formula(match: re.Match[str]) -> str:
