@@ -189,8 +189,8 @@ def distill(
 ) -> tuple[Tensor, Latest]:
     """The one door of stage 2: checks everything but the tables, which are the caller's, and gives the loss.
 
-    ``channels``: of every level; none: any. ``options``: but for what ``given`` brings. Returns the loss, and without gradient
-    what it was made of: of DTensors, this rank's images.
+    ``channels``: of every level; none: any. ``options``: everything but what ``given`` brings. Returns the loss, and the
+    operator's outputs without gradient, which ``diagnostics()`` reads; for DTensors, those of this rank's images.
     """
     check.choice(reduction, "reduction", REDUCTIONS)
     check.choice(impl, "impl", IMPLS)
