@@ -348,7 +348,11 @@ def test_gradient_ratio() -> None:
     for loss in (task, distill):
         grads = torch.autograd.grad(loss, levels, retain_graph=True, allow_unused=True)
         norms.append(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
+    passes: list[Tensor] = []
+    for loss in (task, distill):
+        loss.grad_fn.register_prehook(lambda grads: passes.append(grads[0]))
     ratio = gradient_ratio(task, distill, dict(enumerate(levels)))
+    assert len(passes) == 2  # one backward pass from each
     torch.testing.assert_close(ratio, norms[1] / norms[0], rtol=1e-14, atol=0)
     assert ratio.shape == ()
     assert not ratio.requires_grad

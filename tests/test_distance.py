@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, NLC, default_dtype
-from problems import Problem, Target, close
+from helpers import LAYOUTS, NLC, default_dtype, in_layout
+from problems import Problem, Target, close, literal_losses
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
@@ -101,6 +101,36 @@ def test_padding(options: dict[str, Any], rubbish: float, target: Target) -> Non
     got.backward()
     close(got, want, 1e-12)
     close(s.grad, own.grad, 1e-12)
+
+
+@pytest.mark.parametrize("options", DISTANCES, ids=name)
+@pytest.mark.parametrize("layouts", [("nchw", "channels_last"), ("channels_last", NLC)], ids="-".join)
+@pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.float32, torch.bfloat16)], ids=["float64", "float32-bfloat16"])
+def test_all_options_at_once(
+    options: dict[str, Any], layouts: tuple[str, str], dtypes: tuple[torch.dtype, torch.dtype], target: Target
+) -> None:
+    """Standardised features, mask weights, customised masks, padding, mask_power, two layouts and two dtypes: what the images
+    cut to their size give by the formulas."""
+    impl, device = target
+    problem = Problem([(2, 70, 6, 5)], 4, dtype=dtypes[1], standardize=True)
+    (student,), (teacher,) = problem.student, problem.teacher
+    student, options = student.to(dtypes[0]), options | {"mask_power": 1, "loss_weight": 0.7, "eps": 1e-3}
+    own, images, valid = student.to(torch.float64, copy=True).requires_grad_(), [], torch.zeros(2, 6, 5, dtype=torch.bool)
+    for n, (h, w) in enumerate([(4, 5), (6, 2)]):
+        valid[n, :h, :w] = True
+        image = [own[n : n + 1, :, :h, :w]], [teacher[n : n + 1, :, :h, :w]]
+        images.append(literal_losses(problem.learner, *image, custom_mask=True, **options))
+    want = torch.stack(images).mean()
+    want.backward()
+    with default_dtype(dtypes[0]):
+        criterion = problem.criterion(custom_mask_warmup=0, impl=impl, **options).to(device)
+    padded = (torch.where(valid[:, None], x, torch.nan) for x in (student, teacher))
+    s, t = (in_layout(x, layout).to(device) for x, layout in zip(padded, layouts, strict=True))
+    got = criterion(s.requires_grad_(), t, valid=valid.to(device))
+    got.backward()
+    bound = 1e-11 if dtypes[0] == torch.float64 else 2e-4  # a kernel's bfloat16 tokens keep 16 bits
+    close(got, want, bound)
+    close(s.grad, own.grad, bound)
 
 
 @pytest.mark.parametrize("options", DISTANCES, ids=name)

@@ -308,11 +308,14 @@ def test_only_one_level_of_the_student_requires_grad(target: Target) -> None:
     close(student[1].grad, grads[1], 1e-12)
 
 
-def test_empty_batch_trains(target: Target) -> None:
+@pytest.mark.parametrize("valid", [False, True], ids=["", "valid"])
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+def test_empty_batch_trains(distance: str, valid: bool, target: Target) -> None:
     impl, device = target
     learner = MaskLearner(4)
-    criterion = MaskedDistillLoss(4, student_channels=3, pretrained=learner, impl=impl).to(device)
-    loss = criterion(torch.zeros(0, 3, 2, 2, device=device), torch.zeros(0, 4, 2, 2, device=device))
+    criterion = MaskedDistillLoss(4, student_channels=3, pretrained=learner, distance=distance, impl=impl).to(device)
+    pixels = torch.zeros(0, 4, 4, dtype=torch.bool, device=device) if valid else None
+    loss = criterion(torch.zeros(0, 3, 2, 2, device=device), torch.zeros(0, 4, 2, 2, device=device), valid=pixels)
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(criterion.align[0].weight.grad, torch.zeros_like(criterion.align[0].weight))

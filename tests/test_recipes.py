@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def test_recipe(name: str) -> None:
 @pytest.mark.slow
 def test_everything_that_vit_teacher_trains_gets_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    importlib.import_module("examples.recipes.vit_teacher").main(21, str(tmp_path / "masks.png"))
+    recipe, start = importlib.import_module("examples.recipes.vit_teacher"), time.process_time()
+    recipe.main(picture=str(tmp_path / "masks.png"))
+    assert time.process_time() - start < 2 * 60  # under a minute on two cores
     *lines, drawn = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "head",
@@ -44,8 +47,8 @@ def test_everything_that_vit_teacher_trains_gets_better(tmp_path: Path, capsys: 
         "student's masked cosine",
     ]
     for line in lines:
-        first, middle, last = map(float, line.partition(": ")[2].split())
-        assert first > middle > last, line
+        losses = list(map(float, line.partition(": ")[2].split()))
+        assert losses[0] > losses[len(losses) // 2] > losses[-1], line
     if importlib.util.find_spec("matplotlib"):
         assert drawn == f"masks: {tmp_path / 'masks.png'}"
         assert (tmp_path / "masks.png").stat().st_size > 10_000
