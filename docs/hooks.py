@@ -39,6 +39,12 @@ def target(site: str, link: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(SOURCES.get(site, f"docs/{site}")), link))
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """A page that mkdocs.yml does not name comes last in "Evidence": a new page is never lost."""
+    evidence = next(section["Evidence"] for section in config.nav if "Evidence" in section)
+    evidence += [page.name for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in str(config.nav)]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, site in PAGES.items():
         text = (ROOT / path).read_text()

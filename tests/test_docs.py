@@ -29,6 +29,15 @@ def found(name: str) -> Any:
     return getattr(module(first), rest) if rest else getattr(maskd_triton, first)
 
 
+def test_a_broken_link_fails_the_build() -> None:
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"^strict: true$", settings, re.M)
+    assert re.search(r"^  links: \{not_found: warn, anchors: warn", settings, re.M)
+    build = re.search(r"mkdocs build.*", (ROOT / "Makefile").read_text())
+    assert build is not None
+    assert build[0] == "mkdocs build"  # --quiet would hide warnings from strict
+
+
 def test_the_reference_is_complete() -> None:
     package = set(maskd_triton.__all__) - {"functional"}
     public = {f"maskd_triton.{name}" for name in package}
