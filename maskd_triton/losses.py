@@ -214,10 +214,20 @@ class MaskedDistillLoss(nn.Module):
                 new.copy_(old)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
         """State dicts without a ``loss_weight`` leave the present one."""
-        super()._load_from_state_dict({f"{prefix}loss_weight": self.loss_weight, **state_dict}, prefix, *args)
-        self._buffers["loss_weight"] = self.loss_weight.to(self.warmup_step.device)  # which assign=True may have replaced
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}loss_weight"]
+        if not self.loss_weight.is_meta:  # beside the other number, which assign=True may have replaced
+            self._buffers["loss_weight"] = self.loss_weight.to(self.warmup_step.device)
 
     def extra_repr(self) -> str:
         loss_weight = "meta" if self.loss_weight.is_meta else float(f"{self.loss_weight.item():.6g}")

@@ -60,6 +60,12 @@ def through_data(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path
         own.data.copy_(new)
 
 
+def through_a_hook(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
+    """As renamers of old keys do."""
+    criterion.register_load_state_dict_pre_hook(lambda module, state, *_: state.update(other.state_dict()))
+    criterion.load_state_dict({})
+
+
 def swapped_data(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
     for own, new in zip(criterion.buffers(), other.buffers(), strict=True):
         own.data = new.clone()
@@ -101,6 +107,7 @@ CHANGES: dict[str, Change] = {
     "load_assign": lambda criterion, other, _: criterion.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
     "load_of_a_parent": lambda c, other, _: nn.ModuleDict({"c": c}).load_state_dict(nn.ModuleDict({"c": other}).state_dict()),
     "load_of_a_part": lambda c, other, _: c.mask_modules.load_state_dict(other.mask_modules.state_dict()),
+    "load_through_a_hook": through_a_hook,
     "load_under_inference_mode": under_inference_mode,
     "distributed_checkpoint": distributed_checkpoint,
     "data": through_data,
@@ -328,6 +335,11 @@ def test_meta_device(assign: bool) -> None:
         assert written([s.to("meta") for s in S], [t.to("meta") for t in T]).is_meta
         written.warmup_step.zero_()
     written.loss_weight = torch.tensor(3)
+    moved = criterion_of(learned(2)).to("meta")
+    moved.load_state_dict({k: v for k, v in old_state(learner).items() if k != "warmup_step"}, assign=True, strict=False)
+    assert not moved.mask_modules[0].mask_token.is_meta
+    moved.load_state_dict(want.state_dict(), assign=True)
+    assert torch.equal(moved(S, T), want(S, T))
     real = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0, loss_weight=3.0)
     for criterion in (late, written, real):
         load_masks(criterion.to_empty(device="cpu").mask_modules, learner)  # which overwrites all tables, but no number
