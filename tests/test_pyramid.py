@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import in_layout
+from helpers import in_layout, require_private
 from problems import Problem, close, literal_learn
 
 from maskd_triton import functional as F
@@ -77,6 +78,33 @@ def test_launches_and_what_is_kept(distance: str, standardize: bool, target: Tar
     beside = sum(kept.values()) - sum(features.values()) - statistics - 2 * 3 * 3 - 3 * pixels
     assert features.items() <= kept.items()
     assert 0 <= beside - (2 * pixels if distance == "cosine" else 0) <= 1  # the loss weight
+
+
+@pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
+@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+def test_features_are_read_once_per_pass(distance: str, standardize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every element of both, once forward and once backward, as the interpreter sees it; mask weights read the border again."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("what compiled kernels read is not seen")
+    require_private(interpreter.InterpreterBuilder, "create_masked_load")
+    problem = Problem(LEVELS[:3], 3, weighted=False, dtype=torch.float32, standardize=standardize)
+    criterion = problem.criterion(custom_mask_warmup=0, distance=distance, impl="triton")
+    student, teacher = [x.requires_grad_() for x in problem.student], problem.teacher
+    reads = {x.data_ptr(): np.zeros(x.numel(), int) for x in student + teacher}
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def counting(builder: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        for start, count in reads.items():
+            element = (pointers.data[mask.data].astype(np.int64) - start) // 4
+            np.add.at(count, element[(element >= 0) & (element < len(count))], 1)
+        return load(builder, pointers, mask, *others)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counting)
+    loss = criterion(student, teacher)
+    assert all((count == 1).all() for count in reads.values())
+    loss.backward()
+    assert all((count == 2).all() for count in reads.values())
 
 
 @pytest.mark.parametrize("need_x", [False, True], ids=["", "x"])
