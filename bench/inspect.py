@@ -8,11 +8,14 @@ The launchers themselves are run, on CPU tensors, with a driver that only knows 
 launch on that GPU would compile, and nothing is executed. ``--choice`` compiles the sixth of the cases that the tests compile.
 Exit status 1 if a kernel spills registers or loads features fewer 16 bytes at a time than its tiles hold, where the alignment
 of its input allows that.
+
+``--run`` runs the main kernels instead, in the emulator of ``tests/ptx``, and counts: instructions, shared memory, bytes.
 """
 
 import argparse
 import contextlib
 import itertools
+import json
 import multiprocessing
 import re
 import subprocess
@@ -22,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,6 +36,8 @@ from triton.runtime.driver import driver
 
 from maskd_triton._records import Distilled, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables
 from maskd_triton.kernels import distill, launch, learn, pool, tuning
+
+from . import counts, environment
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -377,13 +383,29 @@ def _inspected(target: str, case: Case) -> list[Facts]:
     return [facts(name, kernel) for name, kernel in compile_case(case, target).items()]
 
 
+def _run(out: Path | None) -> None:
+    """Print :mod:`bench.counts`, and write them to ``out``."""
+    found = []
+    for cost in counts.every():
+        found.append(cost)
+        figures = " ".join(f"{name} {getattr(cost, name):5.2f}" for name in counts.FIGURES)
+        print(f"{cost.arch} {cost.dtype} {cost.layout} {cost.kernel:22s} {figures}", flush=True)
+    if out:
+        out.write_text(json.dumps(environment.describe(torch.device("cpu")) | {"rows": counts.rows(found)}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--choice", action="store_true", help="the sixth of the cases that the tests compile")
+    parser.add_argument("--run", action="store_true", help="run the main kernels in the emulator of tests/ptx and count")
+    parser.add_argument("--out", type=Path, help="JSON file for --run")
     parser.add_argument("--jobs", type=int, help="processes; 1: this one. Default: one for each core")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}")
+    if arguments.run:
+        _run(arguments.out)
+        return 0
     failed = 0
     jobs = choice() if arguments.choice else list(itertools.product(TARGETS, cases()))
     jobs = [(target, case) for target, case in jobs if target in arguments.target]

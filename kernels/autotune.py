@@ -43,7 +43,7 @@ def _tune_one(key: Key, device: torch.device) -> None:
 
 def candidates(key: Key) -> list[Config]:
     """The default first, then every tile with 8 to 32 elements a thread and runs of at least 128 contiguous bytes."""
-    stages = (2, 3, 4) if key.kernel in tuning.READING else (1,)
+    stages = (1, 2, 3) if key.kernel in tuning.READING else (1,)
     default = tuning.default(key)
     found = [default]
     for c, p, threads, n in itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (128, 256), stages):

@@ -32,6 +32,7 @@ from .tiles import (
     reconstructed,
     sigmoid,
     smooth_l1,
+    sum_rows,
     tile_of,
     tile_offsets,
 )
@@ -95,11 +96,11 @@ def _forward_tile(
             m = tl.where(tl.load(step_ptr) >= warmup, followed, m)
         else:
             m = followed
-    d = tl.sum(sums, axis=0)
+    d = sum_rows(sums, T_FAST == 0)
     if DISTANCE == "cosine":
         least = tl.full((BLOCK_P,), 1e-8, ACC)
-        length = tl.sqrt(tl.sum(own_squares, axis=0))
-        other = tl.sqrt(tl.sum(other_squares, axis=0))
+        length = tl.sqrt(sum_rows(own_squares, T_FAST == 0))
+        other = tl.sqrt(sum_rows(other_squares, T_FAST == 0))
         clamped = length <= least
         length = tl.where(clamped, least, length)
         reciprocal = 1.0 / length / tl.where(other <= least, least, other)
@@ -362,7 +363,7 @@ def backward_kernel(
             m = load_masks(mask_ptr, n, p, P, T, TP)
             coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
             coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
-            scale = tl.sum((m * m if POWER == 2 else m) * coefficient[:, None], axis=0)
+            scale = sum_rows((m * m if POWER == 2 else m) * coefficient[:, None], P_UNIT)
             value = s.to(ACC)
             target = reconstructed(t, affine_ptr, c, C, STANDARD, ACC)
             if DISTANCE == "cosine":
@@ -459,7 +460,7 @@ def _forward_numbers(
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
     if variant.distance == "cosine" and not config.registers:  # three sums for every element of a tile
-        config = replace(config, registers=128 if s[0].dtype.itemsize == 4 else 255)
+        config = replace(config, registers=255)
     first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
     rows = tuning.token_rows(num_tokens)
     common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}

@@ -32,6 +32,7 @@ from .tiles import (
     pick_int,
     pick_row,
     sigmoid,
+    sum_rows,
     tile_of,
     tile_offsets,
 )
@@ -58,7 +59,7 @@ def _mask_tile(
         x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
         logits = add_projection(logits, load_rows(token_ptr, c, C, x.dtype, T, TP, SPLIT), x, ACC, UPCAST)
         if WEIGHTED:
-            tl.store(total_ptr + c, tl.sum(x.to(ACC), axis=1), mask=c < C)
+            tl.store(total_ptr + c, sum_rows(tl.trans(x.to(ACC)), FAST == 1, 16), mask=c < C)
     token = tl.arange(0, TP)
     real = token < T
     scores = join_split(logits, TP, SPLIT, BLOCK_P)
@@ -302,7 +303,7 @@ def gate_kernel(
             x = tl.load(x_at, mask=mask, other=0.0)
             m = load_masks(mask_ptr, n, p, P, T, TP)
             weight = tl.load(weight_ptr + (index * N + n) * T + token, mask=real, other=0.0)
-            gate = tl.sum(m * weight[:, None], axis=0)
+            gate = sum_rows(m * weight[:, None], P_UNIT)
             y = x.to(gate.dtype) * gate[None, :]
             tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -324,7 +325,7 @@ def _token_gradient_tile(
         x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
         g = tl.load(g_ptr + tile_offsets(c, p, g_row, G_FAST, ALIGN, WIDE), mask=mask, other=0.0)
         products += g.to(ACC) * x.to(ACC)
-    gx = tl.sum(products, axis=0)
+    gx = sum_rows(products, FAST == 0)
     counted = inside
     if VALID:
         counted = load_valid(valid_ptr, n, p, P)
@@ -335,7 +336,7 @@ def _token_gradient_tile(
     real = token < T
     m = load_masks(mask_ptr, n, p, P, T, TP)
     tl.store(share_ptr + token, tl.sum(m * gx[None, :], axis=1), mask=real)
-    dl = mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T, TP)
+    dl = mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T, TP, FAST == 0)
     tl.store(share_ptr + T + token, tl.sum(dl, axis=1), mask=real)
     # rows scaled to 1, in two parts for half features: a half-precision product must not lose small gradients
     largest = tl.max(tl.abs(dl), axis=1)
@@ -582,12 +583,12 @@ def feature_gradient_kernel(
             gx = tl.load(gx_ptr + n * P + p, mask=inside, other=0.0)
             m = load_masks(mask_ptr, n, p, P, T, TP)
             image = index * N + n
-            gate = tl.sum(m * tl.load(weight_ptr + image * T + token, mask=real, other=0.0)[:, None], axis=0)
-            dl = mask_gradient(m, gx, dice, weight_ptr + image * T, pair_ptr + image * T * T, T, TP)
+            gate = sum_rows(m * tl.load(weight_ptr + image * T + token, mask=real, other=0.0)[:, None], P_UNIT)
+            dl = mask_gradient(m, gx, dice, weight_ptr + image * T, pair_ptr + image * T * T, T, TP, P_UNIT)
             d = g.to(gate.dtype) * gate[None, :]
             for j in range(T):
                 row = tl.load(token_ptr + j * C + c, mask=c < C, other=0.0).to(gate.dtype)
-                d += row[:, None] * pick_row(dl, j, TP)[None, :]
+                d += row[:, None] * pick_row(dl, j, TP, P_UNIT)[None, :]
             if WEIGHTED:
                 strip_ptr = to_sum_ptr + n * 9 * C
                 h = p // W

@@ -89,16 +89,18 @@ def tile_offsets(c, p, row, FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.co
 def load_rows(ptr, c, C, DTYPE: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr):
     """Rows [SPLIT * TP, BLOCK_C] of a [T, C] matrix as DTYPE; SPLIT = 2 appends the rounding residue as rows of its own,
     so that float32 tokens keep 16 bits in a bfloat16 product."""
-    row = tl.arange(0, SPLIT * TP)
-    t = row % TP
-    value = tl.load(ptr + t[:, None] * C + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0.0)
+    token = tl.arange(0, TP)
+    value = tl.load(ptr + token[:, None] * C + c[None, :], mask=(token < T)[:, None] & (c < C)[None, :], other=0.0)
     if SPLIT == 1:
-        return value.to(DTYPE)
-    value = value.to(tl.float32)
-    if DTYPE == tl.float16:
-        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)  # an infinite token would turn into NaN below
-    high = value.to(DTYPE)
-    return tl.where((row < TP)[:, None], high, (value - high.to(tl.float32)).to(DTYPE))
+        rows = value.to(DTYPE)
+    else:
+        value = value.to(tl.float32)
+        if DTYPE == tl.float16:
+            value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)  # an infinite token would turn into NaN below
+        high = value.to(DTYPE)
+        both = tl.join(high, (value - high.to(tl.float32)).to(DTYPE))
+        rows = tl.reshape(tl.permute(both, (2, 0, 1)), (2 * TP, value.shape[1]))
+    return rows
 
 
 @triton.jit
@@ -146,23 +148,53 @@ def smooth_l1(x, beta):
 
 
 @triton.jit
+def _halve(x):
+    """``x [BLOCK, ROWS]`` with neighbouring columns added."""
+    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return a + b
+
+
+@triton.jit
+def sum_rows(x, SPREAD: tl.constexpr, ROWS: tl.constexpr = 8):
+    """Sums [BLOCK] over the rows of ``x``, a power of 2 of them.
+
+    SPREAD: a thread holds 16 bytes of a row, as after a load along rows; ROWS, 16 at most, threads hold the same columns.
+    ``tl.sum`` then hands over number by number, with conflicts in shared memory; halves that are split off are moved whole.
+    """
+    if not SPREAD:
+        return tl.sum(x, axis=0)
+    if x.shape[0] > ROWS:
+        x = tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), axis=0)
+    x = tl.trans(x)
+    if x.shape[1] == 16:
+        x = _halve(x)
+    if x.shape[1] == 8:
+        x = _halve(x)
+    if x.shape[1] == 4:
+        x = _halve(x)
+    if x.shape[1] == 2:
+        x = _halve(x)
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def pick_row(x, i, ROWS: tl.constexpr):
-    """Row ``i`` of ``x [ROWS, BLOCK]``."""
-    return tl.sum(tl.where((tl.arange(0, ROWS) == i)[:, None], x, 0.0), axis=0)
+def pick_row(x, i, ROWS: tl.constexpr, SPREAD: tl.constexpr = False):
+    """Row ``i`` of ``x [ROWS, BLOCK]``; SPREAD as in :func:`sum_rows`."""
+    return sum_rows(tl.where((tl.arange(0, ROWS) == i)[:, None], x, 0.0), SPREAD)
 
 
 @triton.jit
-def mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr):
+def mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr, SPREAD: tl.constexpr):
     """Gradient [TP, BLOCK_P] of the mask logits: ``dm = weight * gx + dice * pair @ m``, ``dl = dm m (1 - m)``."""
     token = tl.arange(0, TP)
     real = token < T
     dm = tl.load(weight_ptr + token, mask=real, other=0.0)[:, None] * gx[None, :]
     for j in range(T):
         column = tl.load(pair_ptr + j * T + token, mask=real, other=0.0) * dice
-        dm += column[:, None] * pick_row(m, j, TP)[None, :]
+        dm += column[:, None] * pick_row(m, j, TP, SPREAD)[None, :]
     return dm * m * (1.0 - m)

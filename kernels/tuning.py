@@ -5,8 +5,8 @@ Nothing is timed, and nothing compiled twice, while a model trains. In this orde
 1. ``<folder>/<GPU>.json`` of the user, written by ``python -m maskd_triton.kernels.autotune`` or by online tuning; the folder
    is ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
 2. ``configs/<GPU>.json`` beside this file, for GPUs that were measured. None was yet.
-3. :func:`default`, chosen by compiling (``python -m bench.inspect``): no spill and 16-byte loads on sm_80, sm_90, sm_100 and
-   gfx942, at least two programs per multiprocessor, and runs of at least 128 contiguous bytes.
+3. :func:`default`, chosen by compiling (``python -m bench.inspect``) and by counts (``--run``): no spill and 16-byte loads on
+   sm_80, sm_90, sm_100 and gfx942, few instructions and wavefronts of shared memory, and runs of at least 64 contiguous bytes.
 
 The search itself (``autotune.py``) lies above this file, which only calls :data:`on_miss`.
 """
@@ -168,19 +168,28 @@ def _default_tile(key: Key) -> Config:
             return Config(64, 16, 256) if key.layout == "nhwc" else Config(16, 64, 256)
         if key.layout == "nhwc":
             return Config(64 if key.kernel == "feature_gradient_kernel" else 128, 32, 128)
+        if key.kernel == "feature_gradient_kernel":
+            return Config(32, 64, 256 if key.tokens > 16 else 128)
         return Config(32, 64 if key.tokens > 16 else 128, 128)
     masks = key.kernel == "mask_kernel"
     if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
         return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 1 if masks else 3)
     if key.kernel == "forward_kernel" and key.bits == 32 and key.tokens > 32:
         return Config(32, 32, 256)  # larger, or with a pipeline, every Triton spills some layout on sm_90 or sm_100
-    if key.kernel == "token_gradient_kernel" and (key.bits, key.layout, key.tokens) == (16, "nhwc", 16):
-        return Config(64, 32, 256, 3)  # as 32x64 it needs more than 128 registers on sm_100
+    if key.bits == 16:  # one stage: what the pipeline copies into shared memory, matrix products read with conflicts
+        if key.kernel == "forward_kernel":  # it holds three sums for every token and pixel
+            if key.tokens <= 8 or (key.layout == "nchw" and key.tokens <= 16):
+                return Config(16 if key.layout == "nchw" else 32, 128, 128)
+            return Config(64, 32, 256) if key.tokens > 32 else Config(32, 2048 // key.tokens, 256)
+        if key.kernel == "token_gradient_kernel" and key.layout == "nchw" and key.tokens <= 8:
+            return Config(16, 128, 128)  # on gfx942 more channels spill
+        block_c = 64 if key.layout == "nhwc" and key.tokens <= (16 if masks else 8) else 32
+        return Config(block_c, 128 if key.tokens <= 32 else 64, 128 if key.tokens <= 16 else 256)
+    if key.kernel == "token_gradient_kernel" and key.tokens <= 8:
+        return Config(32, 64, 128)
     if key.tokens > 8:
-        return Config(16 if key.bits == 32 else 32, 64, 256, 2 if masks else 3)
-    if key.layout == "nhwc":
-        return Config(32, 64, 256, 2) if key.bits == 32 else Config(64, 64, 256, 3)
-    return Config(16, 64, 128, 3) if key.bits == 32 else Config(16, 128, 128, 4 if masks else 3)
+        return Config(16, 64, 256, 2 if masks else 3)
+    return Config(32, 64, 256, 2) if key.layout == "nhwc" else Config(16, 128, 128)
 
 
 def _default_registers(key: Key) -> int:
@@ -189,13 +198,15 @@ def _default_registers(key: Key) -> int:
         return 0
     if key.bits == 64:
         return 255
+    if key.kernel == "feature_gradient_kernel":
+        return 255
     if key.kernel == "forward_kernel":
-        return 255 if key.tokens > 8 else 0
-    if key.kernel == "token_gradient_kernel":
-        if key.bits == 32:
-            return 0
-        return 168 if _default_tile(key).threads == 128 else 128
-    return 128 if key.kernel == "mask_kernel" else 168
+        return 255 if key.tokens > 8 or key.bits == 16 else 0
+    if key.kernel == "token_gradient_kernel" and key.bits == 32:
+        return 0
+    if key.kernel == "mask_kernel" and key.tokens <= 8:
+        return 128
+    return 168 if _default_tile(key).threads == 128 else 128
 
 
 def choose(key: Key, gpu: str) -> Config:

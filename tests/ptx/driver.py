@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.driver import driver
 
+from .counts import Counts
 from .emulator import Launch, Program
 from .memory import Allocations
 
@@ -58,12 +59,31 @@ def _ptxas(ptx: bytes, arch: int) -> str:
 class Device:
     """A virtual GPU. ``launches`` counts those of every kernel, by module and name: ``learn.mask_kernel``.
 
-    ``_fresh`` holds of every storage that is checked: its bits, those of NaN, and which bytes were written.
+    ``counts`` are those of every launch inside of :meth:`counting`. ``_fresh`` holds of every storage that is checked: its
+    bits, those of NaN, and which bytes were written.
     """
 
     arch: int
     launches: Counter[str] = field(default_factory=Counter)
+    counts: list[Counts] = field(default_factory=list)
+    _counting: bool = False
     _fresh: dict[int, tuple[Tensor, int, np.ndarray]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[list[Counts]]:
+        """Inside, what every launch costs is counted."""
+        self._counting, self.counts = True, []
+        try:
+            yield self.counts
+        finally:
+            self._counting = False
+
+    def count(self, kernel: str, programs: int, threads: int) -> Counts | None:
+        """Where to count a launch, inside of :meth:`counting`."""
+        if not self._counting:
+            return None
+        self.counts.append(Counts(kernel, programs, programs * threads // 32))
+        return self.counts[-1]
 
     @contextlib.contextmanager
     def initcheck(self) -> Iterator[None]:
@@ -144,10 +164,9 @@ class _Launcher:
             if size:
                 raise NotImplementedError(f"{self.name}: scratch memory")
             packed += bytes(8)
-        launch = Launch(
-            _loaded(ptx, device.arch), (x, y, z), packed, self.metadata.shared, Allocations(spans), device.uninitialised()
-        )
-        launch.run()
+        program = _loaded(ptx, device.arch)
+        counts = device.count(self.name, x * y * z, program.kernel.threads)
+        Launch(program, (x, y, z), packed, self.metadata.shared, Allocations(spans), device.uninitialised(), counts).run()
         device.launches[self.name] += 1
         if leave is not None:
             leave(about)

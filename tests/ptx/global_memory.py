@@ -47,6 +47,8 @@ class GlobalMemory(Lanes):
         for low, written in self.launch.uninitialised.items():
             self._initialised(at, lanes, address, size, write, low, written)
         self._race(at, lanes, address, size, write, index)
+        if self.launch.counts is not None:
+            self.launch.counts.global_access(self.launch.allocations, index, size)
         return (address - np.uint64(PAGE)) // np.uint64(size)
 
     def _initialised(
