@@ -109,6 +109,23 @@ def test_host() -> None:
         assert f"| {name} | {value:.0f} |" in PERFORMANCE
 
 
+def test_counts() -> None:
+    counts = json.loads((ROOT / "bench/results/counts.json").read_text())
+    known = {(r["arch"], r["dtype"], r["layout"], r["kernel"]): r for r in counts["rows"]}
+    section = PERFORMANCE.split("## What the kernels cost, counted")[1].split("\n## ")[0]
+    assert f"{counts['date'][:10]}, Triton {counts['packages']['triton']})" in section
+    kinds = [(dtype, layout) for dtype in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
+    for kernel in {key[3] for key in known}:
+        figures = [known["sm_90", kind[0], kind[1], kernel] for kind in kinds]
+        pairs = " | ".join(f"{row['instructions']:.2f} / {row['shared']:.2f}" for row in figures)
+        asked = [row["asked"] for row in figures]
+        name = kernel.removesuffix("_kernel").replace("_", " ")
+        assert re.search(rf"\| {name} \(stage \d\) \| {re.escape(pairs)} \| {min(asked):.2f} to {max(asked):.2f} \|", section)
+    for (_, dtype, layout, kernel), row in known.items():
+        like = known["sm_90", dtype.replace("fp16", "bf16"), layout, kernel]
+        assert all(abs(row[figure] - like[figure]) < 0.07 for figure in ("instructions", "shared", "asked"))
+
+
 def test_demo() -> None:
     page = PAGES["docs/demo.md"]
     for name, scores in DEMO["test_miou"].items():
