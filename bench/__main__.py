@@ -72,7 +72,7 @@ def result(contender: Contender, inputs: Inputs, share: float = 1.0) -> list[lis
 
 
 def truth(inputs: Inputs) -> list[list[Tensor]]:
-    """What :func:`result` should be: the literal formulas in float64, an image at a time, for they need much memory."""
+    """What `result` should be: the literal formulas in float64, an image at a time, for they need much memory."""
     images = len(inputs.teacher[0])
     singles = [result(contenders.literal, inputs.image(i), 1 / images) for i in range(images)]
     *features, losses = zip(*(outputs for outputs, _ in singles), strict=True)

@@ -24,7 +24,7 @@ class TokensRun:
 
     Attributes:
         channels: of the teacher: "as trained", or "100 : 1" apart.
-        standardize: a key of :data:`KINDS`.
+        standardize: a key of `KINDS`.
         lost: tokens that are empty or on everywhere, over all levels.
         ruled: levels in which one token has all the weight.
         entropy: of the mask weights, mean over levels.

@@ -94,7 +94,7 @@ def standardize(value: Any) -> str | bool:
 
 
 def scale(value: Any, name: str) -> float | Tensor:
-    """:func:`amount`, or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
+    """`amount`, or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
     if not isinstance(value, Tensor):
         return amount(value, name)
     if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():

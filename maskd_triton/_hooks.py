@@ -77,7 +77,7 @@ class Where:
             raise
 
     def replaced(self, result: Any, name: str, levels: Levels) -> Any:
-        """``result`` with ``levels`` in the place of those that :meth:`find` found; the type stays."""
+        """``result`` with ``levels`` in the place of those that `find` found; the type stays."""
         paths = self._paths(result, name)
         for path, level in zip(paths, levels if self._several() else [levels], strict=True):
             result = _with_part(result, path, name, level)

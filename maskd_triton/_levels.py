@@ -67,7 +67,7 @@ def container(modules: Sequence[nn.Module], names: Sequence[Any] | None) -> nn.M
 
 
 def members(modules: nn.Module, name: str, names: Sequence[Any] | None, levels: int) -> list[Any]:
-    """The modules in a :func:`container`, by name where levels have names; ValueError unless there is one for each level."""
+    """The modules in a `container`, by name where levels have names; ValueError unless there is one for each level."""
     held = modules._modules
     found = list(held.values()) if names is None else [held[str(key)] for key in names if str(key) in held]
     if len(found) != levels or len(held) != levels:

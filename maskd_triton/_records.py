@@ -48,7 +48,7 @@ def flat(tables: Sequence[Tensors]) -> list[Tensor]:
 
 
 def tables_of(kind: Any, tensors: Tensors, levels: int) -> Any:
-    """``kind`` (:class:`DistillTables` or :class:`LearnTables`) of what :func:`flat` gave."""
+    """``kind`` (`DistillTables` or `LearnTables`) of what `flat` gave."""
     fields: list[Tensors] = [()] * len(kind._fields)
     for i, field in enumerate(_FIELDS[kind][len(tensors) // levels]):
         fields[field] = tensors[i * levels : (i + 1) * levels]
@@ -133,7 +133,7 @@ class Distilled(NamedTuple):
 
 
 class DistillKept(NamedTuple):
-    """All that the gradient of stage 2 depends on, but for the features; see :class:`Distilled` and :class:`DistillOptions`."""
+    """All that the gradient of stage 2 depends on, but for the features; see `Distilled` and `DistillOptions`."""
 
     coefficients: Tensor
     masks: Tensors

@@ -37,8 +37,8 @@ def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> D
     fake=lambda student, teacher, impl, *options: _new(student, _options(student, *options)),
 )
 def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) -> Distilled:
-    """``student``, ``teacher``: ``[N, C_i, H_i, W_i]`` of every level, any strides; ``options``: a :class:`DistillOptions`, its
-    tables flat. Returns a :class:`Distilled`."""
+    """``student``, ``teacher``: ``[N, C_i, H_i, W_i]`` of every level, any strides; ``options``: a `DistillOptions`, its
+    tables flat. Returns a `Distilled`."""
     return _distill(student, teacher, impl, _options(student, *options))
 
 
@@ -58,7 +58,7 @@ def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, op
 )
 def distill_backward(student: list[Tensor], teacher: list[Tensor], impl: str, grad: Tensor, *kept: Any) -> list[Tensor]:
     """Gradients for ``student``; ``grad [levels, N]`` may have any strides, also expanded ones; ``kept``: a
-    :class:`DistillKept`."""
+    `DistillKept`."""
     backward = kernels("distill").backward if impl == "triton" else _eager.distill_backward
     return backward(student, teacher, grad, DistillKept(*kept))
 
@@ -94,7 +94,7 @@ class _Distill(Function):
 
 
 def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
-    """What :class:`_Distill` gives, flat, as it was."""
+    """What `_Distill` gives, flat, as it was."""
     return Distilled(outputs[0], outputs[1], outputs[2], outputs[3 : 3 + levels], outputs[3 + levels :])
 
 

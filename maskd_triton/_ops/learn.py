@@ -30,9 +30,9 @@ def _fake(features: list[Tensor], impl: str, tables: list[Tensor], *_: Any) -> t
     fake=_fake,
 )
 def learn(features: list[Tensor], impl: str, tables: list[Tensor], *others: Any) -> tuple[Any, ...]:
-    """Masked features ``[N, C_i, P_i]``, Dice losses ``[levels]``, and a :class:`LearnKept`.
+    """Masked features ``[N, C_i, P_i]``, Dice losses ``[levels]``, and a `LearnKept`.
 
-    ``features``: ``[N, C_i, P_i]`` of every level, any strides; the rest is a :class:`LearnOptions`, its tables flat.
+    ``features``: ``[N, C_i, P_i]`` of every level, any strides; the rest is a `LearnOptions`, its tables flat.
     """
     options = _options(features, tables, *others)
     kept = _new(features, options.tables)

@@ -51,7 +51,7 @@ class _Pool(Function):
 
 
 def strip_sums(features: Sequence[Tensor], valid: Sequence[Tensor], heights: Sequence[int], impl: str) -> list[Tensor]:
-    """What :func:`pool` gives, differentiable in ``features``."""
+    """What `pool` gives, differentiable in ``features``."""
     return list(_Pool.call(features, list(valid), list(heights), impl, *features))
 
 

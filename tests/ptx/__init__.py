@@ -2,7 +2,7 @@
 
 A launch goes through Triton's ordinary path for an NVIDIA GPU of compute capability 8.0 or 9.0. Checked are
 
-* global memory: inside the views that were passed, aligned, written before it is read (:meth:`driver.Device.initcheck`), and
+* global memory: inside the views that were passed, aligned, written before it is read (`driver.Device.initcheck`), and
   free of races: of two threads that access one place in a launch, one writing, a barrier of their CTA is between;
 * shared memory: inside, aligned, free of races between warps. It starts as NaN. ``cp.async`` takes effect at the wait that
   covers it; what a ``wgmma`` reads counts as being read until the wait that covers it, unless ptxas serialises (C7515).

@@ -33,7 +33,7 @@ class GlobalMemory(Lanes):
             host(size, width)[index] = self.gathered(values, lanes, width)
 
     def checked(self, at: int, lanes: np.ndarray, address: np.ndarray, size: int, write: bool) -> np.ndarray:
-        """Rows of :func:`memory.host` of accesses that may be made."""
+        """Rows of `memory.host` of accesses that may be made."""
         access = "write" if write else "read"
         index, bad = self.launch.allocations.find(address, size)
         if bad.any():

@@ -19,7 +19,7 @@ _hosts: dict[tuple[int, int], np.ndarray] = {}
 
 
 def host(size: int, width: int) -> np.ndarray:
-    """All memory from :data:`PAGE` on, ``[rows of size bytes, numbers of width bytes]``."""
+    """All memory from `PAGE` on, ``[rows of size bytes, numbers of width bytes]``."""
     if (size, width) not in _hosts:
         _hosts[size, width] = np.asarray(_Host(size, width))
     return _hosts[size, width]

@@ -21,7 +21,7 @@ class Address:
 
 @dataclass(slots=True)
 class Instruction:
-    """``guard``: register and whether it is negated; ``args``: strings, lists of strings, :class:`Address`."""
+    """``guard``: register and whether it is negated; ``args``: strings, lists of strings, `Address`."""
 
     line: int
     text: str
