@@ -145,9 +145,9 @@ class MaskedDistillLoss(nn.Module):
         self.beta = check.positive(beta, "beta")
         self.channels, self.names = named(channels)
         self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
-        self.weight_mask = weight_mask and num_tokens is not None
+        self.weight_mask = bool(weight_mask) and num_tokens is not None
         self.standardize = check.standardize(standardize)
-        self.custom_mask = custom_mask and num_tokens is not None
+        self.custom_mask = bool(custom_mask) and num_tokens is not None
         self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
         self.eps = check.amount(eps, "eps")
         self.impl = impl

@@ -117,7 +117,10 @@ def test_ints_of_other_kinds(kind: Callable[[int], Any]) -> None:
 
 @pytest.mark.parametrize("value", [np.True_, np.False_])
 def test_bools_of_numpy(value: Any) -> None:
-    for module in (MaskLearner(8, 3, value, standardize=value), MaskedDistillLoss(8, 3, weight_mask=value, standardize=value)):
+    criterion = MaskedDistillLoss(8, 3, weight_mask=value, custom_mask=value, standardize=value)
+    x = torch.ones(1, 8, 2, 2)
+    assert torch.compile(criterion, backend="aot_eager", fullgraph=True)(x, x + 1) == criterion(x, x + 1)
+    for module in (MaskLearner(8, 3, value, standardize=value), criterion):
         assert module.standardize == (value and "channel")
         assert (len(list(module.mask_modules[0].buffers())) > 2) == bool(value)
 
