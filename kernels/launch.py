@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _memo
 from . import tuning
 from .tiles import CHANNELS, PIXELS, sigmoid
 from .tuning import Config
@@ -160,7 +161,7 @@ def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ())
     for i, level in enumerate(zip(*maps, strict=True)):
         dtypes = *(x.dtype for x in level), *(each[i].dtype for each in parameters if each)
         fast = tuple(each[i] for each in axes)
-        found.setdefault((dtypes, fast, _wide(*level)), []).append(i)
+        found.setdefault((dtypes, fast, is_wide(*level)), []).append(i)
     return [_group(levels, maps, fast, wide) for (_, fast, wide), levels in found.items()]
 
 
@@ -183,13 +184,11 @@ def planned(
     )
     found = PLANS.get(key)
     if found is None:
-        found = PLANS[key] = plan(options, maps, parameters)
-        while len(PLANS) > MOST_PLANS:  # endless new sizes must not fill the memory: the oldest goes
-            PLANS.pop(next(iter(PLANS)), None)
+        found = _memo.remember(PLANS, key, plan(options, maps, parameters), MOST_PLANS)
     return found  # type: ignore[no-any-return]
 
 
-MOST_PLANS = 4096
+MOST_PLANS = _memo.MOST
 PLANS: dict[Any, Any] = {}
 
 
@@ -225,7 +224,7 @@ def _row(axis: int) -> int:
     return 2 if axis == CHANNELS else 1
 
 
-def _wide(*tensors: Tensor) -> bool:
+def is_wide(*tensors: Tensor) -> bool:
     """Whether an offset inside one image leaves 32 bits."""
     return any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 2**31 for x in tensors)
 

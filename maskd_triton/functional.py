@@ -13,6 +13,7 @@ from . import _checks as check
 from . import _distributed, _eager, _levels
 from ._eager import Standardization, compose_standardization, compose_weighting
 from ._levels import Levels, Matched
+from ._memo import remember
 from ._ops.distill import masked_distill
 from ._ops.learn import masked_learn
 from ._ops.pool import valid_weights
@@ -251,9 +252,7 @@ def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions
     looks = (torch.is_grad_enabled(), *channels, *maps, *others)
     if looks not in _FITTING:
         _check_looks(levels, channels, options)
-        if len(_FITTING) >= 4096:  # endless new sizes must not fill the memory
-            _FITTING.pop(next(iter(_FITTING)), None)
-        _FITTING[looks] = None
+        remember(_FITTING, looks, None)
     return None
 
 

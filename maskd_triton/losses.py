@@ -1,5 +1,6 @@
 """Stage 2: the distillation loss."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -36,6 +37,8 @@ from .masks import MaskModule
 from .tables import LevelTables, MaskLevel
 
 __all__ = ["MaskedDistillLoss"]
+
+_OF_DTYPES = re.compile(r"\b(?:dtype|datatype|scalar type|Input type)\b")  # in what torch says of operands that do not match
 
 
 class MaskedDistillLoss(nn.Module):
@@ -388,14 +391,14 @@ class MaskedDistillLoss(nn.Module):
                 with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
                     y = module(x)
             except RuntimeError as error:
-                if is_dtensor(x) and not any(map(is_dtensor, module.parameters())):
+                if "DTensor" in str(error) and is_dtensor(x) and not any(map(is_dtensor, module.parameters())):
                     raise TypeError(
                         f"align{label}: its parameters are plain tensors, the student's features DTensors; pass the criterion "
                         "through torch.distributed.tensor.distribute_module"
                     ) from error
                 dtypes = {p.dtype for p in module.parameters()}
-                if not dtypes or x.dtype in dtypes:
-                    raise
+                if not dtypes or x.dtype in dtypes or not _OF_DTYPES.search(str(error)):
+                    raise  # a device's errors, among others
                 names = ", ".join(sorted(map(str, dtypes)))
                 raise TypeError(
                     f"align{label}: its parameters are {names}, the student's features {x.dtype}; cast one of them, or call "

@@ -4,7 +4,6 @@ import argparse
 import copy
 import datetime
 import os
-import pickle
 import pydoc
 import re
 import subprocess
@@ -347,29 +346,6 @@ def test_file_without_a_state_dict(content: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"to hold a state dict, got {type(content).__name__}") as caught:
         mask_state(path)
     assert str(path) in str(caught.value)
-
-
-class Trap:
-    """Unpickling it creates a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (open, (str(self.marker), "w"))
-
-
-def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
-    marker, path = tmp_path / "marker", tmp_path / "tokens.pth"
-    state = {**learned().state_dict(), "extra": Trap(marker)}
-    pickle.loads(pickle.dumps(Trap(marker))).close()
-    marker.unlink()  # raises unless the trap works
-    assert_refused(pickle.dumps({"mask_modules.0.mask_token": Trap(marker)}, protocol=2), path)
-    assert_refused(pickle.dumps(Trap(marker), protocol=2), path)
-    for zipped in (True, False):
-        saved(state, tmp_path, _use_new_zipfile_serialization=zipped)
-        assert_refused(path.read_bytes(), path)
-    assert not marker.exists()
 
 
 class Config:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = """
-    _checks _records _distributed shapes _levels
+    _checks _memo _records _distributed shapes _levels
     _eager reference
     kernels kernels.tiles kernels.tuning kernels.launch kernels.pool kernels.distill kernels.learn kernels.autotune
     _ops _ops.library _ops.pool _ops.distill _ops.learn

@@ -1,0 +1,43 @@
+"""Many cases, one after the other, drawn by hypothesis from a seed and shrunk where one fails."""
+
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import hypothesis
+
+from tests.fuzz.cases import MOST, MOST_INTERPRETED, Case, cases
+from tests.fuzz.check import check
+from tests.fuzz.tensors import given_by
+
+CASES = int(os.environ.get("MASKD_FUZZ_CASES", "2000"))  # as ``python -m tests.fuzz`` sets them
+SEED = int(os.environ.get("MASKD_FUZZ_SEED", "0"))
+
+
+def tried(
+    impl: str, number: int, stream: int, most: int = 0, inside: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> float:
+    """``number`` cases of ``impl``, each ``inside`` of a context; the largest error as a share of what is allowed.
+
+    ``stream``: those that run beside each other draw other cases. ``most``: as in :func:`cases.cases`."""
+    shares = [0.0]
+
+    @hypothesis.seed(1000 * SEED + stream)
+    @hypothesis.settings(
+        max_examples=number, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=False
+    )
+    @hypothesis.given(cases(most or (MOST if impl == "eager" else MOST_INTERPRETED), kernels=impl == "triton"))
+    def run(case: Case) -> None:
+        with inside():
+            shares.append(once(case, impl))
+
+    run()
+    return max(shares)
+
+
+def once(case: Case, impl: str) -> float:
+    """The largest error of one case as a share of what is allowed; AssertionError where it is more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of what is infinite
+        return check(given_by(case), impl)
