@@ -82,12 +82,15 @@ def test_1000_steps_leak_nothing(stage: int) -> None:
 
     with learner.attach(teacher, "neck"):
         steps(300)
-        before = in_use()
-        steps(1000)
-        tensors, blocks, size = (now - then for now, then in zip(in_use(), before, strict=True))
+        seen = [in_use()]
+        for _ in range(2):
+            steps(500)
+            seen.append(in_use())
+    # a leak shows in both halves; what an allocator takes once does not
+    tensors, blocks, size = (min(b - a, c - b) for a, b, c in zip(*seen, strict=True))
     assert tensors == 0
-    assert blocks < 300  # less than one in three steps
-    assert size < 2**20  # 1 KiB a step
+    assert blocks < 150  # less than one in three steps
+    assert size < 2**19  # 1 KiB a step
 
 
 @contextmanager
