@@ -22,15 +22,14 @@ from bench import environment
 from . import digits_report as report
 from . import digits_standardize as standardize
 from .digits_data import SPLITS, Scenes, make_scenes
-from .digits_models import SegmentationNet, make_student, make_teacher
+from .digits_models import PyramidNet, make_student, make_teacher
+from .digits_tasks import mean_iou, task_loss
 from .digits_training import (
     VARIANTS,
     StudentRun,
     Study,
     Tick,
     learn_tokens,
-    mean_iou,
-    task_loss,
     teacher_features,
     train_student,
     train_teacher,
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"  {wall_time:.0f} s in all. Written to {args.out.resolve()}: masks.png, curves.png, results.json")
 
 
-def teach(settings: Settings, device: torch.device) -> tuple[dict[str, Scenes], SegmentationNet]:
+def teach(settings: Settings, device: torch.device) -> tuple[dict[str, Scenes], PyramidNet]:
     """Scenes of every split, and a trained teacher."""
     section("1/4 Scenes: scikit-learn's handwritten digits on its two photographs")
     scenes = {split: make_scenes(split, count).to(device) for split, count in zip(SPLITS, settings.scenes, strict=True)}
@@ -110,7 +109,7 @@ def teach(settings: Settings, device: torch.device) -> tuple[dict[str, Scenes], 
     return scenes, teacher
 
 
-def prepare(scenes: dict[str, Scenes], teacher: SegmentationNet, settings: Settings) -> tuple[Study, dict[str, list[float]]]:
+def prepare(scenes: dict[str, Scenes], teacher: PyramidNet, settings: Settings) -> tuple[Study, dict[str, list[float]]]:
     """The teacher's receptive tokens; the losses of stage 1."""
     train = scenes["train"]
     section("3/4 Stage 1: receptive tokens on the frozen teacher")
@@ -124,7 +123,7 @@ def prepare(scenes: dict[str, Scenes], teacher: SegmentationNet, settings: Setti
 
 
 def compare_standardizations(
-    scenes: dict[str, Scenes], teacher: SegmentationNet, settings: Settings, out: Path, start: float
+    scenes: dict[str, Scenes], teacher: PyramidNet, settings: Settings, out: Path, start: float
 ) -> None:
     """Which tokens collapse on raw, standardised and isotropic features; written to ``out``."""
     section(f"Stage 1 with raw, standardised and isotropic features: {settings.seeds} seeds, {settings.token_steps} steps")

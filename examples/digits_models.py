@@ -1,4 +1,4 @@
-"""One small segmentation net in two sizes: a teacher, and a student a sixteenth of it."""
+"""One small net for dense predictions in two sizes: a teacher, and a student a sixteenth of it."""
 
 from collections.abc import Sequence
 
@@ -8,34 +8,35 @@ from torch.nn.functional import interpolate
 from .digits_data import NUM_CLASSES, SIZE
 
 
-class SegmentationNet(nn.Module):
+class PyramidNet(nn.Module):
     """Backbone (strides 2, 4, 8), feature pyramid ``neck`` with three levels, head that sums the levels."""
 
-    def __init__(self, widths: Sequence[int], neck_width: int) -> None:
+    def __init__(self, widths: Sequence[int], neck_width: int, outputs: int = NUM_CLASSES, stride: int = 1) -> None:
         super().__init__()
+        self.side = SIZE // stride
         self.neck_channels = [neck_width] * len(widths)
         self.backbone = Backbone(widths)
         self.neck = Pyramid(widths, neck_width)
-        self.head = Head(neck_width, len(widths))
+        self.head = Head(neck_width, len(widths), outputs)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The levels that are distilled."""
         return self.neck(self.backbone(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores ``[N, NUM_CLASSES, H, W]`` at the size of the images."""
+        """Scores ``[N, outputs, H, W]`` at the size of the images, divided by the stride."""
         return self.scores(self.features(images))
 
     def scores(self, levels: list[Tensor]) -> Tensor:
-        return interpolate(self.head(levels), (SIZE, SIZE), mode="bilinear")
+        return interpolate(self.head(levels), (self.side, self.side), mode="bilinear")
 
 
-def make_teacher() -> SegmentationNet:
-    return SegmentationNet(widths=(32, 64, 128), neck_width=64)
+def make_teacher(outputs: int = NUM_CLASSES, stride: int = 1) -> PyramidNet:
+    return PyramidNet((32, 64, 128), 64, outputs, stride)
 
 
-def make_student() -> SegmentationNet:
-    return SegmentationNet(widths=(8, 16, 32), neck_width=16)
+def make_student(outputs: int = NUM_CLASSES, stride: int = 1) -> PyramidNet:
+    return PyramidNet((8, 16, 32), 16, outputs, stride)
 
 
 class Backbone(nn.Module):
@@ -79,10 +80,10 @@ class Pyramid(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self, width: int, levels: int) -> None:
+    def __init__(self, width: int, levels: int, outputs: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(conv_bn_relu(width, width) for _ in range(levels))
-        self.classify = nn.Conv2d(width, NUM_CLASSES, 1)
+        self.classify = nn.Conv2d(width, outputs, 1)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         first, *others = [conv(x) for conv, x in zip(self.convs, levels, strict=True)]

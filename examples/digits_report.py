@@ -14,7 +14,7 @@ from maskd_triton import MaskLearner, viz
 from maskd_triton.diagnostics import LevelDiagnostics, collapsed
 
 from .digits_data import Scenes
-from .digits_models import SegmentationNet
+from .digits_models import PyramidNet
 from .digits_training import VARIANTS, StudentRun
 
 matplotlib.use("Agg")  # before pyplot chooses a backend that needs a screen
@@ -57,7 +57,7 @@ def results_table(runs: Sequence[StudentRun], teacher_miou: float, steps: int) -
 
 
 @torch.no_grad()
-def plot_masks(path: Path, learner: MaskLearner, teacher: SegmentationNet, scenes: Scenes) -> None:
+def plot_masks(path: Path, learner: MaskLearner, teacher: PyramidNet, scenes: Scenes) -> None:
     """Every token's mask on every level over the first two scenes."""
     images = scenes.images[:2]
     levels = teacher.features(images)

@@ -12,8 +12,9 @@ from maskd_triton import MaskLearner
 from maskd_triton.diagnostics import ALL_WEIGHT, EMPTY, EVERYWHERE
 
 from .digits_data import Scenes
-from .digits_models import SegmentationNet
-from .digits_training import Tick, learn_tokens, task_loss
+from .digits_models import PyramidNet
+from .digits_tasks import task_loss
+from .digits_training import Tick, learn_tokens
 
 KINDS = {"raw": False, '"channel"': "channel", '"isotropic"': "isotropic"}
 
@@ -42,7 +43,7 @@ class TokensRun:
     weight: list[list[float]]
 
 
-def teachers(teacher: SegmentationNet) -> dict[str, SegmentationNet]:
+def teachers(teacher: PyramidNet) -> dict[str, PyramidNet]:
     """The teacher, and the same function with feature channels of very different sizes: the head undoes the neck's factors."""
     apart = copy.deepcopy(teacher)
     with torch.no_grad():
@@ -55,7 +56,7 @@ def teachers(teacher: SegmentationNet) -> dict[str, SegmentationNet]:
 
 
 def compare(
-    teacher: SegmentationNet, train: Scenes, validation: Scenes, steps: int, seeds: int, tick: Callable[[str], Tick]
+    teacher: PyramidNet, train: Scenes, validation: Scenes, steps: int, seeds: int, tick: Callable[[str], Tick]
 ) -> list[TokensRun]:
     """Every kind of features of both teachers, with the same seeds."""
     runs = []
@@ -69,7 +70,7 @@ def compare(
 
 
 @torch.no_grad()
-def judge(teacher: SegmentationNet, learner: MaskLearner, scenes: Scenes, channels: str, kind: str, seed: int) -> TokensRun:
+def judge(teacher: PyramidNet, learner: MaskLearner, scenes: Scenes, channels: str, kind: str, seed: int) -> TokensRun:
     masked = learner(teacher.features(scenes.images))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of collapsed masks: they are what is counted here

@@ -1,21 +1,22 @@
 """The three trainings of the demo: the teacher, its receptive tokens (stage 1), and a student (stage 2)."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import mse_loss
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
 
-from .digits_data import NUM_CLASSES, Scenes
-from .digits_models import SegmentationNet, make_student, make_teacher
+from .digits_data import Scenes
+from .digits_models import PyramidNet, make_student, make_teacher
+from .digits_tasks import SEGMENTATION, Task, mean_iou
 
 BATCH = 32
 NUM_TOKENS = 6
-BACKGROUND_WEIGHT = 0.4  # most pixels are background
 WEIGHT_DECAY = 0.01
 TEACHER_LR = 3e-3
 TOKEN_LR = 1e-2
@@ -26,6 +27,7 @@ VARIANTS = ("student alone", "plain feature MSE", "MasKD")
 
 Module = TypeVar("Module", bound=nn.Module)
 Tick = Callable[[], object]  # called once per training step: the progress bar
+Distance = Callable[[Tensor, Tensor], Tensor]  # of two levels [N, C, H, W], a scalar
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Study:
     train: Scenes
     validation: Scenes
     test: Scenes
-    teacher: SegmentationNet
+    teacher: PyramidNet
     levels: list[Tensor]  # the teacher's features of the training scenes
     learner: MaskLearner
 
@@ -50,11 +52,14 @@ class StudentRun:
     curve: list[tuple[int, float]]  # step, validation mIoU
 
 
-class PlainFeatureMSE(nn.Module):
-    """The baseline: mean squared difference over all pixels, with MasKD's aligns and of the same standardised features."""
+class PlainFeatureLoss(nn.Module):
+    """The baseline: a distance over all pixels, with MasKD's aligns and of the same standardised features."""
 
-    def __init__(self, learner: MaskLearner, student_channels: Sequence[int], loss_weight: float) -> None:
+    def __init__(
+        self, learner: MaskLearner, student_channels: Sequence[int], loss_weight: float, distance: Distance = mse_loss
+    ) -> None:
         super().__init__()
+        self.distance = distance
         pairs = zip(student_channels, learner.channels, strict=True)
         self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in pairs)
         self.statistics = [(m.channel_mean[:, None, None], m.channel_std[:, None, None]) for m in learner.mask_modules]
@@ -62,25 +67,36 @@ class PlainFeatureMSE(nn.Module):
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         levels = zip(self.align, student, teacher, self.statistics, strict=True)
-        return self.loss_weight * sum(mse_loss(conv(s), (t - mean) / std) for conv, s, t, (mean, std) in levels)
+        return self.loss_weight * sum(self.distance(conv(s), (t - mean) / std) for conv, s, t, (mean, std) in levels)
 
 
-def train_teacher(train: Scenes, steps: int, tick: Tick) -> SegmentationNet:
-    torch.manual_seed(0)
-    teacher = _on(train, make_teacher())
+def train_teacher(train: Scenes, steps: int, tick: Tick, seed: int = 0, task: Task = SEGMENTATION) -> PyramidNet:
+    torch.manual_seed(seed)
+    teacher = on_device_of(train, task.prepare(make_teacher(task.outputs, task.stride)))
     optimizer, schedule = _adamw(teacher.parameters(), TEACHER_LR, steps)
-    for batch in _batches(len(train), steps, seed=0):
-        _step(task_loss(teacher(train.images[batch]), train.labels[batch]), optimizer, schedule)
+    for batch in batches(len(train), steps, seed):
+        scenes = train[batch]
+        _step(task.loss(teacher(scenes.images), scenes), optimizer, schedule)
         tick()
     return teacher.eval()
 
 
 def learn_tokens(
-    teacher: SegmentationNet, train: Scenes, steps: int, tick: Tick, standardize: bool | str = True, seed: int = 0
+    teacher: PyramidNet,
+    train: Scenes,
+    steps: int,
+    tick: Tick,
+    standardize: bool | str = True,
+    seed: int = 0,
+    *,
+    task: Task = SEGMENTATION,
+    num_tokens: int = NUM_TOKENS,
+    weight_mask: bool = True,
+    with_dice: bool = True,
 ) -> tuple[MaskLearner, dict[str, list[float]]]:
     """Stage 1: the teacher must still solve its task on masked features, and the masks must differ (Dice)."""
     torch.manual_seed(seed)
-    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=standardize).to(train.images.device)
+    learner = MaskLearner(teacher.neck_channels, num_tokens, weight_mask, standardize=standardize).to(train.images.device)
     if standardize:
         with learner.calibrate(teacher, "neck"):
             for images in train.images.split(200):
@@ -89,55 +105,82 @@ def learn_tokens(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
     history: dict[str, list[float]] = {"task loss": [], "dice": []}
     with learner.attach(teacher, "neck"):
-        for batch in _batches(len(train), steps, seed):
-            task = task_loss(teacher(train.images[batch]), train.labels[batch])
+        for batch in batches(len(train), steps, seed):
+            scenes = train[batch]
+            loss = task.loss(teacher(scenes.images), scenes)
             dice = learner.dice_loss()
-            _step(task + dice, optimizer, schedule)
-            history["task loss"].append(task.item())
+            _step(loss + dice if with_dice else loss, optimizer, schedule)
+            history["task loss"].append(loss.item())
             history["dice"].append(dice.item())
             tick()
     return learner, history
 
 
 @torch.no_grad()
-def teacher_features(teacher: SegmentationNet, scenes: Scenes) -> list[Tensor]:
+def teacher_features(teacher: PyramidNet, scenes: Scenes) -> list[Tensor]:
     """The levels of all scenes, computed once: nothing augments them and every student needs them."""
     chunks = [teacher.features(images) for images in scenes.images.split(200)]
     return [torch.cat(level) for level in zip(*chunks, strict=True)]
 
 
 def train_student(study: Study, variant: str, loss_weight: float, seed: int, steps: int, tick: Tick) -> StudentRun:
-    """Stage 2: task loss plus the variant's distillation loss. A seed fixes initialisation and batches."""
-    train = study.train
-    torch.manual_seed(seed)
-    student = _on(train, make_student())
-    trained = list(student.parameters())
+    """Stage 2 of the demo."""
     criterion = None
     if variant != "student alone":
-        criterion = _on(train, make_criterion(study, variant, student.neck_channels, loss_weight, steps))
-        torch.manual_seed(seed)  # the two criteria drew different amounts for their own initialisation
+        criterion = make_criterion(study, variant, make_student().neck_channels, loss_weight, steps)
+    curve = []
+
+    def watch(step: int, student: PyramidNet) -> None:
+        if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
+            curve.append((step, mean_iou(student, study.validation)))
+        tick()
+
+    student, _ = distil(SEGMENTATION, study.train, study.levels, criterion, seed, steps, watch)
+    return StudentRun(variant, seed, mean_iou(student, study.test), curve)
+
+
+def distil(
+    task: Task,
+    train: Scenes,
+    levels: list[Tensor],
+    criterion: nn.Module | None,
+    seed: int,
+    steps: int,
+    watch: Callable[[int, PyramidNet], object],
+) -> tuple[PyramidNet, float]:
+    """Stage 2: task loss plus ``criterion(features, levels)``. A seed fixes initialisation, that of the aligns, and batches.
+
+    ``watch`` is called after every step. Returns the student, and the seconds of the steps without those of ``watch``.
+    """
+    torch.manual_seed(seed)
+    student = on_device_of(train, task.prepare(make_student(task.outputs, task.stride)))
+    trained = list(student.parameters())
+    if criterion is not None:
+        on_device_of(train, criterion)
+        torch.manual_seed(seed)  # whatever a criterion drew for its own initialisation
         for conv in criterion.align:
             conv.reset_parameters()
         trained += criterion.align.parameters()
     optimizer, schedule = _adamw(trained, STUDENT_LR, steps)
-    curve = []
-    for step, batch in enumerate(_batches(len(train), steps, seed), start=1):
-        features = student.features(train.images[batch])
-        loss = task_loss(student.scores(features), train.labels[batch])
+    seconds = 0.0
+    for step, batch in enumerate(batches(len(train), steps, seed), start=1):
+        start = time.perf_counter()
+        scenes = train[batch]
+        features = student.features(scenes.images)
+        loss = task.loss(student.scores(features), scenes)
         if criterion is not None:
-            loss = loss + criterion(features, [level[batch] for level in study.levels])
+            loss = loss + criterion(features, [level[batch] for level in levels])
         _step(loss, optimizer, schedule)
-        if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
-            curve.append((step, mean_iou(student, study.validation)))
-        tick()
-    return StudentRun(variant, seed, mean_iou(student, study.test), curve)
+        seconds += time.perf_counter() - start
+        watch(step, student)
+    return student, seconds
 
 
 def make_criterion(
     study: Study, variant: str, student_channels: list[int], loss_weight: float, steps: int
-) -> PlainFeatureMSE | MaskedDistillLoss:
+) -> PlainFeatureLoss | MaskedDistillLoss:
     if variant == "plain feature MSE":
-        return PlainFeatureMSE(study.learner, student_channels, loss_weight)
+        return PlainFeatureLoss(study.learner, student_channels, loss_weight)
     return MaskedDistillLoss(
         study.learner.channels,
         NUM_TOKENS,
@@ -149,28 +192,7 @@ def make_criterion(
     )
 
 
-def task_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    weight = torch.ones(NUM_CLASSES, device=scores.device)
-    weight[0] = BACKGROUND_WEIGHT
-    return cross_entropy(scores, labels, weight)
-
-
-@torch.no_grad()
-def mean_iou(net: SegmentationNet, scenes: Scenes) -> float:
-    """Intersection over union over all pixels of all scenes, averaged over the classes that occur."""
-    training = net.training
-    net.eval()
-    confusion = torch.zeros(NUM_CLASSES**2, device=scenes.labels.device)
-    for images, labels in zip(scenes.images.split(200), scenes.labels.split(200), strict=True):
-        pairs = labels * NUM_CLASSES + net(images).argmax(1)
-        confusion += torch.bincount(pairs.flatten(), minlength=NUM_CLASSES**2)
-    net.train(training)
-    confusion = confusion.view(NUM_CLASSES, NUM_CLASSES)
-    both = confusion.diag()
-    return (both / (confusion.sum(0) + confusion.sum(1) - both)).nanmean().item()
-
-
-def _on(scenes: Scenes, module: Module) -> Module:
+def on_device_of(scenes: Scenes, module: Module) -> Module:
     """On the scenes' device, channels last: convolutions are then faster on CPUs and GPUs alike."""
     return module.to(scenes.images.device, memory_format=torch.channels_last)
 
@@ -189,7 +211,7 @@ def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.
     schedule.step()
 
 
-def _batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
+def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Indices of ``steps`` batches from fresh permutations, drawn on the CPU: the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.int64)
