@@ -14,13 +14,8 @@ from torch.nn.functional import cosine_similarity, smooth_l1_loss
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
 from maskd_triton import functional as F
 
-DISTANCES: list[dict[str, Any]] = [
-    {"distance": "squared"},
-    {"distance": "smooth_l1"},
-    {"distance": "smooth_l1", "beta": 0.3},
-    {"distance": "cosine"},
-]
-OTHERS = DISTANCES[1:]
+DISTANCES: list[dict[str, Any]] = [*({"distance": name} for name in F.DISTANCES), {"distance": "smooth_l1", "beta": 0.3}]
+OTHERS = [options for options in DISTANCES if options["distance"] != "squared"]
 SHAPES = [(2, 5, 4, 6), (2, 70, 3, 5), (2, 3, 1, 1)]
 
 

@@ -309,7 +309,7 @@ def test_only_one_level_of_the_student_requires_grad(target: Target) -> None:
 
 
 @pytest.mark.parametrize("valid", [False, True], ids=["", "valid"])
-@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", F.DISTANCES)
 def test_empty_batch_trains(distance: str, valid: bool, target: Target) -> None:
     impl, device = target
     learner = MaskLearner(4)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench import measure
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
+from maskd_triton import functional as F
 
 Target = tuple[str, str]
 SHAPE = (2, 32, 32, 48)
@@ -57,7 +58,7 @@ BOUNDS = {("2", "eager"): 2.0, ("2", "triton"): 1.6, ("1", "eager"): 3.0, ("1", 
 
 
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
-@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", F.DISTANCES)
 def test_stage_2(distance: str, standardize: bool, target: Target) -> None:
     another = distance == "smooth_l1" and target[0] == "eager"  # torch's function writes none in place: 2.4
     assert feature_maps(stage_2(*target, standardize, distance), target[1]) < BOUNDS["2", target[0]] + 0.6 * another

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton._ops.distill import distill, distill_backward, masked_distill
 from maskd_triton._records import Distilled, DistillOptions, DistillTables, flat
+from maskd_triton.functional import DISTANCES
 
 FULLEST = "weighted standard"
 KINDS = ["plain", "weighted", "standard", FULLEST, "weighted valid", "given", "smooth_l1", "cosine standard valid"]
@@ -38,7 +39,7 @@ def problem(
         warmup=3,
     )
     tables = options.tables
-    if kind.split()[0] in ("smooth_l1", "cosine"):
+    if kind.split()[0] in DISTANCES:
         options = options._replace(distance=kind.split()[0], beta=0.7)
     if "weighted" in kind:
         bias = [frozen(5, 3) if "standard" in kind else frozen(3) for _ in range(2)]

@@ -53,6 +53,17 @@ def test_workflows_test_the_versions_of_the_classifiers() -> None:
     assert re.findall(r'"(.*?)"', tested[1]) == promised
 
 
+def test_names_in_the_guide_exist() -> None:
+    page = read("CONTRIBUTING.md")
+    code = "".join(path.read_text() for folder in ("maskd_triton", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    for title in ("How a level flows", "Add a distance"):
+        section = page.split(f"## {title}")[1].split("\n## ")[0]
+        names = re.findall(r"`(?:[\w/.]+[.:])?(\w+)`", re.sub(r"`[\w/.]+\.(py|md)`|`git .*?`", "", section))
+        assert len(names) > 8
+        for name in names:
+            assert re.search(rf"\b{name}\b", code), name
+
+
 def test_every_folder_and_module_is_on_the_map() -> None:
     page = read("CONTRIBUTING.md")
     table = page.split("## The map of the house")[1].split("\n## ")[0]

@@ -52,7 +52,7 @@ def test_stage_2(levels: int, layout: str, target: Target, launches: list[str]) 
 
 
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
-@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", F.DISTANCES)
 def test_launches_and_what_is_kept(distance: str, standardize: bool, target: Target, launches: list[str]) -> None:
     """One launch per pass whatever the distance; the backward pass reads features, masks, coefficients and, for the cosine, two
     scalars per pixel."""
@@ -81,7 +81,7 @@ def test_launches_and_what_is_kept(distance: str, standardize: bool, target: Tar
 
 
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
-@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", F.DISTANCES)
 def test_features_are_read_once_per_pass(distance: str, standardize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every element of both, once forward and once backward, as the interpreter sees it; mask weights read the border again."""
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule
+from maskd_triton import functional as F
 
 Target = tuple[str, str]
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def in_reverse(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[T
 
 @pytest.mark.parametrize("valid", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standard"])
-@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", F.DISTANCES)
 def test_grad_of_features(distance: str, standardize: bool, valid: bool, target: Target) -> None:
     criterion, student, teacher = double(target, standardize, distance=distance), maps(target), maps(target)
     mask = torch.rand(2, 6, 8, device=target[1]) > 0.3 if valid else None
@@ -82,7 +83,7 @@ def test_grad_of_tokens(padded: bool, target: Target) -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("distance", ["squared", "smooth_l1", "cosine"])
+@pytest.mark.parametrize("distance", F.DISTANCES)
 def test_vmap_and_jacrev(distance: str, target: Target) -> None:
     """A batch of students, gradients of each, and the Jacobian of the levels' losses."""
     criterion, students, teacher = double(target, distance=distance).eval(), maps(target, 3), maps(target)
