@@ -142,9 +142,9 @@ def compose_standardization(
         weighting: ``(rows, bias)`` from `compose_weighting`; None: no mask weights.
 
     Returns:
-        A `Standardization`; and the weighting for raw features, ``rows [9, T, C]`` and ``bias [5, T]``: a constant, the
-        factors of ``1 / H`` and ``1 / W``, and those of ``1 / (H W)`` for the corners of one diagonal and of the other. None
-        without ``weighting``.
+        A `Standardization`, and the weighting for raw features: ``rows [9, T, C]`` and ``bias [5, T]``, or None without
+        ``weighting``. The bias of an image is ``bias[0] + bias[1] / H + bias[2] / W + (bias[3] + bias[4]) / (H W)``; the last
+        two belong to the corners of either diagonal.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named.

@@ -156,11 +156,11 @@ def call(
     Args:
         model: the model to call.
         names: modules by their dotted names.
-        call: as for `FeatureCapture`, like the following.
-        output: see ``call``.
-        layout: see ``call``.
-        grid: see ``call``.
-        prefix_tokens: see ``call``.
+        call: as for `FeatureCapture`.
+        output: as for `FeatureCapture`.
+        layout: as for `FeatureCapture`.
+        grid: as for `FeatureCapture`.
+        prefix_tokens: as for `FeatureCapture`.
 
     Returns:
         What the model returned, and a list of levels.

@@ -60,8 +60,8 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: a file that cannot be loaded safely, with the names of what torch refuses and two ways on; no mask entries;
-            one entry under two prefixes.
+        ValueError: a file that cannot be loaded safely, with the names of what torch refuses and what to do about it; no mask
+            entries; one entry under two prefixes.
         TypeError: any other kind of source.
         ModuleNotFoundError: a ``.safetensors`` file without the safetensors package.
 

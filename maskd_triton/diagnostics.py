@@ -173,7 +173,8 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
     \frac{\lVert \partial\, \mathrm{distillation} / \partial s \rVert}{\lVert \partial\, \mathrm{task} / \partial s \rVert}
     $$
 
-    with norms over all levels ``s``. The losses say little about this: a large one may have a small gradient.
+    with norms over all levels of the student's features ``s``. The sizes of the losses say little about this: a large loss may
+    have a small gradient.
 
     This costs one backward pass from each loss down to the features. Both graphs are kept for the step's own backward pass,
     and no ``.grad`` is written. The losses are multiplied by 4096 first, since float16 loses small gradients on the way. So
@@ -235,15 +236,15 @@ def suggest_loss_weight(
 
     or, with ``by="gradient"``, ``1 / median(gradient_ratio)`` in place of the last factor (`gradient_ratio`).
 
-    Search from there: it is a start, not a result. What a loss teaches shows in its gradients rather than in its size.
+    It is a start for a search, not a result. The student follows the gradients of a loss, not its size.
     Published weights are 1 (two-stage detectors), 7 (RetinaNet) and 10 (FCOS, RepPoints), all on raw features. This reads the
     values, so it waits for the device.
 
     Args:
-        task_losses: one of each of a few batches, from a student that has trained a little. An untrained one has task losses
-            unlike any later ones.
-        distill_losses: of the same batches.
-        features: with ``by="gradient"``, the student's in each of these batches; the losses then need their graphs.
+        task_losses: the task's losses of a few batches, from a student that has trained a little. An untrained one has task
+            losses unlike any later ones.
+        distill_losses: the distillation losses of the same batches.
+        features: with ``by="gradient"``, the student's features in each of these batches. The losses then need their graphs.
         loss_weight: the criterion's when ``distill_losses`` were taken.
         share: between 0 and 1. Start with 0.5 of the losses, or 0.1 of the gradients.
         by: ``"loss"`` or ``"gradient"``.

@@ -49,8 +49,11 @@ class MaskedDistillLoss(nn.Module):
     \frac{\sum_p m_{ntp}^2 \sum_c (s_{ncp} - t_{ncp})^2}{C\,(\sum_p m_{ntp} + \epsilon)}
     $$
 
-    with masks ``m = sigmoid(E t)`` and softmax weights ``w`` of the frozen teacher features ``t``. After the warm-up masks are
-    customised, ``m = sigmoid(E t) * sigmoid(E s)``. No gradient goes through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
+    for the student's features ``s`` and the teacher's ``t``, with sums over images n, tokens t, pixels p and channels c, and
+    ``loss_weight`` as lambda. A level is one feature map. The learned tokens ``E [T, C]`` give the masks ``m = sigmoid(E t)``,
+    the mask weighting an image's softmax weights ``w``. After the warm-up masks are customised, that is, multiplied by the
+    student's own: ``m = sigmoid(E t) * sigmoid(E s)``. No gradient goes through ``m``. Huang et al., ICLR 2023,
+    arXiv 2205.14589.
 
     Args:
         channels: channels of the teacher's features, one per level; an int means a single level. A mapping ``{name: C}`` names
@@ -62,21 +65,22 @@ class MaskedDistillLoss(nn.Module):
             must be equal.
         align: your own modules instead of these convolutions, ``[N, C', H, W]`` to ``[N, C, H, W]``, trained with the student:
             one per level as a sequence or ``ModuleList``, or one module for a single level. They are called, so hooks,
-            adapters, pruning and FSDP per module work; half features run under autocast of their dtype.
-        weight_mask: weigh masks per image by the mask weighting module; False: a mean over tokens.
+            adapters, pruning and FSDP per module work; half-precision features run under autocast of their dtype.
+        weight_mask: weigh the masks of every image, as stage 1 has learned it; False: all tokens weigh ``1 / T``.
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
             and ``pretrained`` holds; masks and weights see the same. Give what the learner had: ``"channel"`` (or True) or
             ``"isotropic"``. Off by default, as published.
-        custom_mask: customise masks with the student's own once the warm-up is over.
+        custom_mask: customise masks once the warm-up is over.
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
             ``advance=False`` do not count.
         loss_weight: factor on the loss. As published: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
             0.5 for segmentation. ``criterion.loss_weight = x``, a number or scalar tensor, changes it at any time, also of a
             compiled criterion. Reading it gives the buffer, so nothing waits for the device.
-        eps: added to the mask areas (1e-5 reproduces the segmentation code, 0 the detection code with its 0/0).
+        eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, which divides 0 by 0
+            where a mask is empty.
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
-            None warns: untrained tokens give masks of about 0.5 everywhere, and half of a plain MSE, until a state dict is
-            loaded.
+            None warns: until a state dict is loaded, untrained tokens give masks of about 0.5 everywhere, and the loss is about
+            half of a plain MSE.
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
         distance: between the features of a pixel: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
             `maskd_triton.functional.masked_distill_loss`.
@@ -92,10 +96,11 @@ class MaskedDistillLoss(nn.Module):
         ``channels``. ``valid`` is ``[N, H0, W0]``. The result is a float32 scalar (float64 for float64 features), or
         ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
-    Tokens and mask weights are frozen. ``mask_modules`` holds a `maskd_triton.tables.LevelTables` per level: buffers in the
-    default dtype, composed in float64 when tokens are loaded. A state dict holds these tables; loading also takes a learner's
-    entries in their place. ``loss_weight`` and ``warmup_step``, the number of training-mode calls so far, are buffers, and the
-    device decides whether masks are customised. A call that activation checkpointing repeats in the backward pass counts once.
+    Tokens and mask weighting are frozen. ``mask_modules`` holds their tables, a `maskd_triton.tables.LevelTables` per level:
+    what the kernels read, in buffers of the default dtype, computed in float64 when tokens are loaded. A state dict holds these
+    tables; loading also takes a learner's state dict. ``loss_weight`` and ``warmup_step``, the number of training-mode calls so
+    far, are buffers, and whether masks are customised is decided on the device. A call that activation checkpointing repeats
+    in the backward pass counts once.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.

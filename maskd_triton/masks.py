@@ -101,7 +101,8 @@ class MaskModule(MaskLevel):
 
         Args:
             dtype: of the composition.
-            on_this_rank: brings a parameter, given with its name, to this rank; None: parameters are here.
+            on_this_rank: called with every parameter and its name, gives it as a plain tensor on this rank. None: all of them
+                are plain tensors.
         """
         level: dict[str, Tensor] = {"mask_token": self.mask_token}
         if self.weight_mask:
@@ -156,7 +157,9 @@ class _Pass(NamedTuple):
 
 
 class MaskLearner(nn.Module):
-    """Stage 1: learns receptive tokens for all feature levels of a frozen teacher, whose features it masks.
+    """Stage 1: learns receptive tokens for all levels (feature maps) of a frozen teacher.
+
+    It masks the teacher's features (`attach`), and the teacher must solve its task on them. `dice_loss` makes the masks differ.
 
     Args:
         channels: channels of each level, an int for a single level, or a mapping ``{name: C}``, which names the levels: then
@@ -167,8 +170,8 @@ class MaskLearner(nn.Module):
             The teacher's heads still see features as they are. ``"channel"`` (or True): every channel with mean 0 and
             deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
             With a linear align that equals PHI-S (RADIO, arXiv 2410.01680): tokens and align absorb its rotation. On raw
-            features weighted masks tend to collapse: one token on everywhere, the others empty. Give `MaskedDistillLoss` the
-            same. Off by default, as published.
+            features weighted masks tend to collapse: one is on everywhere, the others are empty. Give `MaskedDistillLoss` the
+            same value. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
             `maskd_triton.checkpoints.mask_state`. None: tokens as initialised in `MaskModule`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`.
@@ -446,14 +449,14 @@ class MaskLearner(nn.Module):
         runs the block, on batches of its own.
 
         Args:
-            teacher: as for `attach`, like the following.
-            names: see ``teacher``.
-            call: see ``teacher``.
-            output: see ``teacher``.
-            layout: see ``teacher``.
-            grid: see ``teacher``.
-            prefix_tokens: see ``teacher``.
-            valid: see ``teacher``.
+            teacher: as for `attach`.
+            names: as for `attach`.
+            call: as for `attach`.
+            output: as for `attach`.
+            layout: as for `attach`.
+            grid: as for `attach`.
+            prefix_tokens: as for `attach`.
+            valid: as for `attach`.
             all_ranks: False if only this process runs the block.
 
         Raises:

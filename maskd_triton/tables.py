@@ -103,7 +103,7 @@ class MaskLevel(nn.Module):
 
 
 class LevelTables(MaskLevel):
-    r"""The frozen tables of one level in a `MaskedDistillLoss`: buffers, which are exactly what its kernels read.
+    r"""The tables of one level in a `MaskedDistillLoss`: frozen buffers, exactly what its kernels read.
 
     $$
     m = \sigma(E' x + b), \quad w = \mathrm{softmax}_t\big(\tfrac{1}{HW} \textstyle\sum_s R_s S_s(x) + c\big)
@@ -156,7 +156,7 @@ class LevelTables(MaskLevel):
         """The buffers as the operators take them.
 
         Args:
-            dtype: has no effect; a `MaskModule` composes its tables in it.
+            dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
         """
         one = self._table
         return Tables(

@@ -58,8 +58,11 @@ def plot_masks(
         std: see ``mean``.
         names: a name for each level; None: ``level 0`` and so on.
 
-    Any float dtype and device. Returns a figure to ``savefig``, about 14 inches wide for 6 tokens. Its ``axes`` are, level by
-    level, each image followed by its masks, then the level's Dice matrix; the colour bar comes last.
+    Returns:
+        A figure to ``savefig``, about 14 inches wide for 6 tokens. Its ``axes`` are, level by level, each image followed by its
+        masks, then the level's Dice matrix; the colour bar comes last.
+
+    Tensors may have any float dtype and device.
 
     Raises:
         ValueError: no image or level, shapes or lengths that do not fit, ``mean`` without ``std``, values outside ``[0, 1]``.
