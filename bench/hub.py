@@ -69,7 +69,8 @@ learns tokens, reads files and finds features in models.
 import torch
 from kernels import get_kernel
 
-F = get_kernel("REPOSITORY", version={maskd_triton.__version__.partition(".")[0]})
+# the package `kernels` asks for trust_remote_code where it does not know the publisher
+F = get_kernel("REPOSITORY", version={maskd_triton.__version__.partition(".")[0]}, trust_remote_code=True)
 student, teacher = torch.randn(2, 256, 40, 40, requires_grad=True), torch.randn(2, 256, 40, 40)
 tokens = [0.1 * torch.randn(6, 256)]
 F.masked_distill_loss([student], [teacher], tokens).backward()

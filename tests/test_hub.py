@@ -61,7 +61,7 @@ def test_the_project_is_complete(project: Path) -> None:
         assert line in build.splitlines()
     card = (project / "CARD.md").read_text()
     assert card.startswith("---\nlibrary_name: kernels\n")
-    assert 'get_kernel("someone/maskd-triton", version=0)' in card
+    assert 'get_kernel("someone/maskd-triton", version=0, trust_remote_code=True)' in card
     assert all(f"`{name}`" in card for name in F.__all__)
     for name in ("flake.nix", "LICENSE", "tests/test_maskd_triton.py"):
         assert (project / name).stat().st_size > 100
