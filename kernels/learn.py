@@ -70,8 +70,10 @@ def _mask_tile(
         counted = load_valid(valid_ptr, n, p, P)
     m = tl.where(counted[None, :], sigmoid(scores), 0.0)
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
-    for i in range(T):
-        tl.store(gram_ptr + i * T + token, tl.sum(m * pick_row(m, i, TP)[None, :], axis=1), mask=real)
+    for distance in range(TP):  # every pair of masks, by rows that threads of a warp hand to each other
+        partner = token ^ distance
+        other = tl.gather(m, tl.broadcast_to(partner[:, None], (TP, BLOCK_P)), axis=0)
+        tl.store(gram_ptr + partner * T + token, tl.sum(m * other, axis=1), mask=real & (partner < T))
     if not WEIGHTED:
         if WEIGHTS:
             weighed = m * tl.load(weight_ptr + token, mask=real, other=0.0)[:, None]

@@ -183,8 +183,9 @@ def _default_tile(key: Key) -> Config:
             return Config(64, 32, 256) if key.tokens > 32 else Config(32, 2048 // key.tokens, 256)
         if key.kernel == "token_gradient_kernel" and key.layout == "nchw" and key.tokens <= 8:
             return Config(16, 128, 128)  # on gfx942 more channels spill
-        block_c = 64 if key.layout == "nhwc" and key.tokens <= (16 if masks else 8) else 32
-        return Config(block_c, 128 if key.tokens <= 32 else 64, 128 if key.tokens <= 16 else 256)
+        if key.tokens > 16:
+            return Config(64, 64, 256) if masks and key.layout == "nhwc" else Config(32, 128 if key.tokens <= 32 else 64, 256)
+        return Config(64 if key.layout == "nhwc" and (masks or key.tokens <= 8) else 32, 128, 128)
     if key.kernel == "token_gradient_kernel" and key.tokens <= 8:
         return Config(32, 64, 128)
     if key.tokens > 8:
@@ -204,8 +205,8 @@ def _default_registers(key: Key) -> int:
         return 255 if key.tokens > 8 or key.bits == 16 else 0
     if key.kernel == "token_gradient_kernel" and key.bits == 32:
         return 0
-    if key.kernel == "mask_kernel" and key.tokens <= 8:
-        return 128
+    if key.kernel == "mask_kernel":
+        return 128 if (key.bits, key.layout, key.tokens) == (16, "nchw", 8) else 168
     return 168 if _default_tile(key).threads == 128 else 128
 
 
