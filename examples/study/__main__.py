@@ -9,19 +9,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import report
 from .plan import QUICK, Settings
 from .runs import Results, Study
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "bench/results/cpu-study.jsonl", ROOT / "docs/study.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     settings = QUICK if args.quick else Settings()
-    out = args.out or Path("study_output") / ("quick.jsonl" if args.quick else "study.jsonl")
+    out = args.out or (RESULTS if args.page else Path("study_output") / ("quick.jsonl" if args.quick else "study.jsonl"))
     try:
         results = Results(out, settings)
     except ValueError as error:
         sys.exit(str(error))
     study = Study(settings, results, out.with_suffix(""))
+    if args.page:
+        report.write(study, RESULTS.parent, PAGE)
+        return
     complete = study.run(60 * args.budget, lambda line: print(line, flush=True))
     print(f"{'Complete' if complete else 'The same command goes on'}: {out.resolve()}")
     if args.quick:
@@ -32,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.study", description=__doc__)
     parser.add_argument("--out", type=Path, help="results file (default study_output/study.jsonl)")
     parser.add_argument("--budget", type=float, default=150, metavar="MINUTES", help="starts no run after that (default 150)")
+    parser.add_argument("--page", action="store_true", help="only write docs/study.md, of the committed results or of --out")
     parser.add_argument("--quick", action="store_true", help="smoke run, under 4 minutes; its figures mean nothing")
     return parser.parse_args(argv)
 

@@ -1,0 +1,140 @@
+"""The study's page: known answers on made-up results, and the committed page is that of the committed results."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sklearn", reason="needs the demo extra")  # and scipy, which it needs
+pytest.importorskip("matplotlib", reason="needs the demo extra")
+
+from examples.study import report
+from examples.study.__main__ import PAGE, RESULTS
+from examples.study.plan import ALONE, MSE, Settings, jobs
+from examples.study.runs import Line, Results, read
+
+CELL = "segmentation, sparse"
+SETTINGS = Settings(seeds=3, teachers=1, schedules=(10, 20), cells=(CELL,), full=())
+SCORES = {  # of seeds 0, 1 and 2
+    ALONE: [0.10, 0.20, 0.30],
+    MSE: [0.40, 0.50, 0.60],
+    "MasKD, weighted": [0.51, 0.60, 0.69],  # .11, .10, .09: ahead
+    "MasKD, customised": [0.39, 0.51, 0.60],  # -.01, .01, 0: open
+    "ground-truth masks": [0.30, 0.40, 0.49],  # -.10, -.10, -.11: behind
+}
+SESSION = {
+    "what": "session",
+    "command": "python -m examples.study",
+    "device": "a CPU",
+    "cpu_cores": 2,
+    "threads": 1,
+    "packages": {"torch": "2.13.0"},
+    "date": "2026-11-29T12:00:00+00:00",
+}
+
+
+def made_up(path: Path, seeds: int = 3) -> list[Line]:
+    results = Results(path, SETTINGS)
+    results.append(SESSION)
+    for job in jobs(SETTINGS):
+        found: Line = {"wall_seconds": 6.0}
+        if job.what == "teacher":
+            found |= {"validation": 0.8, "test": 0.75}
+        elif job.what == "tokens":
+            level = {"coverage": [0.0, 0.99], "collapsed": ["token 1 is on everywhere: coverage 0.99", "token 0 is empty"]}
+            found |= {"task_loss": 0.5, "unmasked_task_loss": 0.25, "levels": [level, {"collapsed": []}]}
+        elif job.what == "tuning":
+            found |= {"validation": 0.5}
+        elif job.steps == 20 or job.seed is None or job.seed >= seeds:
+            continue
+        else:
+            variant = str(job.variant)
+            found |= {
+                "loss_weight": 0.0 if variant == ALONE else 3.0,
+                "test": SCORES[variant][job.seed],
+                "curve": [[5, 0.1], [10, 0.2]],
+                "step_ms": 10.0 + job.seed,
+                "peak_extra_bytes": 3 * 2**20 if variant == MSE and job.seed == 0 else None,
+            }
+        results.add(job, found)
+    return read(path)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    return report.page(made_up(tmp_path / "made-up.jsonl"), "made-up.jsonl")
+
+
+def test_differences_have_known_intervals() -> None:
+    each = report.difference([1.0, 2.0, 3.0])
+    assert (each.mean, each.pairs, each.ahead) == (2, 3, 3)
+    assert each.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # Student's t of 2 degrees of freedom, two-sided
+    assert each.verdict == "open"
+    assert report.difference([1.0, 1.1, 1.2]).verdict == "ahead"
+    assert report.difference([-1.0, -1.1, -1.2]).verdict == "behind"
+    one = report.difference([0.5])
+    assert (one.half, one.verdict, str(one)) == (math.inf, "open", "+0.500 (1 pair)")
+    with pytest.raises(ValueError, match="values: expected at least one difference, got none"):
+        report.difference([])
+
+
+def test_scores(page: str) -> None:
+    half = 4.302653 * 0.01 / math.sqrt(3)
+    assert f"{half:.3f}" == "0.025"
+    assert "| student alone | 0.200 ± 0.100 | 3 |  | -0.300 ± 0.000 | 0 of 3 |" in page
+    assert "| feature MSE | 0.500 ± 0.100 | 3 | +0.300 ± 0.000 |  |  |" in page
+    assert "| MasKD, weighted | 0.600 ± 0.090 | 3 | +0.400 ± 0.025 | +0.100 ± 0.025 | 3 of 3 |" in page
+    assert "| MasKD, customised | 0.500 ± 0.105 | 3 | +0.300 ± 0.025 | +0.000 ± 0.025 | 1 of 3 |" in page
+    assert "teachers: 0.750." in page
+
+
+def test_words(page: str) -> None:
+    words = page[page.index("## In plain words") : page.index("## Test metric")]
+    assert "Against the **feature MSE**, of 3 comparisons:" in words
+    assert f"- 1 better: MasKD, weighted ({CELL}, 10 steps: +0.100 ± 0.025);" in words
+    assert f"- 1 worse: ground-truth masks ({CELL}, 10 steps: -0.103 ± 0.014);" in words
+    assert "- 1 with an interval around 0" in words
+    assert "MasKD, weighted; better than the feature MSE in 1 of 1 comparisons, worse in 0." in words
+
+
+def test_nothing_better_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORES, "MasKD, weighted", SCORES[MSE])
+    page = report.page(made_up(tmp_path / "made-up.jsonl"), "made-up.jsonl")
+    assert "- 0 better: none;" in page
+    assert "**What to choose here**: the feature MSE; no variant was more often better than worse." in page
+
+
+def test_costs_and_collapse(page: str) -> None:
+    assert "| student alone | 11.0 | 3 | - | - |" in page
+    assert "| feature MSE | 11.0 | 3 | 3.0 | 3 |" in page
+    assert "| 6 tokens, weighted, channel | 1 | 2 | 1 | 1 | 0 | 0 | 0.500 | 0.250 |" in page
+
+
+def test_a_partial_page_says_so(tmp_path: Path, page: str) -> None:
+    plan = len(list(jobs(SETTINGS)))
+    assert f"**Partial**: {plan - 15} of {plan} runs are done." in page  # three seeds of five variants are left
+    lines = made_up(tmp_path / "one.jsonl", seeds=1)
+    one = report.page(lines, "one.jsonl")
+    assert "No two pairs with the feature MSE yet." in one
+    assert "| feature MSE | 0.400 | 1 | +0.300 (1 pair) |  |  |" in one
+    assert "What to choose" not in one
+    none = report.page(made_up(tmp_path / "none.jsonl", seeds=0), "none.jsonl")
+    assert "No student is trained yet." in none
+    assert not report.plot_curves(tmp_path / "none.png", read(tmp_path / "none.jsonl"))
+    assert report.plot_curves(tmp_path / "curves.png", lines)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_published_figures_stand_apart(page: str) -> None:
+    ours, published = page.split("## As published, not measured here")
+    assert "COCO" not in ours
+    assert published.count("| 38.4 |") == 2
+    assert "segmentation" not in published
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="no results are committed yet")
+def test_the_page_is_that_of_the_results() -> None:
+    lines: list[dict[str, Any]] = read(RESULTS)
+    pictures = [name for name in report.CAPTIONS if (RESULTS.parent / f"study-{name}.png").exists()]
+    assert PAGE.read_text() == report.page(lines, RESULTS.name, pictures)
