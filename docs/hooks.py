@@ -118,4 +118,6 @@ def formula(match: re.Match[str]) -> str:
     """TeX as MathML, which browsers draw without a script."""
     import html
 
-    return convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
+    if match[1] == "span":
+        return convert(html.unescape(match[2]))
+    return f'<div class="formula">{convert(html.unescape(match[2]), display="block")}</div>'
