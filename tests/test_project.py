@@ -51,6 +51,7 @@ def test_workflows_test_the_versions_of_the_classifiers() -> None:
     tested = re.search(r"python: \[(.*?)\]", read(".github/workflows/ci.yml"))
     assert tested is not None
     assert re.findall(r'"(.*?)"', tested[1]) == promised
+    assert f"(tested on {', '.join(promised)})" in read("README.md")
 
 
 def test_names_in_the_guide_exist() -> None:
