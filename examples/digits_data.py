@@ -26,7 +26,7 @@ class Kind:
 
 
 DENSE = Kind(2, MOST_DIGITS, range(15, 21))
-SPARSE = Kind(1, 1, range(10, 14))
+SPARSE = Kind(1, 1, range(15, 21))
 
 
 @dataclass(frozen=True)

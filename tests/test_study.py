@@ -22,7 +22,9 @@ from examples import digits_tasks, digits_training
 from examples.digits_data import DENSE, SPARSE, Kind, make_scenes
 from examples.study import losses
 from examples.study.plan import ALONE, CORE, VARIANTS, Job, Settings, Tokens, jobs, tokens_of, variants
-from examples.study.runs import Clock, Results, Study, is_run, key, read
+from examples.study.results import Results, is_run, key, read
+from examples.study.runs import Runner
+from examples.study.schedule import Clock, Study, needs
 
 ROOT = Path(__file__).parents[1]
 TINY = Settings(
@@ -52,8 +54,8 @@ def silent(line: str) -> None:
     pass
 
 
-def run(path: Path, settings: Settings = TINY, say: Any = silent) -> list[dict[str, Any]]:
-    assert Study(settings, Results(path, settings), path.with_suffix("")).run(600, say)
+def run(path: Path, settings: Settings = TINY, say: Any = silent, workers: int = 1) -> list[dict[str, Any]]:
+    assert Study(settings, Results(path, settings), path.with_suffix(""), workers).run(600, say)
     return read(path)
 
 
@@ -72,7 +74,8 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
 import torch
 from pathlib import Path
 from examples.study.plan import Settings
-from examples.study.runs import Results, Study
+from examples.study.results import Results
+from examples.study.schedule import Study
 torch.set_num_threads(1)
 settings = Settings(**{asdict(TINY)!r})
 path = Path({str(broken)!r})
@@ -94,6 +97,9 @@ Study(settings, Results(path, settings), path.with_suffix("")).run(600)
     assert comparable(after) == comparable(whole)
     assert [line["what"] for line in after].count("session") == 2
     assert run(broken) == after  # nothing is left
+
+    several = comparable(run(tmp_path / "several.jsonl", workers=2))  # finished in another order
+    assert sorted(several[1:], key=key) == sorted(comparable(whole)[1:], key=key)
 
 
 def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
@@ -149,6 +155,11 @@ def test_order_of_the_runs() -> None:
         place = (job.cell, job.teacher)
         if job.what in ("tuning", "student"):
             assert ("tokens", *place, VARIANTS[str(job.variant)].tokens.name) in done
+            assert needs(job, Job("teacher", *place))
+            assert needs(job, Job("tokens", *place, VARIANTS[str(job.variant)].tokens.name))
+            assert not needs(job, Job("teacher", job.cell, job.teacher + 1))
+            assert needs(job, Job("tuning", job.cell, 0, variant=job.variant)) == (job.what == "student")
+            assert not any(needs(job, other) for other in (job, Job("tuning", job.cell, 0, variant="another")))
         if job.what == "student" and job.variant != ALONE:
             assert ("tuning", job.cell, job.variant) in done
         done |= {(job.what, *place, job.tokens), ("tuning", job.cell, job.variant)} if job.what != "student" else set()
@@ -194,7 +205,7 @@ def test_time_left() -> None:
 def test_students_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All variants begin with the same student and the same aligns, and see the same batches."""
     settings = Settings(**asdict(TINY) | {"full": TINY.cells})
-    study = Study(settings, Results(tmp_path / "results.jsonl", settings), tmp_path / "files")
+    study = Runner(settings, tmp_path)
     seen: list[tuple[list[Tensor], list[Tensor]]] = []
     drawn: list[Tensor] = []
     adamw, batches = digits_training._adamw, digits_training.batches

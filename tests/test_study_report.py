@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="needs the demo extra")
 from examples.study import report
 from examples.study.__main__ import PAGE, RESULTS
 from examples.study.plan import ALONE, MSE, Settings, jobs
-from examples.study.runs import Line, Results, read
+from examples.study.results import Line, Results, read
 
 CELL = "segmentation, sparse"
 SETTINGS = Settings(seeds=3, teachers=1, schedules=(10, 20), cells=(CELL,), full=())
@@ -29,6 +29,7 @@ SESSION = {
     "device": "a CPU",
     "cpu_cores": 2,
     "threads": 1,
+    "workers": 2,
     "packages": {"torch": "2.13.0"},
     "date": "2026-11-29T12:00:00+00:00",
 }

@@ -82,9 +82,9 @@ class Settings:
     scenes: tuple[int, int, int] = (2000, 400, 1000)  # train, validation, test
     teachers: int = 2
     seeds: int = 4
-    teacher_steps: int = 700
+    teacher_steps: int = 1000
     token_steps: int = 200
-    schedules: tuple[int, ...] = (200, 500, 1200)
+    schedules: tuple[int, ...] = (250, 500, 1200)
     cells: tuple[str, ...] = ("segmentation, sparse", "centres, sparse", "segmentation, dense", "centres, dense")
     full: tuple[str, ...] = ("segmentation, sparse",)
     longest_core: bool = True

@@ -13,7 +13,8 @@ from scipy import stats
 from maskd_triton import viz
 
 from .plan import ALONE, MSE, VARIANTS, Settings, Tokens, jobs
-from .runs import Line, Study, is_run
+from .results import Line, Results, is_run
+from .runs import Runner
 
 matplotlib.use("Agg")  # before pyplot chooses a backend that needs a screen
 import matplotlib.pyplot as plt
@@ -133,13 +134,14 @@ def _head(found: Found, name: str) -> str:
     state = ""
     if done < found.planned:
         state = f"\n\n**Partial**: {done} of {found.planned} runs are done. Tables show what there is; the command goes on."
-    threads = f"{session['threads']} thread{'s' * (session['threads'] > 1)}"
+    workers, threads = session["workers"], session["threads"]
+    workers = f"{workers} process{'es' * (workers > 1)} of {threads} thread{'s' * (threads > 1)}"
     return f"""# Does it help?
 
 Masked distillation against what one would do anyway, on the scenes of [the demo](demo.md). This page is made of
 [{name}](../bench/results/{name}) by `python -m examples.study --page`; `tests/test_study_report.py` checks that.
 
-`{session["command"]}`, {session["device"]}, {session["cpu_cores"]} cores, {threads},
+`{session["command"]}`, {session["device"]}, {session["cpu_cores"]} cores, {workers},
 torch {session["packages"]["torch"]}, {dates}; {minutes:.0f} minutes of runs.{state}"""
 
 
@@ -263,8 +265,8 @@ def _setup(found: Found) -> str:
     return f"""## How it was done
 
 - Scenes of real handwritten digits on crops of photographs: {train} for training, {validation} for validation, {test} for
-  test, which share no digit and no column of a photograph. Dense: two or three digits of 15 to 20 pixels; sparse: one of
-  10 to 13.
+  test, which share no digit and no column of a photograph. Dense: two or three digits; sparse: one. Digits have 15 to 20
+  of a scene's 40 pixels.
 - Segmentation: a class per pixel, mean IoU. Centres: a heat map per digit, as a detector's head has, with a focal loss;
   mean average precision of its peaks within 3 pixels.
 - {s.teachers} teachers ({s.teacher_steps} steps), {s.seeds} student seeds, {schedules} steps; a student is a sixteenth of its
@@ -309,23 +311,23 @@ def plot_curves(path: Path, lines: Sequence[Line]) -> bool:
 
 
 @torch.no_grad()
-def plot_masks(path: Path, study: Study) -> None:
+def plot_masks(path: Path, runner: Runner) -> None:
     """Of the first cell's first teacher, with the tokens of the weighted variant."""
-    cell = study.settings.cells[0]
-    scenes = study.cell(cell).scenes["test"][:2]
-    modules = study.learner(cell, 0, Tokens().name).mask_modules
-    levels = study.teacher(cell, 0).features(scenes.images)
+    cell = runner.settings.cells[0]
+    scenes = runner.cell(cell).scenes["test"][:2]
+    modules = runner.learner(cell, 0, Tokens().name).mask_modules
+    levels = runner.teacher(cell, 0).features(scenes.images)
     masks, weights = ([getattr(m, what)(x) for m, x in zip(modules, levels, strict=True)] for what in ("masks", "weights"))
     figure = viz.plot_masks(scenes.images, masks, weights, mean=(0.5,) * 3, std=(0.5,) * 3)  # scenes are in [-1, 1]
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
-def write(study: Study, folder: Path, to: Path) -> None:
+def write(results: Results, runner: Runner, folder: Path, to: Path) -> None:
     """The page ``to``, and in ``folder`` the pictures for which there are results."""
-    results, lines = study.results.path, study.results.lines
+    lines = results.lines
     plot_curves(folder / "study-curves.png", lines)
     if any(line["tokens"] == Tokens().name for line in Found(lines).tokens):
-        plot_masks(folder / "study-masks.png", study)
+        plot_masks(folder / "study-masks.png", runner)
     pictures = [picture for picture in CAPTIONS if (folder / f"study-{picture}.png").exists()]
-    to.write_text(page(lines, results.name, pictures))
+    to.write_text(page(lines, results.path.name, pictures))
