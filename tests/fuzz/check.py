@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton import functional as F
 from tests.fuzz.cases import DTYPES, Distillation, Learning
-from tests.fuzz.literal import Results, gradients, literal, off_by
+from tests.fuzz.literal import Results, dice_upstream, gradients, literal, off_by
 from tests.fuzz.tensors import Given
 from tests.helpers import default_dtype, rounding
 
@@ -103,7 +103,7 @@ def _learn(given: Given, impl: str) -> Results:
             valid=given.valid,
             impl=impl,
         )
-        upstream = torch.full_like(dice[:1], case.dice_scale).expand(dice.shape)
+        upstream = dice_upstream(case, dice)
     for y, x in zip(masked, features, strict=True):
         assert (y.dtype, y.shape) == (x.dtype, x.shape)
     outputs = {f"masked.{i}": y for i, y in enumerate(masked)} | {"dice": dice}

@@ -41,6 +41,13 @@ def gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor], leaves: dic
     return dict(zip(leaves, found, strict=True))
 
 
+def dice_upstream(case: Learning, dice: Tensor) -> Tensor:
+    """Of the levels' Dice losses: of the module's sum the same for all, expanded; of the function another for each."""
+    if case.through == "module":
+        return torch.full_like(dice[:1], case.dice_scale).expand(dice.shape)
+    return case.dice_scale * torch.arange(1, len(dice) + 1).to(dice)
+
+
 def _leaf(x: Tensor, precise: torch.dtype | None) -> Tensor:
     return x.detach().to(precise or x.dtype, memory_format=torch.contiguous_format).clone().requires_grad_()
 
