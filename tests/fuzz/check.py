@@ -114,7 +114,7 @@ def _learn(given: Given, impl: str) -> Results:
 # --- how far off they may be ------------------------------------------------------------------------------------------
 
 SAMPLES = 2  # of literal results with roundings
-ROUNDING = 32  # units that each of them may be off
+ROUNDING = 64  # units that each of them may be off
 UNITS = {torch.float32: 8, torch.float64: 100}  # of the largest value: those of a sum; in float64, of what is wanted, too
 
 

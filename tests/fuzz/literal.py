@@ -186,6 +186,6 @@ def _learn(given: Given, precise: torch.dtype | None, rounding: Rounding) -> Res
     outputs = list(results.values())
     upstream = [
         *(g.to(y) for g, y in zip(given.upstream, outputs, strict=False)),
-        torch.full_like(outputs[-1], case.dice_scale),
+        dice_upstream(case, outputs[-1]),
     ]
     return {**{k: v.detach() for k, v in results.items()}, **gradients(outputs, upstream, leaves)}
