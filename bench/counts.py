@@ -2,7 +2,7 @@
 
 One level of a pyramid with mask weights and customised masks, forward and backward of both stages. Instructions and wavefronts
 of shared memory are given in units of the time in which a multiprocessor of an H100 moves the features from and to its memory
-(:mod:`tests.ptx.counts`): above 1 that unit would set the time, not memory. Nothing is timed.
+(`tests.ptx.counts`): above 1 that unit would set the time, not memory. Nothing is timed.
 """
 
 import warnings

@@ -335,7 +335,7 @@ def shipped_cases() -> list[Case]:
 
 
 def choice() -> list[tuple[str, Case]]:
-    """Fewer than a sixth of all targets and cases, which together cover what :func:`covered` lists of all of them."""
+    """Fewer than a sixth of all targets and cases, which together cover what `covered` lists of all of them."""
     left = {job: covered(*job) for job in itertools.product(TARGETS, cases())}
     taken: list[tuple[str, Case]] = []
     while wanted := set().union(*left.values()):
@@ -384,7 +384,7 @@ def _inspected(target: str, case: Case) -> list[Facts]:
 
 
 def _run(out: Path | None) -> None:
-    """Print :mod:`bench.counts`, and write them to ``out``."""
+    """Print `bench.counts`, and write them to ``out``."""
     found = []
     for cost in counts.every():
         found.append(cost)

@@ -66,7 +66,7 @@ def tune(
     by: str = "online tuning",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[Key, Config]:
-    """The fastest candidate of every key on ``device``, written into the user's file (:func:`tuning.user_file`).
+    """The fastest candidate of every key on ``device``, written into the user's file (`tuning.user_file`).
 
     ``clock`` gives the milliseconds of a call, ``by`` goes into the file, ``say`` gets a line per key.
     """

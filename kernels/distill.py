@@ -331,7 +331,7 @@ def backward_kernel(
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of :class:`_records.Distilled`."""
+    """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of `_records.Distilled`."""
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
@@ -484,7 +484,7 @@ def _forward_numbers(
 
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
-    """What :func:`_partials` counts."""
+    """What `_partials` counts."""
     border = 2 * (tuning.ceil_div(width, config.block_p) + tuning.ceil_div(height, config.block_p)) + 4
     return tuning.ceil_div(height * width, config.block_p) + (border if weighted else 0)
 

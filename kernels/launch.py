@@ -65,7 +65,7 @@ def addressable(x: Tensor) -> Tensor:
 
 
 def writable(x: Tensor) -> Tensor:
-    """``x`` as ``[N, C, P]`` if a kernel can write it, else an empty contiguous tensor; :func:`written_to` copies that."""
+    """``x`` as ``[N, C, P]`` if a kernel can write it, else an empty contiguous tensor; `written_to` copies that."""
     flat = addressable(x)
     return flat if flat.data_ptr() == x.data_ptr() else torch.empty_like(flat, memory_format=torch.contiguous_format)
 
@@ -230,7 +230,7 @@ def is_wide(*tensors: Tensor) -> bool:
 
 
 def tables(*values: Iterable[int]) -> list[Any]:
-    """A :func:`table` of each."""
+    """A `table` of each."""
     return [table(each) for each in values]
 
 

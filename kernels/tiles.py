@@ -27,7 +27,7 @@ def pick(values, level, LEVELS: tl.constexpr):
 
 @triton.jit
 def pick_int(values, level, LEVELS: tl.constexpr):
-    """``values[level]`` of a :func:`launch.table`."""
+    """``values[level]`` of a `launch.table`."""
     if LEVELS == 1:  # not by pick: calls are what the interpreter takes longest for
         value = values
     else:
@@ -184,7 +184,7 @@ def sigmoid(x):
 
 @triton.jit
 def pick_row(x, i, ROWS: tl.constexpr, SPREAD: tl.constexpr = False):
-    """Row ``i`` of ``x [ROWS, BLOCK]``; SPREAD as in :func:`sum_rows`."""
+    """Row ``i`` of ``x [ROWS, BLOCK]``; SPREAD as in `sum_rows`."""
     return sum_rows(tl.where((tl.arange(0, ROWS) == i)[:, None], x, 0.0), SPREAD)
 
 

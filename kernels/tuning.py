@@ -5,10 +5,10 @@ Nothing is timed, and nothing compiled twice, while a model trains. In this orde
 1. ``<folder>/<GPU>.json`` of the user, written by ``python -m maskd_triton.kernels.autotune`` or by online tuning; the folder
    is ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
 2. ``configs/<GPU>.json`` beside this file, for GPUs that were measured. None was yet.
-3. :func:`default`, chosen by compiling (``python -m bench.inspect``) and by counts (``--run``): no spill and 16-byte loads on
+3. `default`, chosen by compiling (``python -m bench.inspect``) and by counts (``--run``): no spill and 16-byte loads on
    sm_80, sm_90, sm_100 and gfx942, few instructions and wavefronts of shared memory, and runs of at least 64 contiguous bytes.
 
-The search itself (``autotune.py``) lies above this file, which only calls :data:`on_miss`.
+The search itself (``autotune.py``) lies above this file, which only calls `on_miss`.
 """
 
 import functools
@@ -55,7 +55,7 @@ class Key(NamedTuple):
     """What a configuration may depend on.
 
     Attributes:
-        kernel: one of :data:`READING` and :data:`WRITING`.
+        kernel: one of `READING` and `WRITING`.
         bits: of an element of the widest feature map.
         layout: "nchw" or "nhwc", of the first feature map.
         channels: of the level with the most.
@@ -112,11 +112,11 @@ def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_
 
 Miss = Callable[[Key, torch.device], object]
 on_miss: Miss | None = None
-"""Called where no file knows a key, unless a configuration is forced or a CUDA graph captured; it may :func:`write` one."""
+"""Called where no file knows a key, unless a configuration is forced or a CUDA graph captured; it may `write` one."""
 
 
 def state() -> tuple[Any, ...]:
-    """All that :func:`config` depends on beside its arguments."""
+    """All that `config` depends on beside its arguments."""
     return _generation, on_miss, *_forced.items()
 
 

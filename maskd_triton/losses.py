@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from . import functional as F
 from ._distributed import is_dtensor
 from ._eager import acc_dtype
 from ._hooks import warn_without_gradient
@@ -33,6 +32,7 @@ from ._ops.library import graph_task
 from ._records import DistillOptions, DistillTables, Latest
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
+from .functional import IMPLS, Given, check_distance, check_power, distill, distill_tables
 from .masks import MaskModule
 from .tables import LevelTables, MaskLevel
 
@@ -142,14 +142,14 @@ class MaskedDistillLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check.choice(impl, "impl", F.IMPLS)
+        check.choice(impl, "impl", IMPLS)
         if resize is not None:
             check.choice(resize, "resize", ("student", "teacher"))
         if num_tokens is None and (standardize or pretrained is not None):
             raise ValueError("num_tokens: None means masks given with every call, without pretrained= and standardize=True")
         self.resize = resize
-        self.mask_power = F.check_power(mask_power)
-        self.distance = F.check_distance(distance)
+        self.mask_power = check_power(mask_power)
+        self.distance = check_distance(distance)
         self.beta = check.positive(beta, "beta")
         self.channels, self.names = named(channels)
         self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
@@ -294,11 +294,11 @@ class MaskedDistillLoss(nn.Module):
         )
         if not again:
             _keep(self, "_latest", None)  # what it holds is free for this call
-        loss, latest = F.distill(
+        loss, latest = distill(
             levels,
             self.channels,
             options,
-            F.Given(valid, masks, mask_weights),
+            Given(valid, masks, mask_weights),
             loss_weight=self.loss_weight,
             reduction=reduction,
             impl=self.impl,
@@ -429,7 +429,7 @@ class MaskedDistillLoss(nn.Module):
     def _tables(self, dtype: torch.dtype, weigh: bool) -> DistillTables:
         """Every level's, frozen also where a user put a level in training (a ``MaskModule``) in a level's place."""
         levels = [level.tables(acc_dtype(dtype)) for level in self._levels()]
-        return F.distill_tables(
+        return distill_tables(
             [level.tokens for level in levels],
             [level.weighting for level in levels if level.weighting is not None] if weigh else None,
             [level.standardization for level in levels if level.standardization is not None],

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from . import functional as F
 from ._distributed import is_dtensor
 from ._eager import acc_dtype
 from ._hooks import UNREAD, Hooked, Output, Target, Valid, Where, frozen, names_of
@@ -19,6 +18,7 @@ from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
+from .functional import IMPLS, OnThisRank, learn
 from .tables import CONVOLUTIONS, MaskLevel, Tables, compose
 
 __all__ = ["MaskLearner", "MaskModule"]
@@ -75,7 +75,7 @@ class MaskModule(MaskLevel):
         impl: str = "auto",
     ) -> None:
         super().__init__(channels, num_tokens, weight_mask, standardize)
-        check.choice(impl, "impl", F.IMPLS)
+        check.choice(impl, "impl", IMPLS)
         self.impl = impl
         self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * 0.01)
         if weight_mask:
@@ -96,7 +96,7 @@ class MaskModule(MaskLevel):
         conv3, conv1 = self.prob[0], self.prob[2]
         return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
 
-    def tables(self, dtype: torch.dtype, on_this_rank: F.OnThisRank | None = None) -> Tables:
+    def tables(self, dtype: torch.dtype, on_this_rank: OnThisRank | None = None) -> Tables:
         """The tables that the operators take, composed of the present parameters and differentiable in them.
 
         Args:
@@ -124,7 +124,7 @@ def _learn(
 ) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """`functional.learn` with the parameters of every level's module."""
 
-    def tables(on_this_rank: F.OnThisRank) -> LearnTables:
+    def tables(on_this_rank: OnThisRank) -> LearnTables:
         levels = [module.tables(acc_dtype(features[0].dtype), on_this_rank) for module in modules]
         standards = [level.standardization for level in levels if level.standardization is not None]
         weightings = [level.weighting for level in levels if level.weighting is not None]
@@ -134,7 +134,7 @@ def _learn(
             *(zip(*weightings, strict=True) if weightings else ((), ())),
         )
 
-    return F.learn(features, tables, valid, impl)
+    return learn(features, tables, valid, impl)
 
 
 Use = Callable[[int, list[Tensor], Any], tuple[list[Tensor], Tensor, Sequence[Seen]] | None]
@@ -207,7 +207,7 @@ class MaskLearner(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check.choice(impl, "impl", F.IMPLS)
+        check.choice(impl, "impl", IMPLS)
         self.impl = impl
         self.channels, self.names = named(channels)
         self.standardize = check.standardize(standardize)

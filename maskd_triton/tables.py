@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from . import functional as F
 from ._eager import acc_dtype
+from .functional import Standardization, compose_standardization, compose_weighting, mask_weights, receptive_masks
 
 __all__ = ["LevelTables"]
 
@@ -26,7 +26,7 @@ class Tables(NamedTuple):
 
     tokens: Tensor
     weighting: tuple[Tensor, Tensor] | None
-    standardization: F.Standardization | None
+    standardization: Standardization | None
 
 
 def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
@@ -35,11 +35,11 @@ def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
     Tokens, which nothing is composed of, stay as they are. Differentiable."""
     weighting = None
     if CONVOLUTIONS[0] in level:
-        weighting = F.compose_weighting(*(level[name].to(dtype) for name in CONVOLUTIONS))
+        weighting = compose_weighting(*(level[name].to(dtype) for name in CONVOLUTIONS))
     if "channel_mean" not in level:
         return Tables(level["mask_token"], weighting, None)
     token, mean, std = (level[name].to(dtype) for name in ("mask_token", "channel_mean", "channel_std"))
-    standardization, weighting = F.compose_standardization(token, mean, std, weighting)
+    standardization, weighting = compose_standardization(token, mean, std, weighting)
     return Tables(level["mask_token"], weighting, standardization)
 
 
@@ -90,8 +90,8 @@ class MaskLevel(nn.Module):
         check.features(x, "x", self.channels)
         tokens, _, standard = self.tables(acc_dtype(x.dtype))
         if standard is None:
-            return F.receptive_masks(x, tokens)
-        return F.receptive_masks(x, standard.tokens, standard.token_bias)
+            return receptive_masks(x, tokens)
+        return receptive_masks(x, standard.tokens, standard.token_bias)
 
     def weights(self, x: Tensor) -> Tensor:
         """Softmax mask weights ``[N, T]``; ValueError with ``weight_mask=False``."""
@@ -99,7 +99,7 @@ class MaskLevel(nn.Module):
         weighting = self.tables(acc_dtype(x.dtype)).weighting
         if weighting is None:
             raise ValueError("weight_mask=False: this module has no mask weights")
-        return F.mask_weights(x, *weighting)
+        return mask_weights(x, *weighting)
 
 
 class LevelTables(MaskLevel):
@@ -162,7 +162,7 @@ class LevelTables(MaskLevel):
         return Tables(
             one("mask_token"),
             (one("pool_rows"), one("pool_bias")) if self.weight_mask else None,
-            F.Standardization(one("teacher_tokens"), one("token_bias"), one("statistics")) if self.standardize else None,
+            Standardization(one("teacher_tokens"), one("token_bias"), one("statistics")) if self.standardize else None,
         )
 
     def _table(self, name: str) -> Tensor:
