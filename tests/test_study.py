@@ -66,10 +66,8 @@ def comparable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v if k not in measured else v is None for k, v in line.items()} for line in runs]
 
 
-@pytest.mark.slow
-def test_a_killed_study_goes_on(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole.jsonl")
-    broken = tmp_path / "broken.jsonl"
+def begin(path: Path, workers: int) -> "subprocess.Popen[bytes]":
+    """The tiny study in a process of its own."""
     program = f"""
 import torch
 from pathlib import Path
@@ -78,10 +76,36 @@ from examples.study.results import Results
 from examples.study.schedule import Study
 torch.set_num_threads(1)
 settings = Settings(**{asdict(TINY)!r})
-path = Path({str(broken)!r})
-Study(settings, Results(path, settings), path.with_suffix("")).run(600)
+path = Path({str(path)!r})
+Study(settings, Results(path, settings), path.with_suffix(""), {workers}).run(600)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_workers_end_with_their_study(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    process = begin(path, workers=2)
+    while not path.exists() or len(path.read_text().splitlines()) < 3:  # a run is done
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = [Path("/proc") / pid for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [child for child in children if b"spawn_main" in (child / "cmdline").read_bytes()]
+    assert workers
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while any(worker.exists() and "State:\tZ" not in (worker / "status").read_text() for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole.jsonl")
+    broken = tmp_path / "broken.jsonl"
+    process = begin(broken, workers=1)
     while not broken.exists() or len(broken.read_text().splitlines()) < 14:  # some students are trained
         assert process.poll() is None
         time.sleep(0.01)
