@@ -8,7 +8,7 @@ of shared memory are given in units of the time in which a multiprocessor of an 
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +39,7 @@ class Cost:
     arch: str
     dtype: str
     layout: str
+    distance: str
     kernel: str
     instructions: float
     shared: float
@@ -46,11 +47,11 @@ class Cost:
     asked: float
 
     @classmethod
-    def of(cls, counts: Counts, map_bytes: int, arch: str, dtype: str, layout: str) -> "Cost":
+    def of(cls, counts: Counts, map_bytes: int, arch: str, dtype: str, layout: str, distance: str) -> "Cost":
         """In units of the feature maps that the kernel reads and writes."""
         moved, shared = MAPS[counts.kernel] * map_bytes, counts.shared.total()
         return cls(
-            *(arch, dtype, layout, counts.kernel.partition(".")[2]),
+            *(arch, dtype, layout, distance, counts.kernel.partition(".")[2]),
             instructions=counts.instruction_time(moved),
             shared=counts.shared_time(moved),
             conflicts=1 - counts.ideal.total() / shared if shared else 0.0,
@@ -62,9 +63,15 @@ FIGURES = ("instructions", "shared", "conflicts", "asked")
 
 
 def count(
-    arch: int, dtype: str, layout: str, channels: int = 256, tokens: int = 6, size: tuple[int, int] = (64, 128)
+    arch: int,
+    dtype: str,
+    layout: str,
+    distance: Literal["squared", "smooth_l1", "cosine"] = "squared",
+    channels: int = 256,
+    tokens: int = 6,
+    size: tuple[int, int] = (64, 128),
 ) -> list[Cost]:
-    """The costs of the main kernels on one image."""
+    """The costs of the main kernels on one image; for other distances than squares those of stage 2."""
     generator = torch.Generator().manual_seed(0)
     student, teacher, upstream = (
         torch.randn(1, channels, *size, generator=generator).to(DTYPES[dtype], memory_format=LAYOUTS[layout]) for _ in range(3)
@@ -72,22 +79,27 @@ def count(
     learner = MaskLearner(channels, tokens, impl="triton")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tokens that have not learned
-        criterion = MaskedDistillLoss(channels, tokens, pretrained=learner, custom_mask_warmup=0, impl="triton")
+        criterion = MaskedDistillLoss(
+            channels, tokens, pretrained=learner, custom_mask_warmup=0, impl="triton", distance=distance
+        )
     with virtual_gpu(arch) as gpu, gpu.counting() as found:
         torch.autograd.grad(criterion(student.requires_grad_(), teacher), student)
-        masked = learner(teacher)
-        parameters = list(learner.parameters())
-        torch.autograd.grad([masked, learner.dice_loss()], parameters, [upstream, torch.ones(())])
+        if distance == "squared":
+            masked = learner(teacher)
+            torch.autograd.grad([masked, learner.dice_loss()], list(learner.parameters()), [upstream, torch.ones(())])
     map_bytes = teacher.numel() * teacher.element_size()
-    return [Cost.of(counts, map_bytes, f"sm_{arch}", dtype, layout) for counts in found if counts.kernel in MAPS]
+    return [Cost.of(counts, map_bytes, f"sm_{arch}", dtype, layout, distance) for counts in found if counts.kernel in MAPS]
 
 
 def every() -> Iterator[Cost]:
-    """Both architectures, three dtypes, both layouts."""
+    """Both architectures, three dtypes, both layouts; the other distances in bfloat16 on sm_90."""
     for arch in reversed(ARCHS):
         for dtype in DTYPES:
             for layout in LAYOUTS:
                 yield from count(arch, dtype, layout)
+    for layout in LAYOUTS:
+        yield from count(90, "bf16", layout, "smooth_l1")
+        yield from count(90, "bf16", layout, "cosine")
 
 
 def rows(costs: list[Cost]) -> list[dict[str, Any]]:

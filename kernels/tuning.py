@@ -169,7 +169,7 @@ def _default_tile(key: Key) -> Config:
         if key.layout == "nhwc":
             return Config(64 if key.kernel == "feature_gradient_kernel" else 128, 32, 128)
         if key.kernel == "feature_gradient_kernel":
-            return Config(32, 64, 256 if key.tokens > 16 else 128)
+            return Config(32, 64, 256)
         return Config(32, 64 if key.tokens > 16 else 128, 128)
     masks = key.kernel == "mask_kernel"
     if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
@@ -199,10 +199,8 @@ def _default_registers(key: Key) -> int:
         return 0
     if key.bits == 64:
         return 255
-    if key.kernel == "feature_gradient_kernel":
+    if key.kernel in ("forward_kernel", "feature_gradient_kernel"):
         return 255
-    if key.kernel == "forward_kernel":
-        return 255 if key.tokens > 8 or key.bits == 16 else 0
     if key.kernel == "token_gradient_kernel" and key.bits == 32:
         return 0
     if key.kernel == "mask_kernel":

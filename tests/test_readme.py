@@ -111,7 +111,8 @@ def test_host() -> None:
 
 def test_counts() -> None:
     counts = json.loads((ROOT / "bench/results/counts.json").read_text())
-    known = {(r["arch"], r["dtype"], r["layout"], r["kernel"]): r for r in counts["rows"]}
+    squared = [r for r in counts["rows"] if r["distance"] == "squared"]
+    known = {(r["arch"], r["dtype"], r["layout"], r["kernel"]): r for r in squared}
     section = PERFORMANCE.split("## What the kernels cost, counted")[1].split("\n## ")[0]
     assert f"{counts['date'][:10]}, Triton {counts['packages']['triton']})" in section
     kinds = [(dtype, layout) for dtype in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
@@ -121,6 +122,14 @@ def test_counts() -> None:
         asked = [row["asked"] for row in figures]
         name = kernel.removesuffix("_kernel").replace("_", " ")
         assert re.search(rf"\| {name} \(stage \d\) \| {re.escape(pairs)} \| {min(asked):.2f} to {max(asked):.2f} \|", section)
+    others = {(r["distance"], r["layout"], r["kernel"]): r for r in counts["rows"] if r["distance"] != "squared"}
+    for distance in ("smooth_l1", "cosine"):
+        for kernel in ("forward_kernel", "backward_kernel"):
+            pairs = " | ".join(
+                f"{row['instructions']:.2f} / {row['shared']:.2f}"
+                for row in (others[distance, x, kernel] for x in ("nchw", "nhwc"))
+            )
+            assert f"| {kernel.removesuffix('_kernel')}, {distance} | {pairs} |" in section
     for (_, dtype, layout, kernel), row in known.items():
         like = known["sm_90", dtype.replace("fp16", "bf16"), layout, kernel]
         assert all(abs(row[figure] - like[figure]) < 0.07 for figure in ("instructions", "shared", "asked"))

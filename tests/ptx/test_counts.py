@@ -68,13 +68,15 @@ def test_wavefronts_of_shared_memory(size: int, stride: int, wavefronts: int, id
 
 
 @pytest.mark.skipif(triton.__version__ != RESULTS["packages"]["triton"], reason="counted with another Triton")
-@pytest.mark.parametrize("layout", counts.LAYOUTS)
-def test_costs_do_not_grow(layout: str) -> None:
-    known = {
-        row["kernel"]: row for row in RESULTS["rows"] if (row["arch"], row["dtype"], row["layout"]) == ("sm_90", "bf16", layout)
-    }
-    found = counts.rows(counts.count(90, "bf16", layout))
-    assert {row["kernel"] for row in found} == set(known) == {name.partition(".")[2] for name in counts.MAPS}
+@pytest.mark.parametrize(
+    ("layout", "distance"), [("nchw", "squared"), ("nhwc", "squared"), ("nhwc", "smooth_l1"), ("nchw", "cosine")]
+)
+def test_costs_do_not_grow(layout: str, distance: str) -> None:
+    case = {"arch": "sm_90", "dtype": "bf16", "layout": layout, "distance": distance}
+    known = {row["kernel"]: row for row in RESULTS["rows"] if case.items() <= row.items()}
+    found = counts.rows(counts.count(90, "bf16", layout, distance))
+    main = {name.partition(".")[2] for name in counts.MAPS if distance == "squared" or name.startswith("distill")}
+    assert {row["kernel"] for row in found} == set(known) == main
     for row in found:
         for figure in counts.FIGURES:
             assert row[figure] <= 1.02 * known[row["kernel"]][figure] + 0.005, (row, figure)
