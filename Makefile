@@ -20,7 +20,7 @@ test: $(VENV)/test.stamp
 	$(MAKE) test-newest
 
 test-newest: $(VENV)/test.stamp
-	$(BIN)/python -m tests.grid --torch here --triton newest --suite interpreted compiled
+	$(BIN)/python -m tests.grid --torch here --triton newest --suite interpreted compiled-90
 
 docs: $(VENV)/test.stamp  # with --quiet, mkdocs would count no warnings
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

@@ -12,6 +12,8 @@ pytest.importorskip("hypothesis", reason="needs the test extra")
 from tests.fuzz import run
 from tests.fuzz.cases import Case
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = 12
 IMPLS = {"eager": 0.94, "triton": 0.06}  # shares of the cases
 
