@@ -10,7 +10,6 @@ teacher and masks and writes the gradient: 5 passes over a feature tensor in all
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -459,8 +458,6 @@ def _forward_numbers(
     hs = group.own(heights)
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
-    if variant.distance == "cosine" and not config.registers:  # three sums for every element of a tile
-        config = replace(config, registers=255)
     first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
     rows = tuning.token_rows(num_tokens)
     common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}

@@ -183,7 +183,7 @@ def sigmoid(x):
 
 
 @triton.jit
-def pick_row(x, i, ROWS: tl.constexpr, SPREAD: tl.constexpr = False):
+def pick_row(x, i, ROWS: tl.constexpr, SPREAD: tl.constexpr):
     """Row ``i`` of ``x [ROWS, BLOCK]``; SPREAD as in `sum_rows`."""
     return sum_rows(tl.where((tl.arange(0, ROWS) == i)[:, None], x, 0.0), SPREAD)
 

@@ -197,9 +197,7 @@ def _default_registers(key: Key) -> int:
     """Enough for the kernels that were seen to spill when NVIDIA's assembler chose; 0 for all others."""
     if key.kernel not in ("forward_kernel", "mask_kernel", "token_gradient_kernel", "feature_gradient_kernel"):
         return 0
-    if key.bits == 64:
-        return 255
-    if key.kernel in ("forward_kernel", "feature_gradient_kernel"):
+    if key.bits == 64 or key.kernel in ("forward_kernel", "feature_gradient_kernel"):
         return 255
     if key.kernel == "token_gradient_kernel" and key.bits == 32:
         return 0

@@ -24,7 +24,6 @@ class Counts:
 
     Attributes:
         kernel: module and name.
-        programs: of the grid.
         warps: of all programs.
         lines: instructions of warps by source line, ``file:line``.
         operations: instructions of warps by opcode.
@@ -35,7 +34,6 @@ class Counts:
     """
 
     kernel: str
-    programs: int
     warps: int
     lines: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)

@@ -82,7 +82,7 @@ class Device:
         """Where to count a launch, inside of :meth:`counting`."""
         if not self._counting:
             return None
-        self.counts.append(Counts(kernel, programs, programs * threads // 32))
+        self.counts.append(Counts(kernel, programs * threads // 32))
         return self.counts[-1]
 
     @contextlib.contextmanager

@@ -60,7 +60,7 @@ def test_wavefronts_of_shared_memory(size: int, stride: int, wavefronts: int, id
     """By hand, for one warp."""
     kernel = Kernel.__new__(Kernel)
     kernel.instructions = [Instruction(1, "ld", "file.py:1", None, ["ld", "shared"], [])]
-    found = Counts("kernel", 1, 1)
+    found = Counts("kernel", 1)
     lanes = np.arange(32)
     found.shared_access(kernel, 0, lanes * stride, size, lanes)
     assert found.shared == {"file.py:1 ld": wavefronts}
