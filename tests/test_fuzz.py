@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("hypothesis", reason="needs the test extra")
 
 from tests.fuzz import run
-from tests.fuzz.cases import Case
 
 pytestmark = pytest.mark.slow
 
@@ -36,15 +35,3 @@ def wide_offsets(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "PLANS", {})
     if wide:
         monkeypatch.setattr(launch, "is_wide", lambda *_: True)
-
-
-# What earlier runs found, the smallest case of each fault.
-FOUND: dict[str, Case] = {}
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", FOUND)
-def test_found(name: str, impl: str) -> None:
-    if impl == "triton":
-        pytest.importorskip("triton", reason="triton is not installed")
-    assert run.once(FOUND[name], impl) <= 1

@@ -20,7 +20,7 @@ def tried(
 ) -> float:
     """``number`` cases of ``impl``, each ``inside`` of a context; the largest error as a share of what is allowed.
 
-    ``stream``: those that run beside each other draw other cases. ``most``: as in :func:`cases.cases`."""
+    ``stream``: those that run beside each other draw other cases. ``most``: as in `cases.cases`."""
     shares = [0.0]
 
     @hypothesis.seed(1000 * SEED + stream)
