@@ -1,7 +1,7 @@
 """``python -m tests.fuzz --cases 20000 --seed 1 [--emulator sm_90] [--processes 2]``: random cases of both stages.
 
 6 % of the cases run Triton's kernels in its interpreter, the others eager; with ``--emulator`` all run the compiled kernels. A
-case that fails is shrunk and printed: put it in ``FOUND`` of ``tests/test_fuzz.py``.
+case that fails is shrunk and printed: write it down as a plain test.
 """
 
 import argparse
