@@ -173,6 +173,7 @@ def test_modules_taken_out() -> None:
     assert criterion(features(WIDE), features(WIDE)) == 0
 
 
+@pytest.mark.slow
 def test_compiled_with_ones_own() -> None:
     torch._dynamo.reset()
     criterion = criterion_of(align=[mlp(4, 8), mlp(5, 6)]).eval()

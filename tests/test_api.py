@@ -326,6 +326,7 @@ def test_copies_are_equal_and_independent(copied: Callable[[MaskedDistillLoss], 
     assert torch.equal(criterion(S, T), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", ["criterion", "learner", "teacher"])
 def test_copies_of_what_was_compiled_in_place(kind: str, copied: Callable[[nn.Module], nn.Module]) -> None:

@@ -60,6 +60,7 @@ def test_stage_1(tmp_path: Path) -> None:
     assert 2 * 256 * 7 * 7 * 4 <= ours < literal
 
 
+@pytest.mark.slow
 def test_unknown_workload() -> None:
     result = subprocess.run([sys.executable, "-m", "bench", "fpm"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
@@ -86,6 +87,7 @@ def test_memory_of_a_step_does_not_depend_on_the_one_before() -> None:
     assert 2 * gradient <= peaks[0] < 3 * gradient  # gradient and difference
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_gpu_visit_without_a_gpu(tmp_path: Path) -> None:
     assert "torch sees no GPU here" in run("-m", "bench.gpu_visit", "--out", str(tmp_path / "visit"), code=2)
@@ -132,6 +134,7 @@ def test_against_earlier_results(changes: dict, words: str) -> None:
     assert f"{worse} of 2 got worse" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("median", [10.0, 20.0], ids=["as fast", "slower"])
 def test_against_earlier_results_by_command(median: float, tmp_path: Path) -> None:
     files = tmp_path / "before.json", tmp_path / "after.json"

@@ -609,6 +609,7 @@ def test_failed_save_leaves_the_old_file_alone(
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 def test_killed_save_leaves_the_old_file_whole(step: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens.pt"

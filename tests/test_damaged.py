@@ -298,6 +298,7 @@ def test_a_small_file_system(small_disk: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_killed_at_any_time_leaves_a_whole_file(tmp_path: Path) -> None:
     program = str(Path(__file__).parent / "programs" / "saving.py")

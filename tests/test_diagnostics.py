@@ -409,6 +409,7 @@ def test_gradient_ratio_in_a_step(half: bool, target: Target) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
 
 
+@pytest.mark.slow
 def test_gradient_ratio_of_compiled_parts() -> None:
     torch._dynamo.reset()
     learner = MaskLearner(3, 2)

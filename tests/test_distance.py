@@ -189,6 +189,7 @@ def test_scale_of_the_student_does_not_change_the_cosine(target: Target) -> None
         torch.testing.assert_close(problem.loss(target, [scale * s for s in problem.student], distance="cosine"), one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OTHERS, ids=name)
 def test_criterion_is_compiled_once_and_says_so(options: dict[str, Any], target: Target) -> None:
     impl, device = target

@@ -1261,6 +1261,7 @@ FULLGRAPH = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=FULLGRAPH)])
 def test_compiled_inside_the_block(fullgraph: bool) -> None:
     """Every call gives the features of that call, without compiling again."""

@@ -102,6 +102,7 @@ def results(functions: Any, impl: str) -> list[Tensor]:
     return [loss, cosine, dice, masks, weights, functions.dice_loss(masks), *masked, *(x.grad for x in (*student, *learned))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_same_numbers_beside_the_installed_package(builds: list[ModuleType], impl: str) -> None:
     if impl == "triton":

@@ -26,10 +26,12 @@ def run_python(cwd: Path, *arguments: str | Path, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_works_without_triton(tmp_path: Path) -> None:
     assert 'impl="triton" needs the triton package' in run_python(tmp_path, PROGRAMS / "without.py", "triton")
 
 
+@pytest.mark.slow
 def test_triton_on_the_cpu_raises(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     message = run_python(tmp_path, PROGRAMS / "on_the_cpu.py")
@@ -38,6 +40,7 @@ def test_triton_on_the_cpu_raises(tmp_path: Path) -> None:
     assert "TRITON_INTERPRET=1" in message
 
 
+@pytest.mark.slow
 def test_import_has_no_side_effects(tmp_path: Path) -> None:
     """No GPU or network is asked for, no process started, no kernel loaded, no global `kernels` appears, nothing is printed."""
     (seconds,) = run_python(tmp_path, PROGRAMS / "imports.py").split()
@@ -88,6 +91,7 @@ def help_of_the_search(cwd: Path, **environment: str) -> None:
     assert "--log2-pixels" in text
 
 
+@pytest.mark.slow
 def test_the_search_is_a_command_of_the_package(tmp_path: Path) -> None:
     help_of_the_search(tmp_path)
 

@@ -57,6 +57,7 @@ def stage_1(impl: str, device: str, standardize: bool, need_x: bool = False) -> 
 BOUNDS = {("2", "eager"): 2.0, ("2", "triton"): 1.6, ("1", "eager"): 3.0, ("1", "triton"): 1.8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
 @pytest.mark.parametrize("distance", F.DISTANCES)
 def test_stage_2(distance: str, standardize: bool, target: Target) -> None:

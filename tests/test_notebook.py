@@ -28,6 +28,7 @@ def test_it_has_ten_cells_with_pictures() -> None:
     assert [cell["execution_count"] for cell in CELLS if cell["cell_type"] == "code"] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs the demo extra")
     pytest.importorskip("sklearn", reason="needs the demo extra")

@@ -58,6 +58,7 @@ def problem(
 
 
 # every kind in one layout and every layout of one kind: what the fakes say of one does not depend on the other
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "kind"), [*(("nchw", kind) for kind in KINDS), *((layout, FULLEST) for layout in ("nhwc", "chwn", "ncwh"))]
 )
@@ -120,6 +121,7 @@ def test_compile_fullgraph(dynamic: bool, target: tuple[str, str]) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_compiled_criterion_sees_loaded_weights(target: tuple[str, str]) -> None:
     impl, device = target
     torch._dynamo.reset()

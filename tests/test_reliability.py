@@ -93,6 +93,7 @@ def growth(stage: int) -> tuple[int, int, int]:
     return tensors, blocks, size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_1000_steps_leak_nothing(stage: int) -> None:
     """In a process of their own: what other tests left behind may go at any time."""
@@ -114,6 +115,7 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"align": True}, {"resize": "student"}], ids=str)
 def test_no_feature_is_alive_after_backward(options: dict[str, Any], target: Target) -> None:
     impl, device = target
@@ -133,6 +135,7 @@ def test_no_feature_is_alive_after_backward(options: dict[str, Any], target: Tar
         assert not [x for x in (*views, *storages) if x() is not None]
 
 
+@pytest.mark.slow
 def test_no_feature_is_alive_after_backward_in_stage_1(target: Target) -> None:
     impl, device = target
     learner = trained([4], 3, impl=impl).to(device)

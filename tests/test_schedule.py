@@ -161,6 +161,7 @@ def test_checkpointed_calls_count_once(reentrant: bool, step: int, mode: str) ->
     assert all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["criterion", "region"])
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("reentrant", [False, True])

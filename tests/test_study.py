@@ -364,6 +364,7 @@ def test_a_perfect_net_has_both_metrics_1() -> None:
     assert digits_tasks.mean_average_precision(Heat(), scenes) == 1  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"what": "settings", "settings": {}}) + "\n")

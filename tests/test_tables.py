@@ -135,6 +135,7 @@ def test_changes_are_seen(change: Change, weight_mask: bool, standardize: bool, 
 COMPILED = ["load", "load_of_a_part", "distributed_checkpoint", "data", "load_under_inference_mode", "parameters_for_buffers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [*COMPILED, "load_assign_of_parameters"])
 def test_changes_are_seen_by_a_compiled_criterion(change: str, tmp_path: Path) -> None:
     torch._dynamo.reset()

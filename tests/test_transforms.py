@@ -83,6 +83,7 @@ def test_grad_of_tokens(padded: bool, target: Target) -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", F.DISTANCES)
 def test_vmap_and_jacrev(distance: str, target: Target) -> None:
     """A batch of students, gradients of each, and the Jacobian of the levels' losses."""
@@ -168,6 +169,7 @@ def test_retained_graphs_and_modes_without_gradient(target: Target) -> None:
     assert not criterion([x.detach() for x in student], teacher).requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool, target: Target) -> None:
     criterion, learner = double(target).eval(), MaskLearner([5, 4], 3, impl=target[0]).to(target[1]).double()
@@ -182,6 +184,7 @@ def test_export(strict: bool, target: Target) -> None:
     assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_the_package_can_be_imported_twice() -> None:
     result = subprocess.run([sys.executable, "tests/programs/twice.py"], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "computed\n"), result.stderr[-2000:]

@@ -149,6 +149,7 @@ def test_a_search_starts_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(autotune.tune([key], torch.device("cpu"), clock=lambda call: 1.0)) == [key]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the clock is real")
 @pytest.mark.parametrize("asked", ["", "0", "1"])
 def test_the_environment_asks_for_online_tuning(asked: str, folder: Path, tmp_path: Path) -> None:
@@ -200,6 +201,7 @@ def test_environment_variables_are_documented() -> None:
 COMMANDS = ["maskd_triton.kernels.autotune", "bench.autotune"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_command_without_a_gpu(name: str) -> None:
     if torch.cuda.is_available():

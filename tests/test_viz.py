@@ -44,6 +44,7 @@ def shown(axis: Any) -> np.ndarray:
     return np.asarray(axis.images[-1].get_array())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 3, 6, 19])
 @pytest.mark.parametrize("n", [1, 2])
 def test_shows_images_masks_and_numbers(n: int, tokens: int) -> None:
@@ -120,6 +121,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", LAYOUTS.values(), ids=LAYOUTS)
 def test_nothing_is_clipped_and_no_text_overlaps(given: dict[str, Any]) -> None:
     figure = plot_masks(**given)
@@ -173,6 +175,7 @@ def test_wrong_arguments(changed: dict[str, Any], sentence: str) -> None:
         plot_masks(**drawn() | changed)
 
 
+@pytest.mark.slow
 def test_neither_pyplot_nor_a_backend_is_touched(tmp_path: Path) -> None:
     command = [sys.executable, str(PROGRAMS / "picture.py"), str(tmp_path / "masks.png")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -180,6 +183,7 @@ def test_neither_pyplot_nor_a_backend_is_touched(tmp_path: Path) -> None:
     assert (tmp_path / "masks.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_without_matplotlib() -> None:
     command = [sys.executable, str(PROGRAMS / "without.py"), "matplotlib"]
     result = subprocess.run(command, capture_output=True, text=True)
