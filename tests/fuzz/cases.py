@@ -108,10 +108,8 @@ def _often(draw: Any, usual: Any, others: tuple[Any, ...], one_in: int = 2) -> A
     return draw(st.sampled_from(others)) if _flag(draw, one_in) else usual
 
 
-def _maps(draw: Any, dtypes: tuple[str, ...], kernels: bool, values: tuple[str, ...] = VALUES) -> Maps:
-    found = Maps(draw(st.sampled_from(dtypes)), draw(st.sampled_from(LAYOUTS)), _often(draw, "normal", values))
-    # a kernel multiplies half features by two parts of a token, of which infinity makes NaN where the parts' signs differ
-    return replace(found, values="nan") if kernels and found.dtype in ("fp16", "bf16") and found.values == "inf" else found
+def _maps(draw: Any, dtypes: tuple[str, ...], values: tuple[str, ...] = VALUES) -> Maps:
+    return Maps(draw(st.sampled_from(dtypes)), draw(st.sampled_from(LAYOUTS)), _often(draw, "normal", values))
 
 
 @st.composite
@@ -134,7 +132,7 @@ def cases(draw: Any, most: int = MOST, kernels: bool = False) -> Case:
         "images": images,
         "levels": tuple(levels),
         "tokens": tokens,
-        "teacher": _maps(draw, dtypes, kernels),
+        "teacher": _maps(draw, dtypes),
         "upstream": draw(st.sampled_from(("contiguous", "expanded", "strided", "zeros"))),
         "learned": _often(draw, "trained", ("untrained", "zeros", "saturating"), 3),
         "weighted": weighted,
@@ -145,20 +143,14 @@ def cases(draw: Any, most: int = MOST, kernels: bool = False) -> Case:
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
     if stage == 1:
-        return Learning(**common, inputs=_flag(draw), dice_scale=draw(st.sampled_from((1.0, 3.0, 0.0))))
+        return _sound(Learning(**common, inputs=_flag(draw), dice_scale=draw(st.sampled_from((1.0, 3.0, 0.0)))), kernels)
     masks = _often(draw, "", ("boxes", "scores", "expanded"), 4)
     module = common["through"] == "module"
-    student = _maps(draw, dtypes, kernels, ("equal", "near", *VALUES))
+    student = _maps(draw, dtypes, ("equal", "near", *VALUES))
     resize = _often(draw, "", ("student", "teacher"), 4) if module else ""
     narrow = draw(st.sampled_from((1, 4, 9))) if module and _flag(draw, 4) else 0
     distance = draw(st.sampled_from(("squared", "squared", "smooth_l1", "cosine")))
-    if distance == "cosine" and student.values == "tiny":  # below a length of 1e-8 torch's gradient is not that of its values
-        student = replace(student, values="images of all sizes")
-    if (resize or narrow) and student.values in ("equal", "near"):
-        student = replace(student, values="normal")
-    if masks:
-        common["standard"] = common["standard"] and not module  # a criterion without tokens has no statistics
-    return Distillation(
+    drawn = Distillation(
         **common,
         student=student,
         masks=masks,
@@ -175,3 +167,55 @@ def cases(draw: Any, most: int = MOST, kernels: bool = False) -> Case:
         resize=resize,
         sizes=tuple(draw(st.sampled_from(SIZES[:7])) for _ in levels) if resize else (),
     )
+    return _sound(drawn, kernels)
+
+
+def _sound(case: Case, kernels: bool) -> Case:
+    """The case without what is known to differ from the formulas or cannot be."""
+
+    def finite(maps: Maps) -> Maps:
+        # a kernel multiplies half features by two parts of a token, of which infinity makes NaN where the parts' signs differ
+        half = kernels and maps.dtype in ("fp16", "bf16")
+        return replace(maps, values="nan") if half and maps.values == "inf" else maps
+
+    case = replace(case, teacher=finite(case.teacher))
+    if not isinstance(case, Distillation):
+        return case
+    student = finite(case.student)
+    if (
+        case.distance == "cosine" and student.values == "tiny"
+    ):  # below a length of 1e-8 torch's gradient is not that of its values
+        student = replace(student, values="images of all sizes")
+    if (case.resize or case.student_channels) and student.values in ("equal", "near"):
+        student = replace(student, values="normal")
+    without_tokens = bool(case.masks) and case.through == "module"  # and so without statistics
+    return replace(case, student=student, standard=case.standard and not without_tokens)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What kernels are compiled for.
+
+    Attributes:
+        stage: 1 or 2.
+        dtypes: of the teacher and, in stage 2, the student.
+        layouts: those with the same axis in front.
+        options: fields of the case.
+    """
+
+    stage: int
+    dtypes: tuple[str, str]
+    layouts: tuple[str, ...]
+    options: dict[str, Any]
+
+
+@st.composite
+def cases_of(draw: Any, variant: Variant) -> Case:
+    """Any case that the kernels of ``variant`` run: two levels of odd sizes, so that no row is aligned."""
+    case = draw(cases(300, kernels=True).filter(lambda case: case.stage == variant.stage))
+    sizes = draw(st.sampled_from(((3, 3), (1, 7), (5, 3), (7, 5)))), draw(st.sampled_from(((1, 1), (3, 1), (5, 3))))
+    levels = tuple((draw(st.sampled_from((3, 5, 7, 17))), *size) for size in sizes)
+    changes: dict[str, Any] = {"images": max(case.images, 1), "levels": levels, **variant.options}
+    for name, dtype in zip(("teacher", "student")[: variant.stage], variant.dtypes, strict=False):
+        changes[name] = replace(getattr(case, name), dtype=dtype, layout=draw(st.sampled_from(variant.layouts)))
+    return _sound(replace(case, **changes), kernels=True)

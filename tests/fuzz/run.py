@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import hypothesis
+from hypothesis.strategies import SearchStrategy
 
 from tests.fuzz.cases import MOST, MOST_INTERPRETED, Case, cases
 from tests.fuzz.check import check
@@ -16,18 +17,24 @@ SEED = int(os.environ.get("MASKD_FUZZ_SEED", "0"))
 
 
 def tried(
-    impl: str, number: int, stream: int, most: int = 0, inside: Callable[[], AbstractContextManager[None]] = nullcontext
+    impl: str,
+    number: int,
+    stream: int,
+    drawn: SearchStrategy[Case] | None = None,
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> float:
     """``number`` cases of ``impl``, each ``inside`` of a context; the largest error as a share of what is allowed.
 
-    ``stream``: those that run beside each other draw other cases. ``most``: as in `cases.cases`."""
+    ``stream``: those that run beside each other draw other cases. ``drawn``: the cases; None: any."""
+    if drawn is None:
+        drawn = cases(MOST if impl == "eager" else MOST_INTERPRETED, kernels=impl == "triton")
     shares = [0.0]
 
     @hypothesis.seed(1000 * SEED + stream)
     @hypothesis.settings(
         max_examples=number, database=None, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), print_blob=False
     )
-    @hypothesis.given(cases(most or (MOST if impl == "eager" else MOST_INTERPRETED), kernels=impl == "triton"))
+    @hypothesis.given(drawn)
     def run(case: Case) -> None:
         with inside():
             shares.append(once(case, impl))

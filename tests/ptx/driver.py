@@ -36,6 +36,11 @@ _FORMATS = {
     **{"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"},
     **{"fp16": "e", "fp32": "f", "fp64": "d"},
 }
+# A NaN that no calculation gives: the host may write others
+_UNWRITTEN = {
+    **{torch.float16: (torch.int16, 0x7E5A), torch.bfloat16: (torch.int16, 0x7FDA)},
+    **{torch.float32: (torch.int32, 0x7FC0BA5E), torch.float64: (torch.int64, 0x7FF8BA5EBA5EBA5E)},
+}
 _programs: dict[bytes, Program] = {}
 
 
@@ -106,10 +111,9 @@ class Device:
 
     def _mark(self, x: Tensor) -> None:
         storage = x.untyped_storage()
-        with torch.no_grad():
-            flat = torch.tensor((), dtype=x.dtype).set_(storage).fill_(float("nan"))
-        bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-        self._fresh[storage.data_ptr()] = bits, int(bits[0]), np.zeros(storage.nbytes(), bool)
+        integer, nan = _UNWRITTEN[x.dtype]
+        bits = torch.tensor((), dtype=integer).set_(storage).fill_(nan)
+        self._fresh[storage.data_ptr()] = bits, nan, np.zeros(storage.nbytes(), bool)
 
     def uninitialised(self) -> dict[int, np.ndarray]:
         """Bytes that were written, of every storage that is checked; elements that the host changed among them."""

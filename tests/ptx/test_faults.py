@@ -82,6 +82,7 @@ def test_read_of_what_was_never_written(arch: int) -> None:
         y = torch.empty_like(x)
         copy_kernel[(4,)](x, y, 1000, 0, True, False, 256)
         assert torch.equal(copied(y), y)  # a kernel has written it
+        assert copied(torch.empty(1000).fill_(torch.nan)).isnan().all()  # the host has
 
 
 @triton.jit
