@@ -180,12 +180,14 @@ def _default_tile(key: Key) -> Config:
         if key.kernel == "forward_kernel":  # it holds three sums for every token and pixel
             if key.tokens <= 8 or (key.layout == "nchw" and key.tokens <= 16):
                 return Config(16 if key.layout == "nchw" else 32, 128, 128)
-            return Config(64, 32, 256) if key.tokens > 32 else Config(32, 2048 // key.tokens, 256)
+            return Config(64, 32, 256) if key.tokens > 16 else Config(32, 2048 // key.tokens, 256)
         if key.kernel == "token_gradient_kernel" and key.layout == "nchw" and key.tokens <= 8:
             return Config(16, 128, 128)  # on gfx942 more channels spill
-        if key.tokens > 16:
-            return Config(64, 64, 256) if masks and key.layout == "nhwc" else Config(32, 128 if key.tokens <= 32 else 64, 256)
-        return Config(64 if key.layout == "nhwc" and (masks or key.tokens <= 8) else 32, 128, 128)
+        if key.tokens > 16 and masks and key.layout == "nhwc":
+            return Config(64, 64, 256)
+        if key.tokens > (16 if masks else 8):
+            return Config(32, 128 if key.tokens <= 32 else 64, 256)
+        return Config(64 if key.layout == "nhwc" else 32, 128, 128)
     if key.kernel == "token_gradient_kernel" and key.tokens <= 8:
         return Config(32, 64, 128)
     if key.tokens > 8:
