@@ -396,6 +396,7 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
     variant = _Variant(
         num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.step is not None,
         len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power, options.distance,
+        options.beta, options.eps,
     )  # fmt: skip
     parameters = tokens, teacher_tokens, rows, bias, options.masks
     in_place, launches = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
@@ -410,18 +411,16 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
                     *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
                     *(options.masks, options.valid, masks, cosines),
                 ),
-                *tables, loss if options.step is None else options.step, part, options.warmup,
-                *launch.two_parts(options.beta), **constants,
+                *tables, loss if options.step is None else options.step, part, options.warmup, **constants,
             )  # fmt: skip
             launch.run(
                 finish_kernel, images,
-                *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, n,
-                *launch.two_parts(options.eps), **finish_constants,
+                *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, **finish_constants,
             )  # fmt: skip
 
 
 class _Variant(NamedTuple):
-    """What a forward pass is compiled for."""
+    """What a forward pass is planned for."""
 
     num_tokens: int
     weighted: bool
@@ -433,6 +432,8 @@ class _Variant(NamedTuple):
     weights: bool
     mask_power: int
     distance: str
+    beta: float
+    eps: float
 
 
 def _plan_forward(
@@ -459,6 +460,8 @@ def _forward_numbers(
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
     first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
+    # the cosine adds up three tiles where other distances add up one
+    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and launch.split(s[0]) == 2 else config.block_c
     rows = tuning.token_rows(num_tokens)
     common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}
     tables = [
@@ -469,13 +472,14 @@ def _forward_numbers(
         "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "DISTANCE": variant.distance,
         "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
-        "BLOCK_C": config.block_c, "STAGES": config.num_stages, **config.program, **group.constants, **common,
+        "BLOCK_C": block_c, "STAGES": config.num_stages, **config.program, **group.constants, **common,
+        **launch.two_parts("beta", variant.beta),
     }  # fmt: skip
     finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
     finish_constants = {
         "LEVELS": len(s), "STANDARD": weighted and variant.standard, "WEIGHTS": variant.weights,
         "EMPTY": variant.given or variant.valid, "DISTANCE": variant.distance,
-        "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common,
+        "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common, "N": n, **launch.two_parts("eps", variant.eps),
     }  # fmt: skip
     return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
 
@@ -495,7 +499,7 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
     if n == 0:
         return grads
     statistics = [x.contiguous() for x in kept.statistics]
-    variant = num_tokens, len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance
+    variant = num_tokens, len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance, kept.beta
     in_place, launches = launch.planned("backward", variant, (student, teacher), (grads,), _plan_backward)
     written: Sequence[Tensor] = grads
     if not in_place:
@@ -506,13 +510,13 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
             launch.run(
                 backward_kernel, programs,
                 *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
-                grad, coefficients, *grad.stride(), n, *launch.two_parts(kept.beta), **constants,
+                grad, coefficients, *grad.stride(), **constants,
             )  # fmt: skip
     return grads if in_place else launch.written_to(grads, written)
 
 
 def _plan_backward(
-    options: tuple[int, bool, bool, int, str], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
+    options: tuple[int, bool, bool, int, str, float], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, list[tuple[launch.Group, launch.Numbers]]]:
     """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
 
@@ -535,6 +539,7 @@ def _backward_numbers(
     valid: bool,
     mask_power: int,
     distance: str,
+    beta: float,
 ) -> launch.Numbers:
     s = group.own(student)
     config = group.config("backward_kernel", num_tokens, student, teacher)
@@ -548,5 +553,6 @@ def _backward_numbers(
         "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
         "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **group.constants,
+        "N": s[0].shape[0], **launch.two_parts("beta", beta),
     }  # fmt: skip
     return programs, tables, constants

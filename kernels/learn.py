@@ -653,7 +653,7 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
                 finish_kernel, len(x) * n,
                 launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias),
                 *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
-                grams, weights, pairs, dice, n, *launch.two_parts(DICE_EPS),
+                grams, weights, pairs, dice, n, **launch.two_parts("eps", DICE_EPS),
                 LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=tuning.power_of_2(t),
                 TILE=config.block_p, **tuning.add_blocks(tuning.power_of_2(t), dice.dtype.itemsize), **common,
             )  # fmt: skip

@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,14 @@ from torch import Tensor
 Weighting = tuple[Tensor, Tensor]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def are_plain(values: Iterable[Any]) -> bool:
+    """Whether all are tensors or parameters, none of a subclass."""
+    return _PLAIN.issuperset(map(type, values))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def choice(value: str, name: str, choices: Sequence[str]) -> None:

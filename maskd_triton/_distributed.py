@@ -4,11 +4,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+from ._checks import are_plain
 
 
 def is_dtensor(x: Any) -> bool:
@@ -92,7 +91,7 @@ class Spread(NamedTuple):
 
 def spread_of(maps: Sequence[Tensor], name: str) -> Spread | None:
     """How the features ``maps`` lie on the ranks; None for plain tensors. TypeError or ValueError for other placements."""
-    if _PLAIN.issuperset(map(type, maps)) or not any(map(is_dtensor, maps)):
+    if are_plain(maps) or not any(map(is_dtensor, maps)):
         return None
     first: Any = next(x for x in maps if is_dtensor(x))
     if not all(p.is_replicate() or p.is_shard(0) for p in first.placements):

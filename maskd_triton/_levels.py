@@ -84,7 +84,10 @@ def usual(keys: Iterable[Any], order: Sequence[Any] | None) -> list[Any]:
 
 def as_list(features: Levels, name: str, keys: Sequence[Any] | None = None) -> tuple[list[Tensor], list[Any] | None]:
     """The tensors of ``features`` and, for a mapping, their keys; ``keys`` gives the order a mapping must follow."""
-    if not isinstance(features, list | tuple):  # the usual ones; abstract classes take longer to ask for
+    if isinstance(features, list | tuple):
+        if check.are_plain(features):  # as usual; all other questions take longer
+            return list(features), None
+    else:
         features = tensor_of(maps_in(features))
     if isinstance(features, Tensor):
         return [features], None

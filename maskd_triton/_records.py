@@ -1,12 +1,18 @@
 """What an operator, its launcher and its eager twin hand to each other, as one object: a new option is a new field here."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor]
+
+
+def _new(like: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Makes tensors of the sizes it is called with; ``new_empty`` with a dtype takes half as long again."""
+    return functools.partial(torch.empty, dtype=dtype, device=like.device)
 
 
 class DistillTables(NamedTuple):
@@ -114,13 +120,11 @@ class Distilled(NamedTuple):
         """Not yet written, for ``student [N, C_i, H_i, W_i]``."""
         first, levels, t = student[0], len(student), options.num_tokens
         n = first.shape[0]
-        pixels = [s.shape[2] * s.shape[3] for s in student]
+        pixels, new = [s.shape[2] * s.shape[3] for s in student], _new(first, dtype)
         return cls(
-            first.new_empty((levels, n), dtype=dtype),
-            first.new_empty((levels, n, t), dtype=dtype),
-            first.new_empty((levels, n, t), dtype=dtype),
-            [first.new_empty((n, t, p), dtype=dtype) for p in pixels],
-            [first.new_empty((n, 2, p), dtype=dtype) for p in pixels] if options.distance == "cosine" else [],
+            *(new(levels, n), new(levels, n, t), new(levels, n, t)),
+            [new(n, t, p) for p in pixels],
+            [new(n, 2, p) for p in pixels] if options.distance == "cosine" else [],
         )
 
     def kept(self, options: DistillOptions) -> "DistillKept":
@@ -163,7 +167,8 @@ class Latest(NamedTuple):
     """What the latest call of stage 2 leaves for diagnostics: no features.
 
     Attributes:
-        outputs: without gradient, losses already scaled.
+        outputs: without gradient.
+        scale: of the losses.
         shapes: of every level's features.
         keys: of the levels, where they are mappings.
         valid: bytes ``[N, P_i]`` of every level; none: all pixels count.
@@ -171,6 +176,7 @@ class Latest(NamedTuple):
     """
 
     outputs: Distilled
+    scale: Tensor
     shapes: Sequence[Any]
     keys: Sequence[Any] | None
     valid: Tensors
@@ -225,10 +231,9 @@ class LearnKept(NamedTuple):
     def empty(cls, features: Tensors, tables: LearnTables, dtype: torch.dtype) -> "LearnKept":
         """Not yet written, for ``features [N, C_i, P_i]``."""
         first, levels, t = features[0], len(features), tables.tokens[0].shape[0]
-        n = first.shape[0]
+        n, new = first.shape[0], _new(first, dtype)
         return cls(
-            first.new_empty((levels, n, t), dtype=dtype),
-            first.new_empty((levels, n, t, t), dtype=dtype),
-            [first.new_empty((n, t, x.shape[2]), dtype=dtype) for x in features],
-            [first.new_empty((n, 9, x.shape[1]), dtype=dtype) for x in features if tables.pool_rows],
+            *(new(levels, n, t), new(levels, n, t, t)),
+            [new(n, t, x.shape[2]) for x in features],
+            [new(n, 9, x.shape[1]) for x in features if tables.pool_rows],
         )

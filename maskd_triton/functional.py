@@ -14,7 +14,7 @@ from . import _distributed, _eager, _levels
 from ._eager import Standardization, compose_standardization, compose_weighting
 from ._levels import Levels, Matched
 from ._memo import remember
-from ._ops.distill import masked_distill
+from ._ops.distill import distill_loss
 from ._ops.learn import masked_learn
 from ._ops.pool import valid_weights
 from ._records import DistillOptions, DistillTables, Latest, LearnOptions, LearnTables, Seen
@@ -232,11 +232,12 @@ def distill(
         if weights is not None:
             tables = tables._replace(pool_rows=(), pool_bias=())
         options = options._replace(tables=tables, valid=pixels, masks=masks, weights=weights)
-    outputs = masked_distill(students, teachers, options, impl)
-    per_image = outputs.per_image * loss_weight
-    loss = per_image.sum() if reduction == "sum" else per_image.sum(1)
-    outputs = outputs._replace(per_image=per_image.detach())
-    return loss, Latest(outputs, [t.shape for t in teachers], levels.keys, options.valid, weighed)
+    if isinstance(loss_weight, Tensor):  # a copy: whoever schedules the weight may write to it before the backward pass
+        scale = loss_weight.clone()
+    else:  # torch.full would be compiled for every number anew
+        scale = loss_weight * torch.ones((), dtype=_eager.acc_dtype(students[0].dtype), device=students[0].device)
+    loss, outputs = distill_loss(students, teachers, options, impl, scale, reduction)
+    return loss, Latest(outputs, scale.detach(), [t.shape for t in teachers], levels.keys, options.valid, weighed)
 
 
 def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions) -> None:

@@ -362,7 +362,7 @@ class MaskedDistillLoss(nn.Module):
         """
         if self._latest is None:
             raise RuntimeError("diagnostics: no call to look at; call the criterion first, outside torch.compile")
-        losses = self._latest.outputs.per_image.sum(1)
+        losses = (self._latest.outputs.per_image * self._latest.scale).sum(1)
         return {
             name: DistillDiagnostics(**vars(describe(*seen)), loss=loss)
             for (name, seen), loss in zip(self._latest.levels().items(), losses, strict=True)
@@ -428,21 +428,19 @@ class MaskedDistillLoss(nn.Module):
 
     def _tables(self, dtype: torch.dtype, weigh: bool) -> DistillTables:
         """Every level's, frozen also where a user put a level in training (a ``MaskModule``) in a level's place."""
-        levels = [level.tables(acc_dtype(dtype)) for level in self._levels()]
-        return distill_tables(
-            [level.tokens for level in levels],
-            [level.weighting for level in levels if level.weighting is not None] if weigh else None,
-            [level.standardization for level in levels if level.standardization is not None],
-        )
+        acc = acc_dtype(dtype)
+        tokens, weighting, standardization = zip(*(level.tables(acc) for level in self._levels()), strict=True)
+        weigh = weigh and self.weight_mask
+        return distill_tables(tokens, weighting if weigh else None, standardization if self.standardize else None)
 
     def _levels(self) -> list[MaskLevel]:
         """The ``mask_modules``; a user may have put others in their place."""
         levels = members(self.mask_modules, "mask_modules", self.names, len(self.channels))
+        like = self.num_tokens, self.weight_mask, bool(self.standardize)
         for i, (level, c) in enumerate(zip(levels, self.channels, strict=True)):
             if not isinstance(level, MaskLevel):
                 raise TypeError(f"mask_modules[{i}]: expected LevelTables (or MaskModule), got {type(level).__name__}")
-            expected = c, self.num_tokens, self.weight_mask, bool(self.standardize)
-            if (level.channels, level.num_tokens, level.weight_mask, bool(level.standardize)) != expected:
+            if level.channels != c or (level.num_tokens, level.weight_mask, bool(level.standardize)) != like:
                 own = LevelTables(c, self.num_tokens or 0, self.weight_mask, self.standardize)
                 raise ValueError(f"mask_modules[{i}]: expected one of {own.extra_repr()}, got {level.extra_repr()}")
         return levels

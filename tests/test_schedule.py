@@ -102,6 +102,23 @@ def test_gradient_of_a_loss_weight() -> None:
     assert torch.equal(2 * weight.grad, loss)
 
 
+def test_a_weight_written_before_the_backward_pass() -> None:
+    """A loss has the weight of its own call, and so have its gradient and the diagnostics; in a compiled graph, which keeps the
+    buffer itself, torch refuses."""
+    criterion, want, student = criterion_of(loss_weight=2.0), leaves(), leaves()
+    criterion(want, TEACHER).backward()
+    loss = criterion(student, TEACHER)
+    criterion.loss_weight = 0.5
+    loss.backward()
+    assert all(torch.equal(s.grad, w.grad) for s, w in zip(student, want, strict=True))
+    torch.testing.assert_close(sum(level.loss for level in criterion.diagnostics().values()), loss.detach())
+    torch._dynamo.reset()
+    loss = torch.compile(criterion, backend="aot_eager")(leaves(), TEACHER)
+    criterion.loss_weight = 2.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_schedule_under_compile() -> None:
     """One graph for any number of values, with the loss of each, and none at the end of the distillation."""
     torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """Stage 2: the operators ``distill`` and ``distill_backward``, and the function that joins them."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,44 +65,62 @@ def distill_backward(student: list[Tensor], teacher: list[Tensor], impl: str, gr
 
 
 class _Distill(Function):
+    """The losses times ``scale``, summed over levels and images (``"sum"``), over images (``"none"``) or not (``"images"``)."""
+
     @staticmethod
-    def forward(impl: str, teacher: list[Tensor], options: DistillOptions, *student: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        impl: str, reduction: str, teacher: list[Tensor], options: DistillOptions, scale: Tensor, *student: Tensor
+    ) -> tuple[Tensor, ...]:
         if needs_dispatcher((*student, *teacher)):
-            outputs = distill(list(student), teacher, impl, flat(options.tables), *options[1:])
+            outputs = Distilled(*distill(list(student), teacher, impl, flat(options.tables), *options[1:]))
         else:
             outputs = _distill(student, teacher, impl, options)
-        per_image, weights, coefficients, masks, cosines = outputs
-        return per_image, weights, coefficients, *masks, *cosines
+        loss = outputs.per_image * scale
+        if reduction != "images":
+            loss = loss.sum() if reduction == "sum" else loss.sum(1)
+        return loss, *outputs[:3], *outputs.masks, *outputs.cosines
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.impl, teacher, options, *student = inputs
-        maps = student, teacher, *_distilled(output, len(student)).kept(options)[1:5]
-        ctx.options, ctx.lengths = (options.mask_power, options.distance, options.beta), [len(x) for x in maps]
+        ctx.impl, _, teacher, options, scale, *student = inputs
+        coefficients, *maps, power, distance, beta = _distilled(output[1:], len(student)).kept(options)
+        maps = [student, teacher, *maps]
+        ctx.options, ctx.lengths = (power, distance, beta), [len(x) for x in maps]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
-        ctx.save_for_backward(output[2], *(x for each in maps for x in each))
+        ctx.save_for_backward(scale, output[1], coefficients, *itertools.chain(*maps))
 
     @staticmethod
     @once_differentiable("distill_backward")
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (3 + ctx.lengths[0])
-        coefficients, *levels = ctx.saved_tensors
+            return (None,) * (5 + ctx.lengths[0])
+        scale, per_image, coefficients, *levels = ctx.saved_tensors
         student, teacher, *kept = in_lists(levels, ctx.lengths)
-        arguments = student, teacher, ctx.impl, grad, coefficients, *kept, *ctx.options
-        return None, None, None, *call(distill_backward, levels, *arguments)
+        grad = (grad[:, None] if grad.dim() == 1 else grad).expand_as(per_image)
+        to_scale = (grad * per_image).sum() if ctx.needs_input_grad[4] else None
+        arguments = student, teacher, ctx.impl, grad * scale, coefficients, *kept, *ctx.options
+        return None, None, None, None, to_scale, *call(distill_backward, levels, *arguments)
 
 
 def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
-    """What `_Distill` gives, flat, as it was."""
+    """What an operator gives, flat, as it was."""
     return Distilled(outputs[0], outputs[1], outputs[2], outputs[3 : 3 + levels], outputs[3 + levels :])
 
 
+def distill_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str, scale: Tensor, reduction: str
+) -> tuple[Tensor, Distilled]:
+    """Stage 2: the loss, differentiable in ``student`` and in ``scale``, its factor, and the operator's outputs as they are."""
+    loss, *outputs = _Distill.call((*student, *teacher, scale), impl, reduction, list(teacher), options, scale, *student)
+    return loss, _distilled(outputs, len(student))
+
+
 def masked_distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:
-    """Stage 2, differentiable in ``student``; but for the losses, the outputs have no gradient."""
-    outputs = _Distill.call((*student, *teacher), impl, list(teacher), options, *student)
-    return _distilled(outputs, len(student))
+    """The operator's outputs; its losses are differentiable in ``student``, all else has no gradient."""
+    one = torch.ones((), dtype=_eager.acc_dtype(student[0].dtype), device=student[0].device)
+    per_image, outputs = distill_loss(student, teacher, options, impl, one, "images")
+    return outputs._replace(per_image=per_image)
 
 
 differentiable(

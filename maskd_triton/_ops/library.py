@@ -21,6 +21,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._checks import are_plain
+
 Implementation = Callable[..., Any]
 NAMESPACE = "maskd_triton"  # of the operators; a build for the Hugging Face Hub has one of its own (bench/hub.py)
 
@@ -107,11 +109,8 @@ def needs_dispatcher(tensors: Iterable[Tensor]) -> bool:
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
-        or not _PLAIN.issuperset(map(type, tensors))
+        or not are_plain(tensors)
     )
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def call(operator: Any, maps: Iterable[Tensor], *args: Any) -> Any:
