@@ -1,5 +1,6 @@
 """Tensors in the layouts that users bring, criteria in the precision that a test needs, the programs of the guides."""
 
+import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,18 @@ def moved(x: Tensor, device: str) -> Tensor:
     """``x`` on ``device`` with its strides and storage offset, which ``Tensor.to`` would not keep."""
     storage = x.new_empty(0).set_(x.untyped_storage())
     return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def far_apart(x: Tensor, layout: str, device: str) -> Tensor:
+    """``x [2, 9, 5, 7]`` in float16 with an image of 2**31 elements or more, in memory that nobody else touches."""
+    strides = {"nchw": (64, 2**28, 7, 1), "channels_last": (16, 1, 7 * 2**26, 2**26)}[layout]
+    size = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    if device == "cpu":
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * size, flags), dtype=torch.float16)
+    else:
+        memory = torch.zeros(size, dtype=torch.float16, device=device)
+    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 def rounding(dtype: torch.dtype, target: tuple[str, str]) -> float:

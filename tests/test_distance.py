@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import LAYOUTS, NLC, default_dtype, in_layout
-from problems import Problem, Target, close, literal_losses
+from problems import Problem, Target, close, literal_losses, normal
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
@@ -164,6 +164,22 @@ def test_vectors_of_zeros(dtype: torch.dtype, target: Target) -> None:
     most = torch.finfo(dtype).max
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
     torch.testing.assert_close(s.grad.cpu().double(), x.grad.clamp(-most, most), rtol=tolerance, atol=tolerance)
+
+
+def test_vectors_shorter_than_the_least_length(target: Target) -> None:
+    """The distance is torch's. The gradient is that of this value, whose length is clamped; torch's cosine gives another."""
+    impl, device = target
+    short = 1e-9 * normal(2, 5, 3, 4).double()
+    teacher, masks = normal(2, 5, 3, 4, seed=1).double(), torch.ones(2, 1, 3, 4, dtype=torch.float64)
+    s, x, y = short.to(device, copy=True).requires_grad_(), short.clone().requires_grad_(), short.clone().requires_grad_()
+    got = F.masked_distill_loss(s, teacher.to(device), masks=masks.to(device), distance="cosine", impl=impl)
+    want = (1 - cosine_similarity(x, teacher, dim=1)).mean((1, 2)).mean()
+    clamped = (1 - (y * teacher).sum(1) / y.norm(dim=1).clamp(min=1e-8) / teacher.norm(dim=1)).mean()
+    for loss in (got, want, clamped):
+        loss.backward()
+    close(got, want, 1e-12)
+    close(s.grad, y.grad, 1e-12)
+    assert (s.grad.cpu() - x.grad).abs().max() > 0.01 * x.grad.abs().max()
 
 
 @pytest.mark.parametrize("options", OTHERS, ids=name)

@@ -1,10 +1,8 @@
 """Stage 2 against the literal formulas in float64: sizes, layouts, dtypes, upstream gradients, degenerate inputs."""
 
-import mmap
-
 import pytest
 import torch
-from helpers import BATCH_LAST, LAYOUTS, NLC, default_dtype, in_layout, moved, rounding
+from helpers import BATCH_LAST, LAYOUTS, NLC, default_dtype, far_apart, in_layout, moved, rounding
 from problems import Problem, Shape, Target, close, literal_losses
 from torch import Tensor
 
@@ -438,18 +436,6 @@ def test_align_is_trained_through_the_loss(target: Target) -> None:
     reference.distill_loss([aligned], [teacher], [module.mask_token], [module.weighting()]).backward()
     for got, expected in zip((student, *criterion.align[0].parameters()), (copy, weight, bias), strict=True):
         close(got.grad, expected.grad.cpu(), 1e-12)
-
-
-def far_apart(x: Tensor, layout: str, device: str) -> Tensor:
-    """``x [2, 9, 5, 7]`` in float16 with an image of 2**31 elements or more, in memory that nobody else touches."""
-    strides = {"nchw": (64, 2**28, 7, 1), "channels_last": (16, 1, 7 * 2**26, 2**26)}[layout]
-    size = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-    if device == "cpu":
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        memory = torch.frombuffer(mmap.mmap(-1, 2 * size, flags), dtype=torch.float16)
-    else:
-        memory = torch.zeros(size, dtype=torch.float16, device=device)
-    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

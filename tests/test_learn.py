@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BATCH_LAST, LAYOUTS, NLC, in_layout, moved, rounding
+from helpers import BATCH_LAST, LAYOUTS, NLC, far_apart, in_layout, moved, rounding
 from problems import DICE_SCALE, Problem, Target, close, literal_learn, literal_results, normal, results
 from torch import Tensor
 
@@ -99,6 +99,18 @@ def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
         "scalar": torch.ones((), dtype=torch.float64).expand(shape),
     }[form]
     all_close(measured(module, x.to(device), moved(g, device)), literal_results(module, x, g), 1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_offsets(layout: str, target: Target) -> None:
+    """Images of 2**31 elements and more, and such gradients from above, take 64-bit offsets."""
+    impl, device = target
+    module = module_of(9, 6, True, impl).to(device)
+    x, g = normal(2, 9, 5, 7).half(), normal(2, 9, 5, 7, seed=1).half()
+    want = literal_results(module, x, g)
+    got = measured(module, far_apart(x, layout, device), far_apart(g, layout, device))
+    rounded = rounding(torch.float16, target) + 2e-6
+    all_close(got, want, 2e-6, y=rounded, x=rounded)
 
 
 def test_features_without_a_contiguous_axis(target: Target) -> None:
