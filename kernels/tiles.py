@@ -123,10 +123,15 @@ def add_projection(acc, rows, x, ACC: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def join_split(acc, TP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr):
-    """[SPLIT * TP, BLOCK_P] -> [TP, BLOCK_P]: add the products of the residue rows."""
+    """[SPLIT * TP, BLOCK_P] -> [TP, BLOCK_P]: add the products of the residue rows.
+
+    An infinite product stays: that of the residue may have the other sign, or be NaN."""
     if SPLIT == 1:
         return acc
-    return tl.sum(tl.reshape(acc, (SPLIT, TP, BLOCK_P)), axis=0)
+    main = (tl.arange(0, SPLIT * TP) < TP)[:, None]
+    products = tl.sum(tl.reshape(tl.where(main, acc, 0.0), (SPLIT, TP, BLOCK_P)), axis=0)
+    both = tl.sum(tl.reshape(acc, (SPLIT, TP, BLOCK_P)), axis=0)
+    return tl.where(tl.abs(products) < float("inf"), both, products)
 
 
 @triton.jit

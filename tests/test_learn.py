@@ -101,6 +101,23 @@ def test_upstream_gradients_of_any_strides(form: str, target: Target) -> None:
     all_close(measured(module, x.to(device), moved(g, device)), literal_results(module, x, g), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_feature_gives_masks_of_0_and_1(sign: int, dtype: torch.dtype, target: Target) -> None:
+    """As in the formulas, although a kernel multiplies it by two parts of a token, whose signs may differ."""
+    impl, device = target
+    module = module_of(5, 8, False, impl).to(device)
+    x = normal(2, 5, 4, 6).to(dtype)
+    x[0, 1, 2, 3] = sign * torch.inf
+    with torch.no_grad():
+        y, dice = module(x.to(device))
+        want, literal_dice = literal_learn(copy.deepcopy(module).cpu(), x.float())
+    assert dice.isfinite()
+    close(dice, literal_dice, 2e-5 if dtype == torch.bfloat16 else 2e-6)
+    assert torch.equal(y.cpu().isfinite(), want.isfinite())
+    assert not y.cpu()[~want.isnan()].isnan().any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_wide_offsets(layout: str, target: Target) -> None:
     """Images of 2**31 elements and more, and such gradients from above, take 64-bit offsets."""

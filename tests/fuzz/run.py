@@ -27,7 +27,7 @@ def tried(
 
     ``stream``: those that run beside each other draw other cases. ``drawn``: the cases; None: any."""
     if drawn is None:
-        drawn = cases(MOST if impl == "eager" else MOST_INTERPRETED, kernels=impl == "triton")
+        drawn = cases(MOST if impl == "eager" else MOST_INTERPRETED)
     shares = [0.0]
 
     @hypothesis.seed(1000 * SEED + stream)

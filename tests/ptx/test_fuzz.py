@@ -48,4 +48,4 @@ def test_random_cases(block: int, emulated_gpu: Device, record_property: Any, mo
         monkeypatch.setattr(launch, "is_wide", lambda *_: True)
     number = -(-run.CASES // BLOCKS)
     record_property("cases", number)
-    record_property("share", run.tried("triton", number, 100 + block, cases(300, kernels=True), emulated_gpu.initcheck))
+    record_property("share", run.tried("triton", number, 100 + block, cases(300), emulated_gpu.initcheck))
