@@ -1,4 +1,4 @@
-"""What the study runs, and in which order: an early stop leaves complete pairs."""
+"""What the study runs, and in which order: an early stop leaves complete cells and pairs."""
 
 import json
 from collections.abc import Iterator
@@ -159,23 +159,23 @@ def tokens_of(settings: Settings, cell: str) -> dict[str, Tokens]:
 
 
 def jobs(settings: Settings) -> Iterator[Job]:
-    """The shortest schedule first, seed by seed; what a run needs comes just before it."""
-    prepared: set[tuple[str, int]] = set()
-    tuned: set[str] = set()
+    """The shortest schedule first, cell by cell and seed by seed; what the runs of a cell need comes before them."""
     for steps in settings.schedules:
-        for seed in range(settings.seeds):
-            for cell in settings.cells:
+        for cell in settings.cells:
+            if steps == settings.schedules[0]:
+                yield from _preparation(settings, cell)
+            for seed in range(settings.seeds):
                 for teacher in range(settings.teachers):
-                    if (cell, teacher) not in prepared:
-                        prepared.add((cell, teacher))
-                        yield Job("teacher", cell, teacher, steps=settings.teacher_steps)
-                        for tokens in tokens_of(settings, cell):
-                            yield Job("tokens", cell, teacher, tokens, steps=settings.token_steps)
-                    if cell not in tuned:
-                        tuned.add(cell)
-                        yield from _tuning(settings, cell)
                     for variant in variants(settings, cell, steps):
                         yield Job("student", cell, teacher, variant=variant, seed=seed, steps=steps)
+
+
+def _preparation(settings: Settings, cell: str) -> Iterator[Job]:
+    for teacher in range(settings.teachers):
+        yield Job("teacher", cell, teacher, steps=settings.teacher_steps)
+        for tokens in tokens_of(settings, cell):
+            yield Job("tokens", cell, teacher, tokens, steps=settings.token_steps)
+    yield from _tuning(settings, cell)
 
 
 def _tuning(settings: Settings, cell: str) -> Iterator[Job]:
