@@ -2,7 +2,7 @@
 
 Runs the parts below in order of value, each within its own time limit, and leaves one small JSON file per part and the log of
 the tests. A part whose file is already in the folder is skipped, so that a second visit goes on where the first one ended.
-Copy the JSON files to bench/results/ and commit them as they are. Without a GPU it says so and exits with 2.
+``python -m bench.publish FOLDER`` then puts all of it in its place. Without a GPU it says so and exits with 2.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from . import environment
+from .workloads import DTYPES
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,33 @@ def module(name: str, *arguments: str) -> Callable[[Path], Sequence[str]]:
     return lambda out: [sys.executable, "-m", name, *arguments, "--out", str(out)]
 
 
-def sanitizer(_: Path) -> Sequence[str]:
+def tests(*arguments: str) -> Callable[[Path], Sequence[str]]:
+    return lambda _: [sys.executable, "-m", "pytest", "-q", *arguments]
+
+
+def sanitizer(out: Path) -> Sequence[str]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_golden.py", "tests/test_pyramid.py", "-k", "not 500"]
-    return [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", *tests]
+    run = tests("-x", "tests/test_golden.py", "tests/test_pyramid.py", "-k", "not 500")(out)
+    return [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", *run]
 
 
-SETTINGS = ["--dtype", "bf16", "fp16", "fp32", "--layout", "nchw", "channels_last", "--seconds", "0.3"]
+BF16 = ("--dtype", "bf16", "--layout", "nchw", "channels_last", "--seconds", "0.3")
+EVERY = ("--dtype", *DTYPES, *BF16[2:])
+# The first nine fit into 25 minutes; seconds are what each may take at most
 PARTS = (
-    Part("tests", 480, lambda _: [sys.executable, "-m", "pytest", "-q", "-k", "not inspect and not demo"], writes_json=False),
-    Part("fpn-n2", 240, module("bench", "fpn", *SETTINGS)),
-    Part("fpn-n16", 300, module("bench", "fpn", "--batch", "16", *SETTINGS)),
-    Part("fpn-n2-stage1", 240, module("bench", "fpn", "--stage", "1", *SETTINGS)),
-    Part("fpn-n2-compiled", 300, module("bench", "fpn", "--dtype", "bf16", "--seconds", "0.3", "--compile")),
-    Part("autotune", 500, lambda out: [sys.executable, "-m", "bench.autotune", "--bits", "16", "--out", str(out)]),
+    Part("tests", 480, tests("-m", "not slow"), writes_json=False),
+    Part("sanitizer", 240, sanitizer, writes_json=False),
+    Part("fpn-n2", 120, module("bench", "fpn", *BF16)),
+    Part("fpn-n2-compiled", 120, module("bench", "fpn", *BF16, "--compile")),
+    Part("fpn-n16", 120, module("bench", "fpn", "--batch", "16", *BF16)),
+    Part("fpn-n2-stage1", 120, module("bench", "fpn", "--stage", "1", *BF16)),
+    Part("autotune", 180, lambda out: [sys.executable, "-m", "bench.autotune", "--bits", "16", "--out", str(out)]),
+    Part("growth", 60, module("bench", "--growth", "--dtype", "bf16", "--seconds", "0.05")),
+    Part("share", 60, module("bench.share", "--dtype", "bf16")),
     Part("host", 60, module("bench.host")),
-    Part("share", 120, module("bench.share", "--dtype", "bf16")),
-    Part("growth", 240, module("bench", "--growth", "--dtype", "bf16", "--seconds", "0.1")),
-    Part("inspect", 240, lambda _: [sys.executable, "-m", "bench.inspect"], writes_json=False),
-    Part("sanitizer", 300, sanitizer, writes_json=False),
-    Part("others", 240, module("bench", "fpn_odd", "segmentation", "vit", "tiny", "--dtype", "bf16", "--seconds", "0.3")),
+    Part("others", 240, module("bench", "fpn_odd", "segmentation", "vit", "tiny", *BF16)),
+    Part("dtypes", 300, module("bench", "fpn", *EVERY)),
+    Part("slow-tests", 480, tests("-m", "slow", "-k", "not inspect"), writes_json=False),
 )
 
 

@@ -2,16 +2,19 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import compare, measure, plots
+from bench import compare, gpu_visit, measure, plots, publish
 from bench import workloads as workloads_module
+from maskd_triton.kernels import tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,6 +97,58 @@ def test_gpu_visit_without_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "visit").exists()
 
 
+def test_a_visit_in_order() -> None:
+    """What comes first fits into 25 minutes; the tests come before everything, and every table that is published is a part."""
+    names = [part.name for part in gpu_visit.PARTS]
+    assert names[:2] == ["tests", "sanitizer"]
+    assert sum(part.seconds for part in gpu_visit.PARTS[:9]) <= 1500
+    assert set(publish.TIMED) < set(names)
+    assert len(set(names)) == len(names)
+
+
+def visit(folder: Path, device: str = "NVIDIA H200", **parts: dict[str, Any]) -> Path:
+    """A folder as `bench.gpu_visit` leaves it."""
+    folder.mkdir()
+    about = {
+        "device": device,
+        "driver": "580.0",
+        "packages": {"torch": "2.13.0", "triton": "3.7.1"},
+        "command": "python -m bench fpn",
+    }
+    for name, content in {"fpn-n2": results_of() | about, "host": about, **parts}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_visit_is_published(tmp_path: Path) -> None:
+    readme, places = tmp_path / "README.md", (tmp_path / "results", tmp_path / "configs", tmp_path / "README.md")
+    shutil.copyfile(publish.README, readme)
+    key = {"kernel": "forward_kernel", "bits": 16, "layout": "nchw", "channels": 256, "tokens": 8, "log2_pixels": 18}
+    tuned = {"about": {}, "configs": [{"key": key, "config": {"block_c": 32, "block_p": 64, "threads": 128}}]}
+    folder = visit(tmp_path / "visit", autotune=tuned)
+    written = publish.publish(folder, *places)
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        "configs/NVIDIA_H200.json", "results/gpu-NVIDIA_H200-fpn-n2.json", "results/gpu-NVIDIA_H200-host.json", "README.md",
+    ]  # fmt: skip
+    assert written[1].read_bytes() == (folder / "fpn-n2.json").read_bytes()
+    assert written[0].name == tuning.shipped_file("NVIDIA H200").name
+    assert list(tuning.read(written[0])) == [tuning.Key(**key)]
+    text = readme.read_text()
+    assert publish.block(places[0]) in text
+    assert "| ours | 10.000 | 1.00 | 50 | 0.0 | - |" in text  # 10^8 bytes in 10 ms are half of a copy's 20 GB/s
+    assert "| literal | 50.000 | 5.00 | 10 | 0.0 | - |" in text
+    assert publish.publish(folder, *places) == written
+    assert readme.read_text() == text
+
+
+def test_folders_that_are_no_visit(tmp_path: Path) -> None:
+    folder = visit(tmp_path / "visit", share={"device": "NVIDIA A100", "driver": "580.0"})
+    with pytest.raises(ValueError, match=r"expected the results of one GPU, got \['NVIDIA A100', 'NVIDIA H200'\]"):
+        publish.publish(folder)
+    with pytest.raises(ValueError, match="expected the results of one GPU, got none"):
+        publish.publish(tmp_path)
+
+
 @pytest.mark.slow
 def test_host(tmp_path: Path) -> None:
     shown = run("-m", "bench.host", "--out", str(tmp_path / "host.json"))
@@ -110,7 +165,7 @@ def test_host(tmp_path: Path) -> None:
 def results_of(**changes: object) -> dict:
     """Results with a row for each contender, in both of which ours takes 10 ms and 100 bytes unless changed."""
     row = {"workload": "w", "curve": None, "size": None, "mode": "forward+backward", "ideal_bytes": 10**8}
-    row |= {"median_ms": 10.0, "lower_ms": 9.0, "upper_ms": 11.0, "peak_extra_bytes": 100}
+    row |= {"median_ms": 10.0, "lower_ms": 9.0, "upper_ms": 11.0, "peak_extra_bytes": 100, "gradient_error": None}
     rows = [row | {"contender": "ours"} | changes, row | {"contender": "literal", "median_ms": 50.0}]
     return {"device": "cpu", "threads": 2, "commit": "abc", "date": "2026-11-24T00:00", "copy_gb_per_s": 20.0, "rows": rows}
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import publish
 from bench.workloads import GROWTH
 from maskd_triton._hooks import Where
 from maskd_triton.diagnostics import gradient_ratio
@@ -38,6 +39,11 @@ def test_speed(name: str, page: str) -> None:
     version, date = results["packages"]["torch"], results["date"][:10]
     assert f"{results['device']}, {results['threads']} threads, torch {version}, {date}" in " ".join(page.split())
     assert f"[{name}.json]" in page
+
+
+def test_gpus() -> None:
+    (found,) = publish.BLOCK.findall(README)
+    assert found == publish.block()
 
 
 def test_claim_of_the_first_screen() -> None:
