@@ -178,6 +178,28 @@ def test_checkpointed_calls_count_once(reentrant: bool, step: int, mode: str) ->
     assert all(torch.equal(a, b) for a, b in zip(gradients, repeated, strict=True))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_several_checkpointed_calls_of_one_backward_pass(reentrant: bool) -> None:
+    """Counted after it, all of them are repeated as they were, also at the step that ends the warm-up."""
+    results = []
+    for kind in (None, reentrant):
+        criterion, students = criterion_of(custom_mask_warmup=1), [leaves(), leaves()]
+        for _ in range(2):
+            for student in students:
+                for s in student:
+                    s.grad = None
+
+            def call(*levels: Tensor, criterion: MaskedDistillLoss = criterion) -> Tensor:
+                return criterion(list(levels), TEACHER, advance=False)
+
+            losses = [call(*s) if kind is None else checkpoint(call, *s, use_reentrant=kind) for s in students]
+            sum(losses).backward()
+            criterion.warmup_step += 1
+            results.append([s.grad.clone() for student in students for s in student])
+    assert all(torch.equal(a, b) for a, b in zip(results[0] + results[1], results[2] + results[3], strict=True))
+    assert not torch.equal(results[0][0], results[1][0])  # the warm-up ended
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["criterion", "region"])
 @pytest.mark.parametrize("step", [0, 1, 2])
