@@ -1,8 +1,8 @@
 """Sentences for wrong arguments: each names the argument, what was expected and what was given."""
 
-import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,8 +24,17 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 def choice(value: str, name: str, choices: Sequence[str]) -> None:
     """ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def flag(value: Any, name: str) -> bool:
+    """``value`` as a bool; TypeError unless it is one, numpy's, 0 or 1."""
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, Tensor) or str(getattr(value, "dtype", "")) != "bool" or getattr(value, "ndim", 0) != 0:
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def integer(value: Any) -> int | None:
@@ -76,7 +85,7 @@ def amount(value: Any, name: str) -> float:
     found = number(value)
     if found is None:
         raise TypeError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    if not 0 <= found < math.inf:
+    if not 0 <= found <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     return found
 
@@ -129,8 +138,7 @@ def features(x: Tensor, name: str, channels: int | None = None) -> None:
     """TypeError or ValueError unless ``x`` is ``[N, C, H, W]`` of a float dtype, with a pixel and ``channels`` channels."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [N, C, H, W], got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call to_dense()")
+    dense(x, name)
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64 features, got {x.dtype}")
     if x.dim() != 4:
@@ -141,52 +149,87 @@ def features(x: Tensor, name: str, channels: int | None = None) -> None:
         raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
 
 
+def dense(x: Tensor, name: str) -> None:
+    """TypeError or ValueError unless the numbers of ``x`` lie in memory as they are."""
+    if x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it, and give valid=")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call to_dense()")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name}: a view with the negative bit, as of a conjugate's imaginary part; call resolve_neg()")
+
+
+def recordable(x: Tensor, name: str, made: str = "it") -> None:
+    """ValueError where a backward pass cannot keep ``x``."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
+        raise ValueError(
+            f"{name}: an inference tensor cannot be kept for the backward pass; compute {made} under "
+            f"torch.no_grad() instead of torch.inference_mode(), or pass {name.partition('[')[0]}.clone()"
+        )
+
+
 def alike(x: Tensor, name: str, first: Tensor, first_name: str) -> None:
-    """TypeError or ValueError unless the features ``x`` have the device of ``first``, and both or neither are float64."""
+    """TypeError or ValueError unless the features ``x`` have the batch size and device of ``first``, and both or neither are
+    float64."""
+    if x.shape[0] != first.shape[0]:
+        raise ValueError(f"{name}: expected the batch size of {first_name}, {first.shape[0]}, got {x.shape[0]}")
     if x.device != first.device:
         raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {x.device}")
     if (x.dtype == torch.float64) != (first.dtype == torch.float64):
         raise TypeError(f"{name}: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
 
 
-def parameter(x: Tensor, name: str, shape: Sequence[int], device: torch.device) -> None:
+def parameter(x: Tensor, name: str, shape: Sequence[int], device: torch.device | None) -> None:
     """TypeError or ValueError unless ``x`` is a float tensor of that shape on that device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
+    dense(x, name)
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if list(x.shape) != list(shape):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
     on_device(x, name, device)
 
 
-def on_device(x: Tensor, name: str, device: torch.device) -> None:
-    """ValueError unless ``x`` is on the device of the features."""
-    if x.device != device:
+def on_device(x: Tensor, name: str, device: torch.device | None) -> None:
+    """ValueError unless ``x`` is on the device of the features; None: any."""
+    if device is not None and x.device != device:
         raise ValueError(f"{name}: expected the device of the features, {device}, got {x.device}")
 
 
-def tokens(e: Tensor, name: str, device: torch.device, num_tokens: int | None = None) -> None:
-    """TypeError or ValueError unless ``e`` is ``[T, C]`` with at least one token, ``num_tokens`` if given."""
-    shape = list(e.shape) if isinstance(e, Tensor) else []
-    if isinstance(e, Tensor) and (len(shape) != 2 or 0 in shape):
+def tokens(e: Tensor, name: str, device: torch.device | None = None, num_tokens: int | None = None) -> None:
+    """TypeError or ValueError unless ``e`` is ``[T, C]`` with at least one token, ``num_tokens`` if given, on ``device``; None:
+    any."""
+    if not isinstance(e, Tensor):
+        raise TypeError(f"{name}: expected a tensor [T, C], got {type(e).__name__}")
+    dense(e, name)
+    shape = list(e.shape)
+    if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{name}: expected [T, C] with at least one token, got shape {shape}")
-    if num_tokens is not None and shape and shape[0] != num_tokens:
+    if num_tokens is not None and shape[0] != num_tokens:
         raise ValueError(f"{name}: expected {num_tokens} tokens, as on level 0, got {shape[0]}")
     parameter(e, name, shape, device)
 
 
-def weighting(level: Weighting, name: str, tokens_shape: Sequence[int], device: torch.device) -> None:
-    """TypeError or ValueError unless ``level`` is ``rows [9, T, C]`` and ``bias [T]`` or ``[5, T]``."""
+def weighting(
+    level: Weighting, name: str, tokens_shape: Sequence[int], device: torch.device, standard: bool | None = None
+) -> None:
+    """TypeError or ValueError unless ``level`` is ``rows [9, T, C]`` and ``bias [T]``, or ``[5, T]`` where it is ``standard``;
+    None: either."""
     t, c = tokens_shape
     if not isinstance(level, tuple | list) or len(level) != 2:
         raise TypeError(f"{name}: expected (rows [9, {t}, {c}], bias [{t}]) from compose_weighting, got {type(level).__name__}")
     rows, bias = level
     for x, part in ((rows, "rows"), (bias, "bias")):
-        parameter(x, f"{name} {part}", list(x.shape) if isinstance(x, Tensor) else [], device)
+        parameter(x, f"{name} {part}", list(x.shape) if isinstance(x, Tensor) and not x.is_nested else [], device)
     if list(rows.shape) != [9, t, c] or list(bias.shape) not in ([t], [5, t]):
         raise ValueError(
             f"{name}: expected rows {[9, t, c]} and bias {[t]} or {[5, t]}, got {list(rows.shape)} and {list(bias.shape)}"
+        )
+    if standard is not None and (bias.dim() == 2) != standard:
+        raise ValueError(
+            f"{name}: expected bias {[5, t] if standard else [t]}, got {list(bias.shape)}; standardised features take the "
+            "weighting that compose_standardization gives, others that of compose_weighting"
         )
 
 
@@ -206,8 +249,6 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
             "(different channels: give student_channels; different sizes: give resize='student' or 'teacher')"
         )
-    if s.shape[0] != first.shape[0]:
-        raise ValueError(f"{student}: expected the batch size of level 0, {first.shape[0]}, got {s.shape[0]}")
     for x, name in ((s, student), (t, teacher)):
         alike(x, name, first, first_name)
     if t.requires_grad:
@@ -215,11 +256,7 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
             f"{teacher}: requires grad, but the loss is differentiable in the student only; "
             "compute the teacher under torch.no_grad() or pass teacher.detach()"
         )
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and t.is_inference():
-        raise ValueError(
-            f"{teacher}: an inference tensor cannot be kept for the backward pass; compute the teacher under "
-            "torch.no_grad() instead of torch.inference_mode(), or pass teacher.clone()"
-        )
+    recordable(t, teacher, "the teacher")
 
 
 def step(x: Tensor | None, name: str, device: torch.device) -> None:
@@ -249,6 +286,7 @@ def valid(x: Tensor, name: str, batch: int, device: torch.device) -> None:
             f"{name}: expected a bool tensor [N, H0, W0], or images with .tensors and .image_sizes as torchvision's ImageList, "
             f"got {type(x).__name__}"
         )
+    dense(x, name)
     if x.is_floating_point() or x.is_complex():
         raise TypeError(f"{name}: expected a bool or integer tensor, non-zero where pixels are valid, got {x.dtype}")
     if x.dim() != 3 or x.shape[0] != batch or 0 in x.shape[1:]:

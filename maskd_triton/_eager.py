@@ -30,12 +30,13 @@ def _full_precision(function: Function) -> Function:
     """Autocast would run the products of an autocast region in half precision."""
 
     @functools.wraps(function)
-    def run(x: Tensor | Sequence[Tensor], *args: object) -> object:
-        device = (x if isinstance(x, Tensor) else x[0]).device.type
-        if not torch.amp.is_autocast_available(device):
-            return function(x, *args)
-        with torch.autocast(device, enabled=False):
-            return function(x, *args)
+    def run(*args: Any, **named: Any) -> object:
+        first = args[0] if args else next(iter(named.values()), None)
+        x = first[0] if isinstance(first, list | tuple) and first else first
+        if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+            return function(*args, **named)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args, **named)
 
     return run  # type: ignore[return-value]
 
@@ -92,6 +93,12 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
         >>> rows.shape, bias.shape
         (torch.Size([9, 6, 8]), torch.Size([6]))
     """
+    for name, value in (("w3", w3), ("w1", w1)):
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise (ValueError if isinstance(value, Tensor) else TypeError)(
+                f"{name}: expected a tensor of 4 dimensions, got {got}"
+            )
     (t, c), device = w1.shape[:2], w3.device
     shapes = {"w3": (w3, [c, c, 3, 3]), "b3": (b3, [c]), "w1": (w1, [t, c, 1, 1]), "b1": (b1, [t])}
     for name, (value, shape) in shapes.items():
@@ -159,7 +166,7 @@ def compose_standardization(
         >>> torch.allclose(masks, F.receptive_masks(standardised, tokens), atol=1e-6)
         True
     """
-    check.tokens(tokens, "tokens", tokens.device)
+    check.tokens(tokens, "tokens")
     for value, name in ((mean, "mean"), (std, "std")):
         check.parameter(value, name, [tokens.shape[1]], tokens.device)
     if weighting is not None:

@@ -133,13 +133,16 @@ def masked_distill_loss(
     if not levels.students:
         raise ValueError("student: expected at least one level, got none")
     device = levels.students[0].device
-    _check_parameters(tokens or (), weighting, device)
+    _check_parameters(tokens or (), weighting, device, standardize is not None)
     for i, e in enumerate(tokens or ()):
         check.frozen(e, f"tokens[{i}]")
         for part, name in zip(weighting[i] if weighting else (), ("rows", "bias"), strict=False):
             check.frozen(part, f"weighting[{i}] {name}")
     for i, (t, level) in enumerate(zip(levels.teachers, standardize or (), strict=standardize is not None)):
-        c, rows = t.shape[1], list(level.token_bias.shape)[:1] if tokens is None else [len(tokens[i])]
+        if not isinstance(level, tuple) or len(level) != 3:
+            raise TypeError(f"standardize[{i}]: expected a Standardization, got {level!r}")
+        bias = level[1]
+        c, rows = t.shape[1], [len(tokens[i])] if tokens else list(bias.shape)[:1] if isinstance(bias, Tensor) else [0]
         for part, name, shape in zip(level, Standardization._fields, ([*rows, c], rows, [2, c]), strict=True):
             check.parameter(part, f"standardize[{i}].{name}", shape, device)
             check.frozen(part, f"standardize[{i}].{name}")
@@ -147,7 +150,7 @@ def masked_distill_loss(
     options = DistillOptions(
         tables=distill_tables(tokens or (), weighting, standardize),
         step=warmup_step,
-        custom_mask=custom_mask,
+        custom_mask=check.flag(custom_mask, "custom_mask"),
         warmup=check.count(custom_mask_warmup, "custom_mask_warmup"),
         mask_power=check_power(mask_power),
         distance=check_distance(distance),
@@ -245,7 +248,8 @@ def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions
     if torch.compiler.is_compiling():
         return _check_looks(levels, channels, options)
     maps = [
-        (x.shape, x.dtype, x.layout, x.device, x.requires_grad, x.is_inference()) for x in levels.students + levels.teachers
+        (x.is_nested or x.shape, x.dtype, x.layout, x.device, x.requires_grad, x.is_inference(), x.is_neg())
+        for x in levels.students + levels.teachers
     ]
     others = [e.device for e in options.tables.tokens]
     if options.step is not None:
@@ -284,11 +288,15 @@ def check_power(mask_power: int) -> int:
     return power
 
 
-def _check_parameters(tokens: Sequence[Tensor], weighting: Sequence[check.Weighting] | None, device: torch.device) -> None:
+def _check_parameters(
+    tokens: Sequence[Tensor], weighting: Sequence[check.Weighting] | None, device: torch.device, standard: bool | None = None
+) -> None:
+    """``standard``: whether weightings are those of standardised features; None: all as the first."""
     for i, e in enumerate(tokens):
         check.tokens(e, f"tokens[{i}]", device, len(tokens[0]) if i else None)
         if weighting is not None:
-            check.weighting(weighting[i], f"weighting[{i}]", e.shape, device)
+            check.weighting(weighting[i], f"weighting[{i}]", e.shape, device, standard)
+            standard = weighting[i][1].dim() == 2
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
@@ -431,8 +439,11 @@ def masked_features_and_dice(
         (tensor(3.), tensor([1.]))
     """
     check.choice(impl, "impl", IMPLS)
-    if isinstance(features, Tensor):
-        raise TypeError("features: expected a sequence of levels [N, C, H, W], got a tensor")
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
+        got = "a tensor" if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"features: expected a sequence of levels [N, C, H, W], got {got}")
+    if tokens is None:
+        raise TypeError("tokens: expected a sequence with one entry per level, got None")
     for name, given in (("tokens", tokens), ("weighting", weighting), ("token_bias", token_bias)):
         check.per_level(given, name, len(features))
     if not features:
@@ -472,6 +483,7 @@ def learn(
     first, tables = features[0], tables_of(lambda x, _: x)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
+        check.recordable(x, f"features[{i}]")
     for token in tables.tokens:
         check.on_device(token, "tokens", first.device)
     impl = resolve_impl(impl, first.device)

@@ -153,9 +153,9 @@ class MaskedDistillLoss(nn.Module):
         self.beta = check.positive(beta, "beta")
         self.channels, self.names = named(channels)
         self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
-        self.weight_mask = bool(weight_mask) and num_tokens is not None
+        self.weight_mask = check.flag(weight_mask, "weight_mask") and num_tokens is not None
         self.standardize = check.standardize(standardize)
-        self.custom_mask = bool(custom_mask) and num_tokens is not None
+        self.custom_mask = check.flag(custom_mask, "custom_mask") and num_tokens is not None
         self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
         self.eps = check.amount(eps, "eps")
         self.impl = impl
@@ -204,6 +204,8 @@ class MaskedDistillLoss(nn.Module):
         if buffer is None:
             return super().__setattr__(name, value)
         value = check.scale(value, name)
+        if not isinstance(value, Tensor) and value > torch.finfo(buffer.dtype).max:
+            raise ValueError(f"{name}: expected a number that {buffer.dtype} can hold, got {value!r}")
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name}: requires grad, but is written into a buffer; to learn it, multiply the loss by it")
         if buffer.is_meta and isinstance(value, Tensor):  # load_state_dict(assign=True)

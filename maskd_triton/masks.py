@@ -216,7 +216,7 @@ class MaskLearner(nn.Module):
         )
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
-        self.weight_mask = bool(weight_mask)
+        self.weight_mask = check.flag(weight_mask, "weight_mask")
         self._latest: Sequence[Any] = []  # whose .parts are the calls of the latest pass
         self._seen: dict[Any, Seen] = {}  # what was seen by the end of the latest attach block
         self._warned: set[Any] = set()

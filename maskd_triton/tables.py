@@ -54,7 +54,7 @@ class MaskLevel(nn.Module):
         super().__init__()
         self.channels = check.positive_int(channels, "channels")
         self.num_tokens = check.positive_int(num_tokens, "num_tokens")
-        self.weight_mask = bool(weight_mask)
+        self.weight_mask = check.flag(weight_mask, "weight_mask")
         self.standardize = check.standardize(standardize)
 
     def extra_repr(self) -> str:

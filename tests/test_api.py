@@ -176,6 +176,11 @@ WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskModule(4, 6, False).weights(X), ValueError, "weight_mask=False: this module has no mask weights"),
     (lambda: MaskModule(5).masks(X), ValueError, "x: expected 5 channels, got 4"),
     (lambda: MaskLearner([4, 4])([X]), ValueError, "features: expected 2 levels, got 1"),
+    (lambda: MaskLearner([4, 4])([X, X[:1]]), ValueError, "features[1]: expected the batch size of features[0], 2, got 1"),
+    (lambda: MaskLearner(4, weight_mask="no"), TypeError, "weight_mask: expected True or False, got 'no'"),
+    (lambda: MaskedDistillLoss(4, custom_mask=None), TypeError, "custom_mask: expected True or False, got None"),
+    (lambda: MaskedDistillLoss(4, loss_weight=10**400), ValueError, "loss_weight: expected a finite number of at least 0, got 1000"),
+    (lambda: MaskedDistillLoss(4, loss_weight=1e39), ValueError, "loss_weight: expected a number that torch.float32 can hold, got 1e+39"),
 ]  # fmt: skip
 
 
@@ -200,7 +205,9 @@ WRONG_CALLS: list[tuple[str, object, object, type[Exception], str]] = [
     ("student's channels", [S[0], S[0]], T, ValueError, "student[1]: expected 3 channels, got 4 (shape [2, 4, 6, 5])"),
     ("sizes", [S[0][..., :4], S[1]], T, ValueError, "student[0]: expected the shape of teacher[0], [2, 4, 6, 5], got [2, 4, 6, 4]"),
     ("batches", [S[0][:1], S[1]], T, ValueError, "student[0]: expected the shape of teacher[0], [2, 4, 6, 5], got [1, 4, 6, 5]"),
-    ("batches of levels", [S[0], S[1][:1]], [T[0], T[1][:1]], ValueError, "student[1]: expected the batch size of level 0, 2, got 1"),
+    ("batches of levels", [S[0], S[1][:1]], [T[0], T[1][:1]], ValueError, "student[1]: expected the batch size of student[0], 2, got 1"),
+    ("nested", S, [torch.nested.nested_tensor(list(T[0])), T[1]], TypeError, "teacher[0]: expected a dense tensor, got a nested one; pad it, and give valid="),
+    ("negative bit", [torch._neg_view(S[0]), S[1]], T, ValueError, "student[0]: a view with the negative bit, as of a conjugate's imaginary part; call resolve_neg()"),
     ("three dimensions", [S[0][0], S[1]], T, ValueError, "student[0]: expected features [N, C, H, W], got shape [4, 6, 5]"),
     ("sparse", S, [T[0].to_sparse(), T[1]], TypeError, "teacher[0]: expected a dense tensor, got torch.sparse_coo; call to_dense()"),
     ("no pixel", [S[0][..., :0], S[1]], [T[0][..., :0], T[1]], ValueError, "teacher[0]: expected at least one channel and one pixel"),
@@ -243,6 +250,7 @@ def test_wrong_reduction() -> None:
         PROBLEM.criterion()(S, T, reduction="mean")
 
 
+ROWS, STANDARD = torch.zeros(9, 6, 4), F.Standardization(torch.zeros(6, 4), torch.zeros(6), torch.ones(2, 4))
 WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.masked_distill_loss(S, T, []), ValueError, "tokens: expected one entry for each of the 2 levels, got 0"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], []), ValueError, "weighting: expected one entry for each of the 1"),
@@ -271,6 +279,22 @@ WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], standardize=[F.Standardization(torch.zeros(6, 4), torch.zeros(6), torch.zeros(4, 2))]), ValueError, "standardize[0].affine: expected shape [2, 4], got [4, 2]"),
     (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], impl="gpu"), ValueError, "impl: expected one of"),
     (lambda: F.receptive_masks(X, torch.zeros(6, 5)), ValueError, "x: expected 5 channels, got 4"),
+    (lambda: F.masked_features_and_dice(None, []), TypeError, "features: expected a sequence of levels [N, C, H, W], got NoneType"),
+    (lambda: F.masked_features_and_dice([X], None), TypeError, "tokens: expected a sequence with one entry per level, got None"),
+    (lambda: F.masked_features_and_dice([X[:1], X], [torch.zeros(6, 4)] * 2), ValueError, "features[1]: expected the batch size of features[0], 1, got 2"),
+    (lambda: F.masked_features_and_dice([X, X], [torch.zeros(6, 4)] * 2, [(ROWS, torch.zeros(6)), (ROWS, torch.zeros(5, 6))]), ValueError, "weighting[1]: expected bias [6], got [5, 6]; standardised features take the weighting that"),
+    (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 4).to(torch.float8_e4m3fn)]), TypeError, "tokens[0]: expected float16, bfloat16, float32 or float64, got torch.float8_e4m3fn"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [(ROWS, torch.zeros(5, 6))]), ValueError, "weighting[0]: expected bias [6], got [5, 6]; standardised features take the weighting that"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], [(ROWS, torch.zeros(6))], standardize=[STANDARD]), ValueError, "weighting[0]: expected bias [5, 6], got [6]; standardised features take the weighting that"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], standardize=[None]), TypeError, "standardize[0]: expected a Standardization, got None"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4).to_sparse()]), TypeError, "tokens[0]: expected a dense tensor, got torch.sparse_coo; call to_dense()"),
+    (lambda: F.masked_distill_loss(X, X, [torch._neg_view(torch.zeros(6, 4))]), ValueError, "tokens[0]: a view with the negative bit"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], valid=torch.ones(2, 3, 3).bool().to_sparse()), TypeError, "valid: expected a dense tensor, got torch.sparse_coo"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], custom_mask=torch.ones(2).bool()), TypeError, "custom_mask: expected True or False, got tensor"),
+    (lambda: F.masked_distill_loss(X, X, [torch.zeros(6, 4)], distance=np.array(["squared", "cosine"])), ValueError, "distance: expected one of"),
+    (lambda: F.compose_weighting(None, torch.zeros(4), torch.zeros(6, 4, 1, 1), torch.zeros(6)), TypeError, "w3: expected a tensor of 4 dimensions, got NoneType"),
+    (lambda: F.compose_weighting(torch.zeros(4, 4, 3, 3), torch.zeros(4), torch.zeros(6), torch.zeros(6)), ValueError, "w1: expected a tensor of 4 dimensions, got shape [6]"),
+    (lambda: F.compose_standardization([1.0], torch.zeros(4), torch.ones(4)), TypeError, "tokens: expected a tensor [T, C], got list"),
     (lambda: F.masked_features_and_dice([X], []), ValueError, "tokens: expected one entry for each of the 1 levels, got 0"),
     (lambda: F.masked_features_and_dice([], []), ValueError, "features: expected at least one level, got none"),
     (lambda: F.masked_features_and_dice([X], [torch.zeros(6, 5)]), ValueError, "features[0]: expected 5 channels, got 4"),
@@ -283,6 +307,16 @@ WRONG_FORMULAS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskLearner(4, impl="gpu"), ValueError, "impl: expected one of"),
     (lambda: F.dice_loss(torch.zeros(6, 3, 3)), ValueError, "masks: expected features [N, C, H, W], got shape [6, 3, 3]"),
 ]  # fmt: skip
+
+
+def test_composing_takes_names() -> None:
+    w3, b3, w1, b1 = torch.randn(4, 4, 3, 3), torch.randn(4), torch.randn(6, 4, 1, 1), torch.randn(6)
+    weighting = F.compose_weighting(w3=w3, b3=b3, w1=w1, b1=b1)
+    assert all(map(torch.equal, weighting, F.compose_weighting(w3, b3, w1, b1)))
+    given = {"mean": torch.randn(4), "std": torch.rand(4) + 1, "weighting": weighting}
+    level, pool = F.compose_standardization(tokens=torch.ones(6, 4), **given)
+    want, want_pool = F.compose_standardization(torch.ones(6, 4), *given.values())
+    assert all(map(torch.equal, (*level, *pool), (*want, *want_pool)))
 
 
 @pytest.mark.parametrize(("call", "error", "sentence"), WRONG_FORMULAS, ids=[case[2] for case in WRONG_FORMULAS])

@@ -104,10 +104,9 @@ class _Learn(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         features, tables, weights, valid, (used,), (pairs,), masks, sums = in_lists(ctx.saved_tensors, ctx.lengths)
         levels = len(features)
-        grad_masked = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, features, strict=False)]
+        grad_masked = [torch.zeros_like(x) if g is None else g.resolve_neg() for g, x in zip(grads, features, strict=False)]
         grad_dice = grads[levels]
-        if grad_dice is None:
-            grad_dice = used.new_zeros(levels)
+        grad_dice = used.new_zeros(levels) if grad_dice is None else grad_dice.resolve_neg()
         need_features = any(ctx.needs_input_grad[4 : 4 + levels])
         results = call(
             learn_backward, (*features, *grad_masked), features, ctx.impl, tables, weights, valid, ctx.heights, grad_masked,
