@@ -74,8 +74,9 @@ def with_triton(triton: str, beside: Path, folder: Path) -> Path:
     if triton == OWN:
         return beside
     environment = folder / f"{beside.name.lstrip('.')}-triton-{triton}"
-    run(sys.executable, "-m", "venv", "--clear", str(environment))
-    run(python(environment), "-m", "pip", "install", "--quiet", "--no-deps", "triton" + (triton != NEWEST) * f"=={triton}")
+    run(sys.executable, "-m", "venv", "--clear", "--without-pip", str(environment))  # nothing that would hide what is borrowed
+    wanted = "triton" + (triton != NEWEST) * f"=={triton}"
+    run(sys.executable, "-m", "pip", "--python", python(environment), "install", "--quiet", "--no-deps", wanted)
     Path(packages(environment), "borrowed.pth").write_text(f"import site; site.addsitedir({packages(beside)!r})\n")
     return environment
 
