@@ -1,6 +1,7 @@
 """The study's page: known answers on made-up results, and the committed page is that of the committed results."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,17 @@ def test_published_figures_stand_apart(page: str) -> None:
     assert "segmentation" not in published
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="no results are committed yet")
+def test_readme_says_what_the_page_says() -> None:
+    readme, page = (path.read_text() for path in (PAGE.parents[1] / "README.md", PAGE))
+    told = readme.split("## Does it help?")[1].split("The MSE took")[0]
+    intervals = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3}", told)
+    scores = re.findall(r"(?:alone|feature MSE|MasKD) (\d\.\d{3})", told)
+    assert len(intervals) >= 8
+    assert len(scores) == 3
+    assert all(f"| {score} ± " in page for score in scores)
+    assert all(interval in page for interval in intervals)
+
+
 def test_the_page_is_that_of_the_results() -> None:
     lines: list[dict[str, Any]] = read(RESULTS)
     pictures = [name for name in report.CAPTIONS if (RESULTS.parent / f"study-{name}.png").exists()]

@@ -102,6 +102,10 @@ class Found:
         there = {(line["cell"], line["steps"]) for line in self.students}
         return [(c, s) for c in self.settings.cells for s in self.settings.schedules if (c, s) in there]
 
+    def weights(self, variant: str) -> set[float]:
+        """The loss weights that its students had."""
+        return {line["loss_weight"] for line in self.students if line["variant"] == variant} - {0.0}
+
     def variants(self, cell: str, steps: int) -> list[str]:
         return [variant for variant in VARIANTS if self.scores(cell, steps, variant)]
 
@@ -167,6 +171,11 @@ def _words(found: Found) -> str:
         lines.append(f"- {len(verdicts['open'])} with an interval around 0: no difference was shown.")
         lines.append("")
     lines.append("One interval in 20 leaves out 0 by chance alone; pairs share teachers, so intervals are a little too narrow.")
+    tries = found.settings.tries
+    if edges := found.weights(MSE) & {tries[0], tries[-1]}:
+        lines.append(
+            f"The {MSE} took a loss weight of {_listed(edges)}, at the end of those tried: another may serve it better."
+        )
     return "\n".join(lines) + _choice(found)
 
 
@@ -217,6 +226,10 @@ def _scores(found: Found) -> str:
     return "\n".join(lines)
 
 
+def _listed(weights: Iterable[float]) -> str:
+    return ", ".join(f"{w:g}" for w in sorted(weights))
+
+
 def _costs(found: Found) -> str:
     lines = ["## Time and memory", ""]
     lines += [
@@ -229,11 +242,11 @@ def _costs(found: Found) -> str:
         if own:
             peaks = [line["peak_extra_bytes"] for line in own if line["peak_extra_bytes"] is not None]
             peak = f"{max(peaks) / 2**20:.1f}" if peaks else "-"
-            weights = ", ".join(f"{w:g}" for w in sorted({line["loss_weight"] for line in own} - {0.0})) or "-"
+            weights = _listed(found.weights(variant)) or "-"
             time = statistics.median(line["step_ms"] for line in own)
             lines.append(f"| {variant} | {time:.1f} | {len(own)} | {peak} | {weights} |")
     tries = found.settings.tries
-    lines += ["", f"Tried: {', '.join(f'{w:g}' for w in tries)}. A variant whose weight is the first or last may want another."]
+    lines += ["", f"Tried: {_listed(tries)}. A variant whose weight is the first or last may want another."]
     return "\n".join(lines)
 
 
