@@ -80,14 +80,14 @@ def count(value: Any, name: str) -> int:
     return whole
 
 
-def amount(value: Any, name: str) -> float:
-    """``value`` as a Python number; TypeError or ValueError unless it is a finite number of at least 0."""
+def amount(value: Any, name: str, most: float = sys.float_info.max) -> float:
+    """``value`` as a Python number; TypeError or ValueError unless it is a finite number of at least 0 and at most ``most``."""
     found = number(value)
-    if found is None:
-        raise TypeError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    if not 0 <= found <= sys.float_info.max:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    return found
+    if found is not None and 0 <= found <= most:
+        return found
+    limit = f" and at most {most:g}" if most < sys.float_info.max else ""
+    error = TypeError if found is None else ValueError
+    raise error(f"{name}: expected a finite number of at least 0{limit}, got {value!r}")
 
 
 def positive(value: Any, name: str) -> float:

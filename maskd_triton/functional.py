@@ -155,7 +155,7 @@ def masked_distill_loss(
         mask_power=check_power(mask_power),
         distance=check_distance(distance),
         beta=check.positive(beta, "beta"),
-        eps=check.amount(eps, "eps"),
+        eps=check.amount(eps, "eps", 1e30),
     )
     channels = [e.shape[1] for e in tokens or ()]
     extras = Given(valid, masks, mask_weights)
@@ -251,7 +251,7 @@ def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions
         (x.is_nested or x.shape, x.dtype, x.layout, x.device, x.requires_grad, x.is_inference(), x.is_neg())
         for x in levels.students + levels.teachers
     ]
-    others = [e.device for e in options.tables.tokens]
+    others = [e.device for e in options.tables.tokens] + [x.shape for field in options.tables for x in field]
     if options.step is not None:
         others.append(options.step.device)
     looks = (torch.is_grad_enabled(), *channels, *maps, *others)
@@ -269,9 +269,23 @@ def _check_looks(levels: Matched, channels: Sequence[int], options: DistillOptio
     for i, (s, t, label) in enumerate(zip(levels.students, levels.teachers, labels, strict=True)):
         names = f"student{label}", f"teacher{label}"
         check.pair(s, t, names, channels[i] if channels else None, first, f"student{labels[0]}")
-    for token in options.tables.tokens:
-        check.on_device(token, "tokens", first.device)
+    _check_tables(options.tables, levels.teachers)
     check.step(options.step, "warmup_step", first.device)
+
+
+def _check_tables(tables: DistillTables | LearnTables, maps: Sequence[Tensor]) -> None:
+    """ValueError unless the tables of every level fit its features ``maps [N, C, H, W]``: kernels would read past the ends."""
+    if not tables.tokens:
+        return
+    t, standard = len(tables.tokens[0]), bool(tables.pool_bias) and tables.pool_bias[0].dim() == 2
+    for i, x in enumerate(maps):
+        c = x.shape[1]
+        shapes = {"tokens": [t, c], "pool_rows": [9, t, c], "pool_bias": [5, t] if standard else [t], "statistics": [2, c]}
+        shapes |= {"teacher_tokens": [t, c], "token_bias": [t]}
+        for name, field in zip(tables._fields, tables, strict=True):
+            if field and list(field[i].shape) != shapes[name]:
+                raise ValueError(f"{name} of level {i}: expected shape {shapes[name]}, got {list(field[i].shape)}")
+        check.on_device(tables.tokens[i], "tokens", x.device)
 
 
 def check_distance(distance: str) -> str:
@@ -484,8 +498,7 @@ def learn(
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
         check.recordable(x, f"features[{i}]")
-    for token in tables.tokens:
-        check.on_device(token, "tokens", first.device)
+    _check_tables(tables, features)
     impl = resolve_impl(impl, first.device)
     pixels = _levels.valid_of_levels(valid, features)
     flat, heights = [x.flatten(2) for x in features], [x.shape[2] for x in features]

@@ -34,7 +34,7 @@ from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .functional import IMPLS, Given, check_distance, check_power, distill, distill_tables
 from .masks import MaskModule
-from .tables import LevelTables, MaskLevel
+from .tables import LevelTables, MaskLevel, fitting
 
 __all__ = ["MaskedDistillLoss"]
 
@@ -157,7 +157,7 @@ class MaskedDistillLoss(nn.Module):
         self.standardize = check.standardize(standardize)
         self.custom_mask = check.flag(custom_mask, "custom_mask") and num_tokens is not None
         self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
-        self.eps = check.amount(eps, "eps")
+        self.eps = check.amount(eps, "eps", 1e30)
         self.impl = impl
         tables = [] if num_tokens is None else [LevelTables(c, num_tokens, weight_mask, standardize) for c in self.channels]
         self.mask_modules = container(tables, self.names if tables else None)
@@ -438,14 +438,7 @@ class MaskedDistillLoss(nn.Module):
     def _levels(self) -> list[MaskLevel]:
         """The ``mask_modules``; a user may have put others in their place."""
         levels = members(self.mask_modules, "mask_modules", self.names, len(self.channels))
-        like = self.num_tokens, self.weight_mask, bool(self.standardize)
-        for i, (level, c) in enumerate(zip(levels, self.channels, strict=True)):
-            if not isinstance(level, MaskLevel):
-                raise TypeError(f"mask_modules[{i}]: expected LevelTables (or MaskModule), got {type(level).__name__}")
-            if level.channels != c or (level.num_tokens, level.weight_mask, bool(level.standardize)) != like:
-                own = LevelTables(c, self.num_tokens or 0, self.weight_mask, self.standardize)
-                raise ValueError(f"mask_modules[{i}]: expected one of {own.extra_repr()}, got {level.extra_repr()}")
-        return levels
+        return fitting(levels, MaskLevel, self.channels, self.num_tokens or 0, self.weight_mask, self.standardize)
 
 
 def _keep(criterion: MaskedDistillLoss, name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
 from .functional import IMPLS, OnThisRank, learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, compose
+from .tables import CONVOLUTIONS, MaskLevel, Tables, compose, fitting
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -253,10 +253,8 @@ class MaskLearner(nn.Module):
 
     def _modules_of_levels(self) -> list[MaskModule]:
         modules = members(self.mask_modules, "mask_modules", self.names, len(self.channels))
-        for i, module in enumerate(modules):
-            if not isinstance(module, MaskModule):
-                raise TypeError(f"mask_modules[{i}]: expected a MaskModule, got {type(module).__name__}")
-        return modules
+        num_tokens = getattr(modules[0], "num_tokens", 0)
+        return fitting(modules, MaskModule, self.channels, num_tokens, self.weight_mask, self.standardize)
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest pass.

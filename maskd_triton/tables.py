@@ -1,7 +1,7 @@
 """The frozen tables of one level that stage 2 reads, composed once, in float64, from what stage 1 learned."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,29 @@ class MaskLevel(nn.Module):
         if weighting is None:
             raise ValueError("weight_mask=False: this module has no mask weights")
         return mask_weights(x, *weighting)
+
+
+Level = TypeVar("Level", bound=MaskLevel)
+
+
+def fitting(
+    levels: Sequence[Any],
+    kind: type[Level],
+    channels: Sequence[int],
+    num_tokens: int,
+    weight_mask: bool,
+    standardize: bool | str,
+) -> list[Level]:
+    """``levels``; TypeError or ValueError unless each is of ``kind`` and as it was made: a user may have put in others."""
+    like = num_tokens, weight_mask, bool(standardize)
+    for i, (level, c) in enumerate(zip(levels, channels, strict=True)):
+        if not isinstance(level, kind):
+            expected = "LevelTables (or MaskModule)" if kind is MaskLevel else f"a {kind.__name__}"
+            raise TypeError(f"mask_modules[{i}]: expected {expected}, got {type(level).__name__}")
+        if level.channels != c or (level.num_tokens, level.weight_mask, bool(level.standardize)) != like:
+            own = MaskLevel(c, num_tokens, weight_mask, standardize)
+            raise ValueError(f"mask_modules[{i}]: expected one of {own.extra_repr()}, got {level.extra_repr()}")
+    return levels  # type: ignore[return-value]
 
 
 class LevelTables(MaskLevel):

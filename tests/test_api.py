@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import default_dtype
-from problems import Problem, literal_losses
+from problems import Problem, Target, literal_losses
 from torch import Tensor, nn
 
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner, MaskModule
@@ -138,6 +138,13 @@ def test_numbers_of_other_kinds(kind: Callable[[float], Any]) -> None:
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 4, 3, 3)
+
+
+def with_level(learner: MaskLearner, module: MaskModule) -> MaskLearner:
+    learner.mask_modules[1] = module
+    return learner
+
+
 WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskedDistillLoss(0), ValueError, "channels: expected a positive int or one per level, got 0"),
     (lambda: MaskedDistillLoss([4, -1]), ValueError, "channels: expected a positive int or one per level, got [4, -1]"),
@@ -155,14 +162,14 @@ WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskedDistillLoss(4, custom_mask_warmup=2**70), ValueError, "custom_mask_warmup: expected an int of at least 0 and below 2**63"),
     (lambda: MaskedDistillLoss(4, loss_weight="1"), TypeError, "loss_weight: expected a finite number of at least 0, got '1'"),
     (lambda: MaskedDistillLoss(4, loss_weight=float("inf")), ValueError, "loss_weight: expected a finite number of at least 0, got inf"),
-    (lambda: MaskedDistillLoss(4, eps=None), TypeError, "eps: expected a finite number of at least 0, got None"),
+    (lambda: MaskedDistillLoss(4, eps=None), TypeError, "eps: expected a finite number of at least 0 and at most 1e+30, got None"),
     (lambda: MaskedDistillLoss(4, np.bool_(True)), TypeError, "num_tokens: expected a positive int"),
     (lambda: MaskedDistillLoss(np.array([4, 0])), ValueError, "channels: expected a positive int or one per level, got [4, 0]"),
     (lambda: MaskedDistillLoss(np.array([4.0])), ValueError, "channels: expected a positive int or one per level, got [4.0]"),
     (lambda: MaskedDistillLoss(4, loss_weight=True), TypeError, "loss_weight: expected a finite number of at least 0, got True"),
     (lambda: MaskedDistillLoss(4, loss_weight=np.array([1.0])), TypeError, "loss_weight: expected a finite number of at least 0"),
-    (lambda: MaskedDistillLoss(4, eps=np.float32("nan")), ValueError, "eps: expected a finite number of at least 0, got"),
-    (lambda: MaskedDistillLoss(4, eps=torch.tensor(1.0)), TypeError, "eps: expected a finite number of at least 0, got tensor"),
+    (lambda: MaskedDistillLoss(4, eps=np.float32("nan")), ValueError, "eps: expected a finite number of at least 0 and at most 1e+30, got"),
+    (lambda: MaskedDistillLoss(4, eps=torch.tensor(1.0)), TypeError, "eps: expected a finite number of at least 0 and at most 1e+30, got tensor"),
     (lambda: MaskedDistillLoss(4, custom_mask_warmup=np.float64(3)), TypeError, "custom_mask_warmup: expected an int of at least 0"),
     (lambda: MaskModule(4)([X]), TypeError, "x: expected a tensor [N, C, H, W], got list"),
     (lambda: MaskModule(4).to("meta").masks(X), ValueError, "tokens: expected the device of the features, cpu, got meta"),
@@ -177,6 +184,10 @@ WRONG_CONSTRUCTIONS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: MaskModule(5).masks(X), ValueError, "x: expected 5 channels, got 4"),
     (lambda: MaskLearner([4, 4])([X]), ValueError, "features: expected 2 levels, got 1"),
     (lambda: MaskLearner([4, 4])([X, X[:1]]), ValueError, "features[1]: expected the batch size of features[0], 2, got 1"),
+    (lambda: with_level(MaskLearner([4, 4]), MaskModule(4, 5))([X, X]), ValueError, "mask_modules[1]: expected one of 4, num_tokens=6, weight_mask=True, got 4, num_tokens=5"),
+    (lambda: with_level(MaskLearner([4, 4]), MaskModule(3))([X, X]), ValueError, "mask_modules[1]: expected one of 4, num_tokens=6, weight_mask=True, got 3, num_tokens=6"),
+    (lambda: with_level(MaskLearner([4, 4]), MaskModule(4, weight_mask=False))([X, X]), ValueError, "mask_modules[1]: expected one of 4, num_tokens=6, weight_mask=True, got"),
+    (lambda: MaskedDistillLoss(4, eps=1e39), ValueError, "eps: expected a finite number of at least 0 and at most 1e+30, got 1e+39"),
     (lambda: MaskLearner(4, weight_mask="no"), TypeError, "weight_mask: expected True or False, got 'no'"),
     (lambda: MaskedDistillLoss(4, custom_mask=None), TypeError, "custom_mask: expected True or False, got None"),
     (lambda: MaskedDistillLoss(4, loss_weight=10**400), ValueError, "loss_weight: expected a finite number of at least 0, got 1000"),
@@ -248,6 +259,31 @@ def test_wrong_calls_after_right_ones(student: object, teacher: object, error: t
 def test_wrong_reduction() -> None:
     with pytest.raises(ValueError, match="reduction: expected one of 'sum', 'none', got 'mean'"):
         PROBLEM.criterion()(S, T, reduction="mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("mask_token", torch.ones(6, 9), r"tokens of level 1: expected shape \[6, 3\], got \[6, 9\]"),
+        ("mask_token", torch.ones(4, 3), r"tokens of level 1: expected shape \[6, 3\], got \[4, 3\]"),
+        ("pool_rows", torch.ones(9, 6, 2), r"pool_rows of level 1: expected shape \[9, 6, 3\], got \[9, 6, 2\]"),
+        ("pool_bias", torch.ones(1), r"pool_bias of level 1: expected shape \[6\], got \[1\]"),
+    ],
+)
+def test_tables_that_were_written_wrong(name: str, value: torch.Tensor, sentence: str, target: Target) -> None:
+    """Kernels would read past their ends."""
+    impl, device = target
+    criterion = MaskedDistillLoss([4, 3], pretrained=MaskLearner([4, 3]), impl=impl).to(device)
+    s, t = ([x.to(device) for x in maps] for maps in (S, T))
+    criterion(s, t)
+    setattr(criterion.mask_modules[1], name, value.to(device))
+    with pytest.raises(ValueError, match=sentence):
+        criterion(s, t)
+    if name == "mask_token":
+        learner = MaskLearner([4, 3], impl=impl).to(device)
+        learner.mask_modules[1].mask_token = torch.nn.Parameter(value.to(device))
+        with pytest.raises(ValueError, match="of level 1: expected shape"):
+            learner(t)
 
 
 ROWS, STANDARD = torch.zeros(9, 6, 4), F.Standardization(torch.zeros(6, 4), torch.zeros(6), torch.ones(2, 4))

@@ -184,6 +184,38 @@ def test_export(strict: bool, target: Target) -> None:
     assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(got, want, strict=True))
 
 
+class Aligned(torch.nn.Module):
+    """A student whose features require grad where the graph is exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck = torch.nn.Conv2d(3, 5, 1)
+        self.criterion = MaskedDistillLoss(5, 3, pretrained=MaskLearner(5, 3), student_channels=5)
+
+    def forward(self, x: Tensor, teacher: Tensor) -> Tensor:
+        return self.criterion(self.neck(x), teacher)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_student_trains(strict: bool) -> None:
+    torch.manual_seed(0)
+    module, x, teacher = Aligned().eval(), torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    graph = torch.export.export(module, (x, teacher), strict=strict).module()
+    graph(x, teacher).backward()
+    module(x, teacher).backward()
+    want = dict(module.named_parameters())
+    assert all(torch.allclose(p.grad, want[name].grad) for name, p in graph.named_parameters())
+
+
+def test_batches_of_gradients_get_a_sentence(target: Target) -> None:
+    criterion, student, teacher = double(target).eval(), maps(target), maps(target)
+    losses = criterion([x.requires_grad_() for x in student], teacher, reduction="none")
+    up = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    with pytest.raises(NotImplementedError, match="batches of gradients"):
+        torch.autograd.grad(losses, student, up, is_grads_batched=True)
+
+
 @pytest.mark.slow
 def test_the_package_can_be_imported_twice() -> None:
     result = subprocess.run([sys.executable, "tests/programs/twice.py"], cwd=ROOT, capture_output=True, text=True)

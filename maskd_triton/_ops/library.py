@@ -78,7 +78,8 @@ def differentiable(operator: Any, function: Implementation) -> None:
     registry.derivatives[name] = function
 
     def dispatch(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors_in(args)):
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in _tensors_in(args))
+        if wanted and not torch.compiler.is_exporting():
             return registry.derivatives[name](*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
@@ -127,9 +128,10 @@ class Function(torch.autograd.Function):
     def call(cls, tensors: Sequence[Tensor], *args: Any) -> Any:
         """``apply``; gradients reach those ``tensors`` that are arguments themselves, not entries of one."""
         if torch.compiler.is_compiling():
-            # without gradients, dynamo would take the first argument of this forward for a context
+            # without gradients, dynamo would take the first argument of this forward for a context; an exported graph has the
+            # operator alone, which brings its gradient, and apply would export it as one without
             wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-            return cls.apply(*args) if wanted else cls.forward(*args)
+            return cls.apply(*args) if wanted and not torch.compiler.is_exporting() else cls.forward(*args)
         if forward_ad._current_level >= 0 and _in_forward_mode(args):
             raise NotImplementedError(
                 "maskd_triton: forward-mode derivatives (jvp, jacfwd, hessian, forward_ad) are not supported; use backward(), "
@@ -176,7 +178,14 @@ def once_differentiable(name: str) -> Callable[[_Backward], _Backward]:
     def decorator(backward: _Backward) -> _Backward:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in grads if x is not None):
+                raise NotImplementedError(
+                    "maskd_triton: batches of gradients (is_grads_batched=True, vectorize=True) are not supported; use "
+                    "torch.func.vjp, vmap or jacrev"
+                )
+            if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
