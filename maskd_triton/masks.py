@@ -19,7 +19,7 @@ from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
 from .functional import IMPLS, OnThisRank, learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, compose, fitting
+from .tables import CONVOLUTIONS, MaskLevel, Tables, compose, fitting, of_shapes
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -111,7 +111,7 @@ class MaskModule(MaskLevel):
             level |= {"channel_mean": self.channel_mean, "channel_std": self.channel_std}
         if on_this_rank is not None:
             level = {name: on_this_rank(x, name) for name, x in level.items()}
-        return compose(level, dtype)
+        return compose(of_shapes(level, self.published_shapes()), dtype)
 
     def forward(self, x: Tensor, valid: Any = None) -> tuple[Tensor, Tensor]:
         check.features(x, "x", self.channels)

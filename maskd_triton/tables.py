@@ -102,6 +102,14 @@ class MaskLevel(nn.Module):
         return mask_weights(x, *weighting)
 
 
+def of_shapes(entries: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """``entries``; ValueError unless they have these shapes: kernels would read past their ends."""
+    for name, x in entries.items():
+        if tuple(x.shape) != shapes[name]:
+            raise ValueError(f"{name}: expected shape {list(shapes[name])}, got {list(x.shape)}")
+    return entries
+
+
 Level = TypeVar("Level", bound=MaskLevel)
 
 
@@ -184,7 +192,14 @@ class LevelTables(MaskLevel):
         try:
             return self._tables(self._buffers)  # in every step; nn.Module's own way to an attribute takes 0.4 us
         except KeyError:  # a parametrisation, a parameter in its place
-            return self._tables({name: getattr(self, name) for name in self.table_shapes()})
+            shapes = self.table_shapes()
+            return self._tables(of_shapes({name: getattr(self, name) for name in shapes}, shapes))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Tables keep their shapes."""
+        if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", ()):
+            of_shapes({name: value}, self.table_shapes())
+        super().__setattr__(name, value)
 
     def _tables(self, of: Mapping[str, Any]) -> Tables:
         return Tables(
