@@ -50,7 +50,7 @@ class Settings:
     seeds: int = 3
 
 
-QUICK = Settings(scenes=(400, 100, 100), teacher_steps=40, token_steps=20, student_steps=20, seeds=2)
+QUICK = Settings(scenes=(200, 50, 50), teacher_steps=20, token_steps=10, student_steps=10, seeds=2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
