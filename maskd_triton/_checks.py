@@ -32,7 +32,7 @@ def flag(value: Any, name: str) -> bool:
     """``value`` as a bool; TypeError unless it is one, numpy's, 0 or 1."""
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
-    if isinstance(value, Tensor) or str(getattr(value, "dtype", "")) != "bool" or getattr(value, "ndim", 0) != 0:
+    if str(getattr(value, "dtype", "")) != "bool" or getattr(value, "ndim", 0) != 0:  # torch's is "torch.bool"
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 

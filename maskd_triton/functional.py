@@ -484,9 +484,11 @@ def learn(
         masked, dice, seen = learn(own, lambda _: tables, None if valid is None else spread.local(valid, "valid"), impl)
         return [spread.joined(y, x) for y, x in zip(masked, features, strict=True)], spread.mean(dice), seen
     first, tables = features[0], tables_of(lambda x, _: x)
+    learns = any(x.requires_grad for field in tables for x in field)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
-        check.recordable(x, f"features[{i}]")
+        if learns:
+            check.recordable(x, f"features[{i}]")
     for token in tables.tokens:
         check.on_device(token, "tokens", first.device)
     impl = resolve_impl(impl, first.device)

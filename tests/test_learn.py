@@ -118,6 +118,25 @@ def test_an_infinite_feature_gives_masks_of_0_and_1(sign: int, dtype: torch.dtyp
     assert not y.cpu()[~want.isnan()].isnan().any()
 
 
+def test_an_upstream_gradient_with_the_negative_bit(target: Target) -> None:
+    impl, device = target
+    module = module_of(5, 3, True, impl).to(device).double()
+    x, g = normal(2, 5, 4, 6).double(), normal(2, 5, 4, 6, seed=1).double()
+    all_close(measured(module, x.to(device), torch._neg_view(g.to(device))), literal_results(module, x, -g), 1e-12)
+
+
+def test_features_made_in_inference_mode(target: Target) -> None:
+    """Nothing is kept of them where nothing learns."""
+    impl, device = target
+    module = module_of(5, 3, True, impl).to(device)
+    with torch.inference_mode():
+        x = normal(2, 5, 4, 6).to(device)
+    with pytest.raises(ValueError, match=r"features\[0\]: an inference tensor cannot be kept .* or pass features.clone\(\)"):
+        module(x)
+    module.requires_grad_(False)
+    assert torch.equal(module(x)[0], module(x.clone())[0])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_wide_offsets(layout: str, target: Target) -> None:
     """Images of 2**31 elements and more, and such gradients from above, take 64-bit offsets."""

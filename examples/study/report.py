@@ -233,7 +233,7 @@ def _listed(weights: Iterable[float]) -> str:
 def _costs(found: Found) -> str:
     lines = ["## Time and memory", ""]
     lines += [
-        "A whole training step, while another run, and at times other work, had the other core: a third up or down is chance.",
+        "A whole training step, while another run, and at times other work, had the other core, so compare times only roughly.",
         "Extra memory of the distillation loss alone (aligns, forward, backward) at its peak.",
     ]
     lines += ["", "| | ms per step (median) | runs | extra MiB at the peak | loss weights chosen |", "|---|---|---|---|---|"]
