@@ -47,15 +47,16 @@ def sanitizer(out: Path) -> Sequence[str]:
 
 BF16 = ("--dtype", "bf16", "--layout", "nchw", "channels_last", "--seconds", "0.3")
 EVERY = ("--dtype", *DTYPES, *BF16[2:])
-# The first nine fit into 25 minutes; seconds are what each may take at most
+# The first ten fit into 25 minutes; seconds are what each may take at most
 PARTS = (
     Part("tests", 480, tests("-m", "not slow"), writes_json=False),
     Part("sanitizer", 240, sanitizer, writes_json=False),
-    Part("fpn-n2", 120, module("bench", "fpn", *BF16)),
-    Part("fpn-n2-compiled", 120, module("bench", "fpn", *BF16, "--compile")),
-    Part("fpn-n16", 120, module("bench", "fpn", "--batch", "16", *BF16)),
-    Part("fpn-n2-stage1", 120, module("bench", "fpn", "--stage", "1", *BF16)),
-    Part("autotune", 180, lambda out: [sys.executable, "-m", "bench.autotune", "--bits", "16", "--out", str(out)]),
+    Part("fpn-n2", 100, module("bench", "fpn", *BF16)),
+    Part("fpn-n2-compiled", 100, module("bench", "fpn", *BF16, "--compile")),
+    Part("fpn-n16", 100, module("bench", "fpn", "--batch", "16", *BF16)),
+    Part("fpn-n2-stage1", 100, module("bench", "fpn", "--stage", "1", *BF16)),
+    Part("variants", 60, module("bench.variants")),
+    Part("autotune", 200, lambda out: [sys.executable, "-m", "bench.autotune", "--bits", "16", "--out", str(out)]),
     Part("growth", 60, module("bench", "--growth", "--dtype", "bf16", "--seconds", "0.05")),
     Part("share", 60, module("bench.share", "--dtype", "bf16")),
     Part("host", 60, module("bench.host")),

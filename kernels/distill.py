@@ -173,7 +173,9 @@ def _partials(H, W, WEIGHTED: tl.constexpr, BLOCK_P: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "warmup", "step_ptr"])
+@triton.jit(
+    do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "start", "warmup", "step_ptr"]
+)
 def forward_kernel(
     # of every level
     s_ptrs,  # [N, C, P] by strides
@@ -191,6 +193,7 @@ def forward_kernel(
     # of all
     step_ptr,  # int64 scalar
     part_ptr,  # [programs, 3, T], written
+    start,  # the first image
     warmup, beta_high, beta_low,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
@@ -217,7 +220,7 @@ def forward_kernel(
             P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             tiles = tl.cdiv(P, BLOCK_P)
             blocks = _partials(P // W, W, WEIGHTED, BLOCK_P)
-            n = (program // blocks).to(tl.int64)
+            n = (program // blocks + start).to(tl.int64)
             block = program % blocks
             image = s_ptr + n * pick_int(s_ns, level, LEVELS) * align
             target = t_ptr + n * pick_int(t_ns, level, LEVELS) * align
@@ -238,7 +241,21 @@ def forward_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first", "Cs", "Hs", "Ws", "indices", "N", "weight_ptr", "loss_ptr", "coefficient_ptr"])
+@triton.jit(
+    do_not_specialize=[
+        "first",
+        "Cs",
+        "Hs",
+        "Ws",
+        "indices",
+        "start",
+        "images",
+        "N",
+        "weight_ptr",
+        "loss_ptr",
+        "coefficient_ptr",
+    ]
+)
 def finish_kernel(
     # of every level
     bias_ptrs,  # [T], [5, T] where STANDARD
@@ -248,20 +265,21 @@ def finish_kernel(
     weight_ptr,  # [levels, N, T], written unless WEIGHTS
     loss_ptr,  # [levels, N], written
     coefficient_ptr,  # [levels, N, T], written
+    start, images,  # the first image, and how many
     N, eps_high, eps_low,
     LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr, DISTANCE: tl.constexpr,
     WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    level = tl.program_id(0) // N
-    n = (tl.program_id(0) % N).to(tl.int64)
+    level = tl.program_id(0) // images
+    n = (tl.program_id(0) % images).to(tl.int64)
     C = pick_int(Cs, level, LEVELS)
     H = pick_int(Hs, level, LEVELS)
     W = pick_int(Ws, level, LEVELS)
     bias_ptr = pick(bias_ptrs, level, LEVELS)
     partials = _partials(H, W, WEIGHTED, BLOCK_P)
     part_ptr += (pick_int(first, level, LEVELS) + n * partials) * 3 * T
-    out = pick_int(indices, level, LEVELS) * N + n  # a launch need not have all levels
+    out = pick_int(indices, level, LEVELS) * N + start + n  # a launch need not have all levels
     token = tl.arange(0, TP)
     real = token < T
     row = tl.arange(0, BLOCK)
@@ -306,7 +324,7 @@ def finish_kernel(
 @triton.jit(
     do_not_specialize=[
         *("first", "aligns", "indices", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows"),
-        *("up_level", "up_n", "N", "up_ptr", "coefficient_ptr"),
+        *("up_level", "up_n", "start", "N", "up_ptr", "coefficient_ptr"),
     ]
 )
 def backward_kernel(
@@ -322,16 +340,23 @@ def backward_kernel(
     # of all
     up_ptr,  # [levels, N] by strides
     coefficient_ptr,  # [levels, N, T]
-    up_level, up_n, N, beta_high, beta_low,
+    up_level, up_n,
+    start,  # the first image
+    N, beta_high, beta_low,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
     STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, REVERSE: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of `_records.Distilled`."""
+    """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of `_records.Distilled`.
+
+    REVERSE: from the last tile to the first, as what the forward pass read last may still be in L2. EVICTION: the policy of
+    features, which are not read again."""
     program = tl.program_id(0)
+    if REVERSE:
+        program = tl.num_programs(0) - 1 - program
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
     own = pick_int(aligns, level, LEVELS)
@@ -353,12 +378,13 @@ def backward_kernel(
             C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
             P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
             n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+            n += start
             mask = (c < C)[:, None] & (p < P)[None, :]
             s_at = s_ptr + n * pick_int(s_ns, level, LEVELS) * align + tile_offsets(c, p, s_row, S_FAST, align, WIDE)
             t_at = t_ptr + n * pick_int(t_ns, level, LEVELS) * align + tile_offsets(c, p, t_row, T_FAST, align, WIDE)
             g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
-            s = tl.load(s_at, mask=mask, other=0.0)
-            t = tl.load(t_at, mask=mask, other=0.0)
+            s = tl.load(s_at, mask=mask, other=0.0, eviction_policy=EVICTION)
+            t = tl.load(t_at, mask=mask, other=0.0, eviction_policy=EVICTION)
             m = load_masks(mask_ptr, n, p, P, T, TP)
             coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
             coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
@@ -382,13 +408,56 @@ def backward_kernel(
             tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, outputs: Distilled) -> None:
-    """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``."""
+@triton.jit(do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "g_ns", "g_rows", "up_level", "up_n", "up_ptr"])
+def rescale_kernel(
+    # of every level
+    g_ptrs,  # [N, C, P] by strides, read and written
+    first, aligns, indices, Cs, Ps, g_ns, g_rows,
+    # of all
+    up_ptr,  # [levels, N] by strides
+    up_level, up_n,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
+    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    G_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """g *= upstream; nothing is read where that is 1. A 0 stays: it may be that of a pixel that does not count."""
+    program = tl.program_id(0)
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    own = pick_int(aligns, level, LEVELS)
+    index = pick_int(indices, level, LEVELS).to(tl.int64)
+    g_ptr = pick(g_ptrs, level, LEVELS)
+    g_row = pick_int(g_rows, level, LEVELS)
+    for align in tl.static_range(ALIGN, END, STEP):
+        if align == own:
+            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
+            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
+            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+            up = tl.load(up_ptr + index * up_level + n * up_n)
+            if up != 1.0:
+                mask = (c < C)[:, None] & (p < P)[None, :]
+                g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
+                g = tl.load(g_at, mask=mask, other=0.0).to(ACC)
+                tl.store(g_at, tl.where(g == 0.0, g, g * up).to(g_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    options: DistillOptions,
+    outputs: Distilled,
+    upstream: Tensor | None = None,
+) -> list[Tensor]:
+    """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``.
+
+    Where ``upstream [levels, N]`` is given and the configuration has ``with_loss``, also returns the gradients that `backward`
+    would, written as soon as an image's losses are known.
+    """
     loss, weights, coefficients, masks, cosines = outputs
     launch.check_device(loss)
-    n, num_tokens = coefficients.shape[1:]
-    if n == 0:
-        return
+    num_tokens = coefficients.shape[2]
+    if len(loss[0]) == 0:
+        return []
     if options.weights is not None:
         weights.copy_(options.weights)
     tokens, rows, bias, teacher_tokens, token_bias, statistics = [[x.contiguous() for x in field] for field in options.tables]
@@ -396,27 +465,34 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
     variant = _Variant(
         num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.step is not None,
         len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power, options.distance,
-        options.beta, options.eps,
+        options.beta, options.eps, upstream is not None,
     )  # fmt: skip
     parameters = tokens, teacher_tokens, rows, bias, options.masks
-    in_place, launches = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
+    in_place, with_loss, passes = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
+    grads = [torch.empty_like(s) for s in student if with_loss]
     if not in_place:
         student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
     with launch.device_of(loss):
-        for group, (programs, tables, constants), (images, finish_tables, finish_constants) in launches:
-            part = loss.new_empty((programs, 3, num_tokens))
-            launch.run(
-                forward_kernel, programs,
-                *group.addresses(
-                    *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
-                    *(options.masks, options.valid, masks, cosines),
-                ),
-                *tables, loss if options.step is None else options.step, part, options.warmup, **constants,
-            )  # fmt: skip
-            launch.run(
-                finish_kernel, images,
-                *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, **finish_constants,
-            )  # fmt: skip
+        for forwards, backwards in passes:
+            for group, start, (programs, tables, constants), (images, finish_tables, finish_constants) in forwards:
+                part = loss.new_empty((programs, 3, num_tokens))
+                launch.run(
+                    forward_kernel, programs,
+                    *group.addresses(
+                        *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
+                        *(options.masks, options.valid, masks, cosines),
+                    ),
+                    *tables, loss if options.step is None else options.step, part, start, options.warmup, **constants,
+                )  # fmt: skip
+                launch.run(
+                    finish_kernel, images,
+                    *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, start,
+                    **finish_constants,
+                )  # fmt: skip
+            if upstream is not None:
+                kept = outputs.kept(options)._replace(statistics=statistics)
+                _run_backward(backwards, student, teacher, upstream, kept, grads)
+    return grads
 
 
 class _Variant(NamedTuple):
@@ -434,17 +510,45 @@ class _Variant(NamedTuple):
     distance: str
     beta: float
     eps: float
+    differentiable: bool
+
+
+_Forward = tuple[launch.Group, int, launch.Numbers, launch.Numbers]  # the first image, numbers of both kernels
+_Backward = tuple[launch.Group, int, launch.Numbers]
 
 
 def _plan_forward(
     variant: _Variant, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
-) -> tuple[bool, list[tuple[launch.Group, launch.Numbers, launch.Numbers]]]:
-    """Whether the maps can be read in place; groups, numbers of the forward kernel and of the finishing kernel."""
+) -> tuple[bool, bool, list[tuple[list[_Forward], list[_Backward]]]]:
+    """Whether the maps can be read in place; whether gradients are written with the loss; the launches, a few images at a time
+    in that case."""
     heights = [s.shape[2] for s in maps[0]]
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
-    launches = [(group, *_forward_numbers(group, student, teacher, heights, variant)) for group in groups]
-    return launch.in_place(maps, (student, teacher)), launches
+    in_place = launch.in_place(maps, (student, teacher))
+    backwards: list[launch.Group] = []
+    n = images = student[0].shape[0]
+    if variant.differentiable and in_place and _may_go_with_loss(student):
+        backwards = launch.groups(student, teacher, student)
+        config = [group.config("backward_kernel", variant.num_tokens, student, teacher) for group in backwards]
+        if not all(each.with_loss for each in config):
+            backwards = []
+        else:
+            images = tuning.images_in_l2(n, student, teacher, student)
+    options = variant.num_tokens, variant.standard, variant.valid, variant.mask_power, variant.distance, variant.beta
+    passes = []
+    for start in range(0, n, images):
+        some = min(images, n - start)
+        passes.append((
+            [(group, start, *_forward_numbers(group, student, teacher, heights, variant, some)) for group in groups],
+            [(group, start, _backward_numbers(group, student, teacher, student, some, *options)) for group in backwards],
+        ))  # fmt: skip
+    return in_place, len(backwards) > 0, passes
+
+
+def _may_go_with_loss(student: Sequence[Tensor]) -> bool:
+    """Not float16: a loss scale must come before the rounding. Not maps with gaps: their gradients have other strides."""
+    return all(s.dtype != torch.float16 and launch.is_dense(s) for s in student)
 
 
 def _forward_numbers(
@@ -453,13 +557,16 @@ def _forward_numbers(
     teacher: Sequence[Tensor],
     heights: Sequence[int],
     variant: _Variant,
+    images: int,
 ) -> tuple[launch.Numbers, launch.Numbers]:
     s, n = group.own(student), student[0].shape[0]
     num_tokens, weighted = variant.num_tokens, variant.weighted
     hs = group.own(heights)
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
     config = group.config("forward_kernel", num_tokens, student, teacher)
-    first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
+    first, programs = launch.first_programs(
+        [images * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)]
+    )
     # the cosine adds up three tiles where other distances add up one
     block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and launch.split(s[0]) == 2 else config.block_c
     rows = tuning.token_rows(num_tokens)
@@ -479,9 +586,10 @@ def _forward_numbers(
     finish_constants = {
         "LEVELS": len(s), "STANDARD": weighted and variant.standard, "WEIGHTS": variant.weights,
         "EMPTY": variant.given or variant.valid, "DISTANCE": variant.distance,
-        "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common, "N": n, **launch.two_parts("eps", variant.eps),
+        "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common, "images": images, "N": n,
+        **launch.two_parts("eps", variant.eps),
     }  # fmt: skip
-    return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
+    return (programs, tables, constants), (len(s) * images, finish_tables, finish_constants)
 
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
@@ -506,18 +614,29 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
         student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
         written = [launch.writable(g) for g in grads]
     with launch.device_of(coefficients):
-        for group, (programs, tables, constants) in launches:
-            launch.run(
-                backward_kernel, programs,
-                *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
-                grad, coefficients, *grad.stride(), **constants,
-            )  # fmt: skip
+        _run_backward(launches, student, teacher, grad, kept._replace(statistics=statistics), written)
     return grads if in_place else launch.written_to(grads, written)
+
+
+def _run_backward(
+    launches: Sequence[_Backward],
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    grad: Tensor,
+    kept: DistillKept,
+    written: Sequence[Tensor],
+) -> None:
+    for group, start, (programs, tables, constants) in launches:
+        launch.run(
+            backward_kernel, programs,
+            *group.addresses(student, teacher, kept.masks, kept.statistics, kept.valid, kept.cosines, written), *tables,
+            grad, kept.coefficients, *grad.stride(), start, **constants,
+        )  # fmt: skip
 
 
 def _plan_backward(
     options: tuple[int, bool, bool, int, str, float], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
-) -> tuple[bool, list[tuple[launch.Group, launch.Numbers]]]:
+) -> tuple[bool, list[_Backward]]:
     """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
 
     The gradients among ``others`` have strides that follow from the student's.
@@ -525,7 +644,8 @@ def _plan_backward(
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     written = [launch.writable(x) for x in others[0]]
     groups = launch.groups(student, teacher, written)
-    launches = [(group, _backward_numbers(group, student, teacher, written, *options)) for group in groups]
+    n = student[0].shape[0]
+    launches = [(group, 0, _backward_numbers(group, student, teacher, written, n, *options)) for group in groups]
     return launch.in_place((*maps, others[0]), (student, teacher, written)), launches
 
 
@@ -534,6 +654,7 @@ def _backward_numbers(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     written: Sequence[Tensor],
+    images: int,
     num_tokens: int,
     standard: bool,
     valid: bool,
@@ -543,7 +664,7 @@ def _backward_numbers(
 ) -> launch.Numbers:
     s = group.own(student)
     config = group.config("backward_kernel", num_tokens, student, teacher)
-    first, programs = launch.first_programs([x.shape[0] * launch.tiles(x, config) for x in s])
+    first, programs = launch.first_programs([images * launch.tiles(x, config) for x in s])
     tables = [
         *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
         *group.strides(student, teacher, written),
@@ -553,6 +674,31 @@ def _backward_numbers(
         "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
         "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **group.constants,
+        "REVERSE": config.reverse, "EVICTION": "evict_first" if config.hints else "",
         "N": s[0].shape[0], **launch.two_parts("beta", beta),
     }  # fmt: skip
     return programs, tables, constants
+
+
+def rescale(grads: Sequence[Tensor], grad: Tensor) -> None:
+    """``grads``, as `forward` gave them, times ``grad [levels, N]``; where that is 1, on the device, nothing is read."""
+    with launch.device_of(grad):
+        for group, (programs, tables, constants) in launch.planned("rescale", None, (grads,), (), _plan_rescale):
+            launch.run(rescale_kernel, programs, *group.addresses(grads), *tables, grad, *grad.stride(), **constants)
+
+
+def _plan_rescale(
+    _: None, maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
+) -> list[tuple[launch.Group, launch.Numbers]]:
+    flat = [launch.addressable(x) for x in maps[0]]
+    launches = []
+    for group in launch.groups(flat):
+        g, config = group.own(flat), group.config("backward_kernel", 1, flat)
+        first, programs = launch.first_programs([x.shape[0] * launch.tiles(x, config) for x in g])
+        tables = [*launch.tables(first, group.aligns, group.levels), *group.lengths(flat), *group.strides(flat)]
+        constants = {
+            "ACC": launch.acc_type(g[0]), "G_FAST": group.fast[0], "BLOCK_C": config.block_c, "BLOCK_P": config.block_p,
+            **config.program, **group.constants,
+        }  # fmt: skip
+        launches.append((group, (programs, tables, constants)))
+    return launches

@@ -78,6 +78,16 @@ def written_to(maps: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor
     return list(maps)
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements lie next to each other, in some order of the axes: ``empty_like`` then has the same strides."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _contiguous_along(x: Tensor, axis: int) -> bool:
     dim = 2 if axis == PIXELS else 1
     return x.stride(dim) == 1 or x.shape[dim] == 1

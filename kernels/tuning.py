@@ -35,6 +35,10 @@ WRITING = ("backward_kernel", "gate_kernel", "feature_gradient_kernel")  # a pro
 class Config:
     """Channels and pixels of a tile, threads of a program, stages of the load pipeline, registers of a thread.
 
+    Variants of stage 2's backward kernel, off until a measured file chooses them: ``reverse``: tiles are walked from the last
+    to the first. ``hints``: features are the first to leave L2 once they are read. ``with_loss``: it runs in the forward pass,
+    after as many images as fit into half of L2.
+
     Where ``registers`` is 0, NVIDIA's assembler chooses how many. For one more program per multiprocessor it then spills a few
     of them, which Triton's versions do in different kernels; where it is told how many there may be, it does not.
     """
@@ -44,6 +48,9 @@ class Config:
     threads: int
     num_stages: int = 1
     registers: int = 0
+    reverse: bool = False
+    hints: bool = False
+    with_loss: bool = False
 
     @property
     def program(self) -> dict[str, int]:
@@ -89,6 +96,18 @@ def token_rows(num_tokens: int) -> int:
 def warp_size() -> int:
     """Threads in a warp: 64 on AMD's CDNA GPUs."""
     return 64 if torch.version.hip else 32
+
+
+def images_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> int:
+    """How many of ``n`` images have all ``maps``, levels each, in half of the L2 cache; at least one."""
+    image = sum(x.nbytes // n for tensors in maps for x in tensors)
+    return max(1, min(n, _l2_bytes(maps[0][0].device) // 2 // image))
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    """Of a GPU; the interpreter is given that of an H100."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 * 2**20
 
 
 def most_registers(registers: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Stage 2: the operators ``distill`` and ``distill_backward``, and the function that joins them."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,16 +40,24 @@ def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> D
 def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) -> Distilled:
     """``student``, ``teacher``: ``[N, C_i, H_i, W_i]`` of every level, any strides; ``options``: a `DistillOptions`, its
     tables flat. Returns a `Distilled`."""
-    return _distill(student, teacher, impl, _options(student, *options))
+    return _distill(student, teacher, impl, _options(student, *options))[0]
 
 
-def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
+def _distill(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    impl: str,
+    options: DistillOptions,
+    upstream: Callable[[Distilled], Tensor] | None = None,
+) -> tuple[Distilled, list[Tensor]]:
+    """The outputs, and the gradients for ``upstream(outputs)`` if the kernels are configured to write them with the loss."""
     outputs = _new(student, options)
     if options.counted and graph_task() != -1:
         options = options._replace(warmup=min(options.warmup + 1, 2**63 - 1))
-    forward = kernels("distill").forward if impl == "triton" else _eager.distill_forward
-    forward(student, teacher, options, outputs)
-    return outputs
+    if impl == "triton":
+        return outputs, kernels("distill").forward(student, teacher, options, outputs, upstream and upstream(outputs))
+    _eager.distill_forward(student, teacher, options, outputs)
+    return outputs, []
 
 
 @operator(
@@ -69,51 +77,83 @@ class _Distill(Function):
 
     @staticmethod
     def forward(
-        impl: str, reduction: str, teacher: list[Tensor], options: DistillOptions, scale: Tensor, *student: Tensor
+        impl: str,
+        reduction: str,
+        wanted: bool,
+        teacher: list[Tensor],
+        options: DistillOptions,
+        scale: Tensor,
+        *student: Tensor,
     ) -> tuple[Tensor, ...]:
+        grads: list[Tensor] = []
         if needs_dispatcher((*student, *teacher)):
             outputs = Distilled(*distill(list(student), teacher, impl, flat(options.tables), *options[1:]))
         else:
-            outputs = _distill(student, teacher, impl, options)
+            upstream = (lambda outputs: scale.expand_as(outputs.per_image)) if wanted else None
+            outputs, grads = _distill(student, teacher, impl, options, upstream)
         loss = outputs.per_image * scale
         if reduction != "images":
             loss = loss.sum() if reduction == "sum" else loss.sum(1)
-        return loss, *outputs[:3], *outputs.masks, *outputs.cosines
+        return loss, *outputs[:3], *outputs.masks, *outputs.cosines, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.impl, _, teacher, options, scale, *student = inputs
-        coefficients, *maps, power, distance, beta = _distilled(output[1:], len(student)).kept(options)
-        maps = [student, teacher, *maps]
-        ctx.options, ctx.lengths = (power, distance, beta), [len(x) for x in maps]
+        ctx.impl, _, _, teacher, options, scale, *student = inputs
+        outputs, grads = _distilled(output[1:], len(student), options)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
-        ctx.save_for_backward(scale, output[1], coefficients, *itertools.chain(*maps))
+        ctx.levels, ctx.with_loss = len(student), len(grads) > 0
+        if grads:  # the loss stands for the student where a second derivative is refused
+            ctx.save_for_backward(scale, outputs.per_image, output[0], *grads)
+            return
+        coefficients, *maps, power, distance, beta = outputs.kept(options)
+        maps = [student, teacher, *maps]
+        ctx.options, ctx.lengths = (power, distance, beta), [len(x) for x in maps]
+        ctx.save_for_backward(scale, outputs.per_image, coefficients, *itertools.chain(*maps))
 
     @staticmethod
     @once_differentiable("distill_backward")
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (5 + ctx.lengths[0])
-        scale, per_image, coefficients, *levels = ctx.saved_tensors
-        student, teacher, *kept = in_lists(levels, ctx.lengths)
+            return (None,) * (6 + ctx.levels)
+        scale, per_image, *saved = ctx.saved_tensors
         grad = (grad[:, None] if grad.dim() == 1 else grad).expand_as(per_image)
-        to_scale = (grad * per_image).sum() if ctx.needs_input_grad[4] else None
-        arguments = student, teacher, ctx.impl, grad * scale, coefficients, *kept, *ctx.options
-        return None, None, None, None, to_scale, *call(distill_backward, levels, *arguments)
+        to_scale = (grad * per_image).sum() if ctx.needs_input_grad[5] else None
+        if ctx.with_loss:
+            to_student = _rescaled(saved[1:], grad)
+        else:
+            coefficients, *levels = saved
+            student, teacher, *kept = in_lists(levels, ctx.lengths)
+            arguments = student, teacher, ctx.impl, grad * scale, coefficients, *kept, *ctx.options
+            to_student = call(distill_backward, levels, *arguments)
+        return None, None, None, None, None, to_scale, *to_student
 
 
-def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
-    """What an operator gives, flat, as it was."""
-    return Distilled(outputs[0], outputs[1], outputs[2], outputs[3 : 3 + levels], outputs[3 + levels :])
+def _rescaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Gradients that were written with the loss, times the upstream gradient ``grad [levels, N]``."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward pass may want them as they are
+        grads = [g.clone() for g in grads]
+    kernels("distill").rescale(grads, grad)
+    return grads
+
+
+def _distilled(outputs: Sequence[Tensor], levels: int, options: DistillOptions) -> tuple[Distilled, Sequence[Tensor]]:
+    """What `_Distill` gives beside the loss, as it was: outputs of an operator, and gradients."""
+    cosines = 3 + levels
+    grads = cosines + levels * (options.distance == "cosine")
+    per_image, weights, coefficients = outputs[:3]
+    return Distilled(per_image, weights, coefficients, outputs[3:cosines], outputs[cosines:grads]), outputs[grads:]
 
 
 def distill_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str, scale: Tensor, reduction: str
 ) -> tuple[Tensor, Distilled]:
     """Stage 2: the loss, differentiable in ``student`` and in ``scale``, its factor, and the operator's outputs as they are."""
-    loss, *outputs = _Distill.call((*student, *teacher, scale), impl, reduction, list(teacher), options, scale, *student)
-    return loss, _distilled(outputs, len(student))
+    wanted = torch.is_grad_enabled() and any(s.requires_grad for s in student)
+    loss, *outputs = _Distill.call(
+        (*student, *teacher, scale), impl, reduction, wanted, list(teacher), options, scale, *student
+    )
+    return loss, _distilled(outputs, len(student), options)[0]
 
 
 def masked_distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:

@@ -9,9 +9,10 @@ A launch goes through Triton's ordinary path for an NVIDIA GPU of compute capabi
 
 Lanes that store different values to one place at once are a race, unless they are of one warp and differ by rounding only.
 
-Not covered: timing; other interleavings than lowest-pc-first (the race checks stand in for them); a missing ``__syncwarp`` or
-``fence.proxy.async``; registers of a ``wgmma`` in flight; contraction of mul and add by ptxas (LLVM's own is in the PTX); the
-error of approximate functions (``ex2``, ``rcp``, ``div.full`` are correctly rounded here, 1 to 2 units off on a GPU); tensor
-cores' truncating sums (float32 sums here); atomics, TMA, mbarrier, tcgen05, fp8, textures, clusters, barriers of a part of the
-CTA. An unknown instruction raises NotImplementedError with its line. PTX is not machine code: a bug of ptxas does not show.
+Not covered: timing; caches and their eviction policies; other interleavings than lowest-pc-first (the race checks stand in for
+them); a missing ``__syncwarp`` or ``fence.proxy.async``; registers of a ``wgmma`` in flight; contraction of mul and add by
+ptxas (LLVM's own is in the PTX); the error of approximate functions (``ex2``, ``rcp``, ``div.full`` are correctly rounded here,
+1 to 2 units off on a GPU); tensor cores' truncating sums (float32 sums here); atomics, TMA, mbarrier, tcgen05, fp8, textures,
+clusters, barriers of a part of the CTA. An unknown instruction raises NotImplementedError with its line. PTX is not machine
+code: a bug of ptxas does not show.
 """

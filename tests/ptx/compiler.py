@@ -22,6 +22,7 @@ _UNARY = {
     **{"neg": "np.negative", "abs": "np.abs", "ex2": "np.exp2", "lg2": "np.log2", "sqrt": "np.sqrt", "sin": "np.sin"},
     **{"cos": "np.cos", "tanh": "np.tanh", "rcp": "np.reciprocal", "rsqrt": "reciprocal_root", "not": "np.invert"},
 }
+PACKED = ("f16x2", "bf16x2")
 _ROUNDING = {"rzi": "trunc", "rni": "rint", "rmi": "floor", "rpi": "ceil"}
 _SPECIAL = re.compile(r"%(tid|ctaid|ntid|nctaid|laneid|warpid)(?:\.([xyz]))?$")
 _SCOPE = {
@@ -185,17 +186,20 @@ class Compiler:
 
     def _packed(self, name: str, op: list[str], args: list[str]) -> bool:
         """Instructions on two halves of 32 bits."""
-        if op[-1] not in ("f16x2", "bf16x2"):
+        if op[-1] not in PACKED:
             return False
         kind = op[-1][:-2]
-        read = "from_bf16({})" if kind == "bf16" else "{}.view(t_f16)"
         for shift in (0, 16):
-            halves = [read.format(f"((np.asarray({self.src(a, 'b32')}) >> t_u32({shift})).astype(t_u16))") for a in args[1:]]
-            value = f"{name}({', '.join(halves)})"
+            value = f"{name}({', '.join(self._half(a, kind, shift) for a in args[1:])})"
             bits = f"bf16_bits({value})" if kind == "bf16" else f"np.asarray({value}).astype(t_f16).view(t_u16)"
             self.lines.append(f"h{shift} = {bits}.astype(t_u32)")
         self.put(args[0], "b32", "h0 | (h16 << t_u32(16))")
         return True
+
+    def _half(self, arg: str, kind: str, shift: int) -> str:
+        """The number in the lower (0) or upper (16) half of a register."""
+        bits = f"((np.asarray({self.src(arg, 'b32')}) >> t_u32({shift})).astype(t_u16))"
+        return f"from_bf16({bits})" if kind == "bf16" else f"{bits}.view(t_f16)"
 
     def _binary(self, name: str, op: list[str], args: list[str], integers: str = "") -> None:
         kind, flush = op[-1], "ftz" in op
@@ -332,18 +336,14 @@ class Compiler:
 
     def _setp(self, op: list[str], args: list[str]) -> None:
         relation, kind = op[0], op[-1]
-        a, b = (self.number(x, kind, "ftz" in op) for x in args[1:3])
-        nan = f"(np.isnan({a}) | np.isnan({b}))"
-        if relation in ("num", "nan"):
-            value = nan if relation == "nan" else f"~{nan}"
-        else:
-            unordered = "f" in kind and relation[-1] == "u"
-            name = relation[:-1] if unordered else relation
-            value = f"np.{_COMPARE[name]}({a}, {b})"
-            if unordered and name != "ne":  # numpy's != is true of NaN, its other relations are not
-                value = f"{value} | {nan}"
-            elif "f" in kind and relation == "ne":
-                value = f"{value} & ~{nan}"
+        if kind in PACKED:  # a predicate for each half
+            for out, shift in zip(args[0].split("|"), (0, 16), strict=True):
+                self.lines.append(
+                    f"v = {self._compared(relation, kind, *(self._half(x, kind[:-2], shift) for x in args[1:3]))}"
+                )
+                self.put(out, "pred", "v")
+            return
+        value = self._compared(relation, kind, *(self.number(x, kind, "ftz" in op) for x in args[1:3]))
         combined = {"and": " & ", "or": " | ", "xor": " ^ "}.get(op[1], "")
         combined += self.src(args[3], "pred") if combined else ""
         self.lines.append(f"v = {value}")
@@ -351,6 +351,18 @@ class Compiler:
         if false:
             self.put(false, "pred", f"~v{combined}")
         self.put(true, "pred", f"v{combined}")
+
+    @staticmethod
+    def _compared(relation: str, kind: str, a: str, b: str) -> str:
+        nan = f"(np.isnan({a}) | np.isnan({b}))"
+        if relation in ("num", "nan"):
+            return nan if relation == "nan" else f"~{nan}"
+        unordered = "f" in kind and relation[-1] == "u"
+        name = relation[:-1] if unordered else relation
+        value = f"np.{_COMPARE[name]}({a}, {b})"
+        if unordered and name != "ne":  # numpy's != is true of NaN, its other relations are not
+            return f"{value} | {nan}"
+        return f"{value} & ~{nan}" if "f" in kind and relation == "ne" else value
 
     def _selp(self, op: list[str], args: list[str]) -> None:
         self.put(args[0], op[0], f"np.where({self.src(args[3], 'pred')}, {self.sources(args[1:3], op[0])})")
@@ -379,7 +391,7 @@ class Compiler:
         flush, float_to, float_of = "ftz" in op, "f" in to, "f" in of
         if {"sat", "relu", "rz", "rm", "rp"} & set(op):
             raise ValueError("mode")
-        if to in ("f16x2", "bf16x2"):
+        if to in PACKED:
             bits = "bf16_bits({})" if to == "bf16x2" else "np.asarray({}).astype(t_f16).view(t_u16)"
             high, low = (bits.format(self.number(a, "f32")) for a in args[1:3])
             self.put(args[0], "b32", f"({high}.astype(t_u32) << t_u32(16)) | {low}")

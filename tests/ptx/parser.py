@@ -7,7 +7,9 @@ from typing import Any
 
 SIZES = {"pred": 1, **{f"{k}{n}": n // 8 for k in "bus" for n in (8, 16, 32, 64)}, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 PARAM_BASE, SHARED_BASE = 0x100, 0x400  # addresses of the first parameter and of the first byte of shared memory
-IGNORED = {"fence", "membar", "bra", "ret", "exit", "bar", "barrier", "griddepcontrol", "prefetch"}  # compute nothing
+IGNORED = {  # compute nothing
+    *("fence", "membar", "bra", "ret", "exit", "bar", "barrier", "griddepcontrol", "prefetch", "createpolicy"),
+}
 _WITHOUT_RESULT = {*IGNORED, "st", "stmatrix", "cp"}
 
 
