@@ -175,7 +175,7 @@ def step(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillO
     """Forward and backward pass of stage 2, however the backward kernel is configured; the gradients of the summed losses."""
     outputs = Distilled.empty(student, options, acc_dtype(student[0].dtype))
     upstream = torch.ones_like(outputs.per_image)
-    grads = distill.forward(student, teacher, options, outputs, upstream)
+    grads = distill.forward(student, teacher, options, outputs, upstream[0, 0])
     if not grads:
         return distill.backward(student, teacher, upstream, outputs.kept(options))
     distill.rescale(grads, upstream)

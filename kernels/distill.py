@@ -446,17 +446,17 @@ def forward(
     teacher: Sequence[Tensor],
     options: DistillOptions,
     outputs: Distilled,
-    upstream: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> list[Tensor]:
     """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``.
 
-    Where ``upstream [levels, N]`` is given and the configuration has ``with_loss``, also returns the gradients that `backward`
-    would, written as soon as an image's losses are known.
+    Where a ``scale`` of the losses is given and the configuration has ``with_loss``, also returns the gradients that `backward`
+    would for it, written as soon as an image's losses are known.
     """
     loss, weights, coefficients, masks, cosines = outputs
     launch.check_device(loss)
-    num_tokens = coefficients.shape[2]
-    if len(loss[0]) == 0:
+    n, num_tokens = coefficients.shape[1:]
+    if n == 0:
         return []
     if options.weights is not None:
         weights.copy_(options.weights)
@@ -465,7 +465,7 @@ def forward(
     variant = _Variant(
         num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.step is not None,
         len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power, options.distance,
-        options.beta, options.eps, upstream is not None,
+        options.beta, options.eps, scale is not None,
     )  # fmt: skip
     parameters = tokens, teacher_tokens, rows, bias, options.masks
     in_place, with_loss, passes = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
@@ -489,9 +489,9 @@ def forward(
                     *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, start,
                     **finish_constants,
                 )  # fmt: skip
-            if upstream is not None:
-                kept = outputs.kept(options)._replace(statistics=statistics)
-                _run_backward(backwards, student, teacher, upstream, kept, grads)
+            if backwards and scale is not None:
+                kept = outputs.kept(options)
+                _run_backward(backwards, student, teacher, scale.expand_as(loss), kept, statistics, grads)
     return grads
 
 
@@ -526,15 +526,16 @@ def _plan_forward(
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
     in_place = launch.in_place(maps, (student, teacher))
-    backwards: list[launch.Group] = []
     n = images = student[0].shape[0]
-    if variant.differentiable and in_place and _may_go_with_loss(student):
-        backwards = launch.groups(student, teacher, student)
-        config = [group.config("backward_kernel", variant.num_tokens, student, teacher) for group in backwards]
-        if not all(each.with_loss for each in config):
-            backwards = []
-        else:
-            images = tuning.images_in_l2(n, student, teacher, student)
+    with_loss = (
+        variant.differentiable
+        and all(group.config("backward_kernel", variant.num_tokens, student, teacher).with_loss for group in groups)
+        and in_place
+        and _may_go_with_loss(student)
+    )
+    if with_loss:
+        images = tuning.images_in_l2(n, student, teacher, student)
+    backwards = launch.groups(student, teacher, student) if with_loss else []
     options = variant.num_tokens, variant.standard, variant.valid, variant.mask_power, variant.distance, variant.beta
     passes = []
     for start in range(0, n, images):
@@ -543,7 +544,7 @@ def _plan_forward(
             [(group, start, *_forward_numbers(group, student, teacher, heights, variant, some)) for group in groups],
             [(group, start, _backward_numbers(group, student, teacher, student, some, *options)) for group in backwards],
         ))  # fmt: skip
-    return in_place, len(backwards) > 0, passes
+    return in_place, with_loss, passes
 
 
 def _may_go_with_loss(student: Sequence[Tensor]) -> bool:
@@ -614,7 +615,7 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
         student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
         written = [launch.writable(g) for g in grads]
     with launch.device_of(coefficients):
-        _run_backward(launches, student, teacher, grad, kept._replace(statistics=statistics), written)
+        _run_backward(launches, student, teacher, grad, kept, statistics, written)
     return grads if in_place else launch.written_to(grads, written)
 
 
@@ -624,12 +625,14 @@ def _run_backward(
     teacher: Sequence[Tensor],
     grad: Tensor,
     kept: DistillKept,
+    statistics: Sequence[Tensor],
     written: Sequence[Tensor],
 ) -> None:
+    """``statistics`` are those of ``kept``, contiguous."""
     for group, start, (programs, tables, constants) in launches:
         launch.run(
             backward_kernel, programs,
-            *group.addresses(student, teacher, kept.masks, kept.statistics, kept.valid, kept.cosines, written), *tables,
+            *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
             grad, kept.coefficients, *grad.stride(), start, **constants,
         )  # fmt: skip
 

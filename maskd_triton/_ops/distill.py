@@ -1,7 +1,7 @@
 """Stage 2: the operators ``distill`` and ``distill_backward``, and the function that joins them."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,14 +48,14 @@ def _distill(
     teacher: Sequence[Tensor],
     impl: str,
     options: DistillOptions,
-    upstream: Callable[[Distilled], Tensor] | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Distilled, list[Tensor]]:
-    """The outputs, and the gradients for ``upstream(outputs)`` if the kernels are configured to write them with the loss."""
+    """The outputs, and the gradients of losses times ``scale`` if the kernels are configured to write them with the loss."""
     outputs = _new(student, options)
     if options.counted and graph_task() != -1:
         options = options._replace(warmup=min(options.warmup + 1, 2**63 - 1))
     if impl == "triton":
-        return outputs, kernels("distill").forward(student, teacher, options, outputs, upstream and upstream(outputs))
+        return outputs, kernels("distill").forward(student, teacher, options, outputs, scale)
     _eager.distill_forward(student, teacher, options, outputs)
     return outputs, []
 
@@ -89,8 +89,7 @@ class _Distill(Function):
         if needs_dispatcher((*student, *teacher)):
             outputs = Distilled(*distill(list(student), teacher, impl, flat(options.tables), *options[1:]))
         else:
-            upstream = (lambda outputs: scale.expand_as(outputs.per_image)) if wanted else None
-            outputs, grads = _distill(student, teacher, impl, options, upstream)
+            outputs, grads = _distill(student, teacher, impl, options, scale if wanted else None)
         loss = outputs.per_image * scale
         if reduction != "images":
             loss = loss.sum() if reduction == "sum" else loss.sum(1)
