@@ -353,7 +353,7 @@ def backward_kernel(
     """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of `_records.Distilled`.
 
     REVERSE: from the last tile to the first, as what the forward pass read last may still be in L2. EVICTION: the policy of
-    features, which are not read again."""
+    features, which are not read again, and of their gradients."""
     program = tl.program_id(0)
     if REVERSE:
         program = tl.num_programs(0) - 1 - program
@@ -405,7 +405,7 @@ def backward_kernel(
                 g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
             if VALID:
                 g = tl.where(load_valid(valid_ptr, n, p, P)[None, :], g, 0.0)
-            tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
+            tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "g_ns", "g_rows", "up_level", "up_n", "up_ptr"])
@@ -451,7 +451,7 @@ def forward(
     """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``.
 
     Where a ``scale`` of the losses is given and the configuration has ``with_loss``, also returns the gradients that `backward`
-    would for it, written as soon as an image's losses are known.
+    would for it, written as soon as the losses of a few images are known.
     """
     loss, weights, coefficients, masks, cosines = outputs
     launch.check_device(loss)
@@ -520,29 +520,28 @@ _Backward = tuple[launch.Group, int, launch.Numbers]
 def _plan_forward(
     variant: _Variant, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, bool, list[tuple[list[_Forward], list[_Backward]]]]:
-    """Whether the maps can be read in place; whether gradients are written with the loss; the launches, a few images at a time
-    in that case."""
+    """Whether the maps can be read in place; whether gradients are written with the loss; the launches, part by part in that
+    case."""
     heights = [s.shape[2] for s in maps[0]]
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
     in_place = launch.in_place(maps, (student, teacher))
-    n = images = student[0].shape[0]
+    n = student[0].shape[0]
     with_loss = (
         variant.differentiable
         and all(group.config("backward_kernel", variant.num_tokens, student, teacher).with_loss for group in groups)
         and in_place
         and _may_go_with_loss(student)
     )
-    if with_loss:
-        images = tuning.images_in_l2(n, student, teacher, student)
+    parts = tuning.parts_in_l2(n, student, teacher, student) if with_loss else [(range(len(student)), 0, n)]
     backwards = launch.groups(student, teacher, student) if with_loss else []
     options = variant.num_tokens, variant.standard, variant.valid, variant.mask_power, variant.distance, variant.beta
     passes = []
-    for start in range(0, n, images):
-        some = min(images, n - start)
+    for levels, start, images in parts:
+        own = [[part for group in each if (part := group.of(levels))] for each in (groups, backwards)]
         passes.append((
-            [(group, start, *_forward_numbers(group, student, teacher, heights, variant, some)) for group in groups],
-            [(group, start, _backward_numbers(group, student, teacher, student, some, *options)) for group in backwards],
+            [(group, start, *_forward_numbers(group, student, teacher, heights, variant, images)) for group in own[0]],
+            [(group, start, _backward_numbers(group, student, teacher, student, images, *options)) for group in own[1]],
         ))  # fmt: skip
     return in_place, with_loss, passes
 

@@ -5,7 +5,7 @@ graph keeps them.
 """
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -113,6 +113,11 @@ class Group:
     fast: tuple[int, ...]
     wide: bool
     aligns: list[int]
+
+    def of(self, levels: Container[int]) -> "Group | None":
+        """The same for those of its levels that are among ``levels``, if any."""
+        kept = [(i, align) for i, align in zip(self.levels, self.aligns, strict=True) if i in levels]
+        return Group([i for i, _ in kept], self.fast, self.wide, [align for _, align in kept]) if kept else None
 
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""

@@ -37,7 +37,7 @@ class Config:
 
     Variants of stage 2's backward kernel, off until a measured file chooses them: ``reverse``: tiles are walked from the last
     to the first. ``hints``: features are the first to leave L2 once they are read. ``with_loss``: it runs in the forward pass,
-    after as many images as fit into half of L2.
+    after as many images and levels as fit into half of L2.
 
     Where ``registers`` is 0, NVIDIA's assembler chooses how many. For one more program per multiprocessor it then spills a few
     of them, which Triton's versions do in different kernels; where it is told how many there may be, it does not.
@@ -98,10 +98,27 @@ def warp_size() -> int:
     return 64 if torch.version.hip else 32
 
 
-def images_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> int:
-    """How many of ``n`` images have all ``maps``, levels each, in half of the L2 cache; at least one."""
-    image = sum(x.nbytes // n for tensors in maps for x in tensors)
-    return max(1, min(n, _l2_bytes(maps[0][0].device) // 2 // image))
+def parts_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> list[tuple[Sequence[int], int, int]]:
+    """All levels of ``n`` images in parts that half of the L2 cache holds, or are one image of one level.
+
+    ``maps``: what is to be held, levels each. A part is its levels, the first image, and how many there are.
+    """
+    half = _l2_bytes(maps[0][0].device) // 2
+    parts: list[tuple[Sequence[int], int, int]] = []
+    whole: list[int] = []  # levels whose images all go together
+    left = half
+    for level, tensors in enumerate(zip(*maps, strict=True)):
+        size = sum(x.nbytes for x in tensors)
+        if size <= half:
+            if size > left:
+                parts.append((whole, 0, n))
+                whole, left = [], half
+            whole.append(level)
+            left -= size
+        else:
+            images = max(1, half * n // size)
+            parts += [([level], start, min(images, n - start)) for start in range(0, n, images)]
+    return [*parts, (whole, 0, n)] if whole else parts
 
 
 @functools.cache

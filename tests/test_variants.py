@@ -43,10 +43,36 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+LEVEL = 3 * 3 * 16 * 2 * 8  # elements of the first level in all images, of student, teacher and gradient
+
+
 @pytest.fixture(autouse=True)
-def two_images_in_l2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of two images, the last one of one."""
-    monkeypatch.setattr(tuning, "images_in_l2", lambda n, *maps: min(n, 2))
+def a_small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it holds two images of a level of float32: four parts."""
+    monkeypatch.setattr(tuning, "_l2_bytes", lambda device: 2 * 4 * LEVEL * 2 // 3)
+
+
+def sizes(*levels: int) -> list[Tensor]:
+    """Maps of 3 images with so many bytes an image."""
+    return [torch.empty(3, size, dtype=torch.uint8) for size in levels]
+
+
+@pytest.mark.parametrize(
+    ("half", "levels", "parts"),
+    [
+        (300, (40, 30, 20), [([0, 1, 2], 0, 3)]),
+        (210, (40, 30, 20), [([0, 1], 0, 3), ([2], 0, 3)]),
+        (100, (40, 30, 3), [([0], 0, 2), ([0], 2, 1), ([1, 2], 0, 3)]),
+        (30, (40, 10, 3), [([0], 0, 1), ([0], 1, 1), ([0], 2, 1), ([1], 0, 3), ([2], 0, 3)]),
+        (100, (3, 40), [([1], 0, 2), ([1], 2, 1), ([0], 0, 3)]),
+    ],
+)
+def test_parts_of_a_pyramid(
+    half: int, levels: tuple[int, ...], parts: list[tuple[list[int], int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_l2_bytes", lambda device: 2 * half)
+    assert tuning.parts_in_l2(3, sizes(*levels)) == parts
+    assert tuning.parts_in_l2(3, sizes(*(size // 2 for size in levels)), sizes(*(-(-size // 2) for size in levels))) == parts
 
 
 def same(got: tuple[Tensor, list[Tensor]], want: tuple[Tensor, list[Tensor]]) -> None:
@@ -103,10 +129,10 @@ def test_a_criterion_with_a_weight(standardize: bool, launches: list[str]) -> No
             launches.clear()
             loss = criterion(student, [t.to(TRITON[1]) for t in problem.teacher])
             if changes:
-                assert launches == ["forward", "finish", "backward"] * 2
+                assert launches == ["forward", "finish", "backward"] * 4
             loss.backward()
             if changes:
-                assert launches[6:] == ["rescale"]
+                assert launches[12:] == ["rescale"]
         found.append((loss.detach(), [s.grad for s in student]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
 
