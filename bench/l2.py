@@ -1,12 +1,12 @@
 """DRAM traffic of stage 2 and of variants of it, by a model of the L2 cache: ``python -m bench.l2``.
 
 Modelled, not measured. The trace is what every program of a launch reads and writes of student, teacher, masks and gradient;
-``tests/ptx/test_l2.py`` holds it against the emulator. Parameters, partial sums and coefficients, under 0.1% of the bytes, are
-left out. The cache is assumed to be fully associative, with one queue in order of last use for each hint, and counts whole
-blocks of a tile. Programs run one after the other in the order of their numbers: waves are not interleaved.
+``tests/ptx/test_l2.py`` holds it against the emulator. Parameters, partial sums and coefficients are left out. The cache is
+assumed to be fully associative and to hold whole blocks of a tile. Programs run one after the other in the order of their
+numbers: waves are not interleaved.
 
-A step is forward and backward of the criterion, with a cold cache. ``between`` bytes of other work pass through the cache
-between the two. Figures are in units of one feature tensor of all levels.
+A step is forward and backward of the criterion, and starts with a cold cache. Other work may pass through the cache between
+the two. Figures are in units of one feature tensor of all levels.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from . import environment
 from .workloads import DTYPES, LAYOUTS, WORKLOADS, Workload
 
 MIB = 2**20
-CACHES = {"H100": 50 * MIB, "B200": 126 * MIB}
+CACHES = (50 * MIB, 126 * MIB)  # H100, B200
 BETWEEN = (0, 50 * MIB, 500 * MIB)
 SECTOR = 32  # bytes, the least that is fetched
 OTHER = 8192  # bytes of a chunk of other work
@@ -233,7 +233,7 @@ class Trace:
             site = Site.BORDER if border else {"masks": masks, "gradient": Site.GRADIENT}.get(access.tensor, features)
             itemsize = 4 if access.tensor == "masks" else DTYPES[self.workload.dtype].itemsize
             apart = self.workload.layout == "nchw" and (access.pixels.step > 1 or len(access.pixels) == 1)
-            each = SECTOR if border and apart else itemsize  # no two elements of a column share a sector
+            each = SECTOR if border and apart else itemsize  # as if no two elements of a column shared a sector
             for chunk, elements in self._cut(access):
                 yield int(site), chunk, elements * each
 
@@ -282,9 +282,9 @@ class Variant:
     @property
     def before_backward(self) -> "Variant":
         """What of it matters before backward is called."""
-        if self.split:
+        if self.split:  # then that is all but the rescaling
             return replace(self, name="", rescale=False)
-        return Variant("", keep=self.keep)
+        return Variant("", evict_first=tuple(site for site in self.evict_first if site < Site.BORDER), keep=self.keep)
 
 
 def parts(workload: Workload, variant: Variant, capacity: int) -> list[Part]:
@@ -389,13 +389,14 @@ class Row:
     """A step; bytes in units of one feature tensor of all levels.
 
     Attributes:
-        launches: of forward and of backward kernel, each.
+        cache: MiB of L2.
+        launches: of the forward and of the backward kernel, each.
         between: MiB of other work between forward and backward.
     """
 
     layout: str
     images: int
-    gpu: str
+    cache: int
     variant: str
     launches: int
     between: int
@@ -410,25 +411,25 @@ def rows(images: Sequence[int] = (2, 16), variants: Sequence[Variant] = VARIANTS
         for n in images:
             trace = Trace(replace(WORKLOADS["fpn"], batch=n, dtype="bf16", layout=layout))
             unit = trace.workload.feature_bytes
-            for gpu, capacity in CACHES.items():
+            for capacity in CACHES:
                 model = Model(trace, capacity)
                 for variant in variants:
                     launches = len(parts(trace.workload, variant, capacity))
                     for between in BETWEEN:
                         moved = model.step(variant, between)
                         figures = (round(x / unit, 2) for x in (moved.read, moved.written, moved.read + moved.written))
-                        yield Row(layout, n, gpu, variant.name, launches, between // MIB, *figures)
+                        yield Row(layout, n, capacity // MIB, variant.name, launches, between // MIB, *figures)
 
 
 def table(found: Sequence[dict[str, Any]], layout: str) -> str:
-    """Read and written bytes in Markdown: a column for each batch and GPU, in a cell a figure for each amount of other work."""
+    """Bytes of DRAM in Markdown: a column for each batch and cache, and in a cell a figure for each amount of other work."""
     own = [row for row in found if row["layout"] == layout]
-    columns = list(dict.fromkeys((row["images"], row["gpu"]) for row in own))
-    lines = ["| | " + " | ".join(f"N = {n}, {gpu}" for n, gpu in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    columns = list(dict.fromkeys((row["images"], row["cache"]) for row in own))
+    lines = ["| | " + " | ".join(f"N = {n}, {cache} MiB" for n, cache in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for variant in dict.fromkeys(row["variant"] for row in own):
         cells = [
             " / ".join(
-                f"{row['total']:.2f}" for row in own if (row["images"], row["gpu"], row["variant"]) == (*column, variant)
+                f"{row['total']:.2f}" for row in own if (row["images"], row["cache"], row["variant"]) == (*column, variant)
             )
             for column in columns
         ]

@@ -3,7 +3,7 @@
 import warnings
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -12,15 +12,14 @@ import triton
 import triton.language as tl
 
 from bench import l2
-from bench.l2 import Cache, Hint, Site, Tiles, Trace
+from bench.l2 import Cache, Hint, Model, Site, Tiles, Trace, Variant
 from bench.workloads import DTYPES, Workload
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from tests.ptx.driver import virtual_gpu
 from tests.ptx.record import Record
 
-RESULTS = Path(__file__).parents[2] / "bench/results/l2.json"
 ODD = Workload("odd", ((136, 13, 21), (136, 7, 10)), batch=2, dtype="bf16")  # a last block of 8 channels in both layouts
-EVEN = Workload("even", ((64, 32, 64), (64, 16, 32)), batch=4, dtype="bf16")
+EVEN = Workload("even", ((256, 16, 32), (256, 8, 16)), batch=4, dtype="bf16")
 POINTERS = {"student": "s_ptrs", "teacher": "t_ptrs", "masks": "mask_ptrs", "gradient": "g_ptrs"}
 LEFT_OUT = {
     *("token_ptrs", "raw_token_ptrs", "raw_bias_ptrs", "pool_ptrs", "affine_ptrs"),
@@ -220,3 +219,121 @@ def test_a_copy_goes_its_own_way() -> None:
     cache.load(1, 10)
     cache.flush()
     assert (cache.read, cache.written, cache.used) == (0, 10, 10)
+
+
+def units(moved: Cache, workload: Workload) -> tuple[float, float]:
+    """Read and written bytes in units of one feature tensor."""
+    return moved.read / workload.feature_bytes, moved.written / workload.feature_bytes
+
+
+MASKS = 4 * 6 / (256 * 2)  # of a unit of EVEN
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_without_a_cache_and_with_room_for_all(layout: str) -> None:
+    workload = replace(EVEN, layout=layout)
+    trace = Trace(workload)
+    border = sum(
+        size
+        for image in range(4)
+        for level in range(2)
+        for p in trace.forward([(level, image)])
+        for site, _, size in p
+        if site == 2
+    )
+    read, written = units(Model(trace, 0).step(l2.ONE_PASS[0], 0), workload)
+    blocks = 8 if layout == "nchw" else 2  # of channels, each of which reads the masks
+    assert read == pytest.approx(4 + blocks * MASKS + border / workload.feature_bytes)
+    assert written == pytest.approx(1 + MASKS)
+    room = Model(trace, 10 * workload.feature_bytes)
+    for variant in l2.VARIANTS:
+        assert units(room.step(variant, 0), workload) == pytest.approx((2, 1 + MASKS)), variant.name
+
+
+def test_what_is_held_between_the_passes_is_not_read_again() -> None:
+    """Hints make use of all of the cache; without them, gradients take a third of it, and plain order makes use of nothing."""
+    trace, capacity = Trace(EVEN), EVEN.feature_bytes // 2
+    plain, reverse, hints, both, keep = (units(Model(trace, capacity).step(variant, 0), EVEN)[0] for variant in l2.ONE_PASS)
+    assert plain == pytest.approx(4 + MASKS, abs=0.1)
+    assert plain - hints == pytest.approx(0.5, abs=0.1)
+    assert plain - both == pytest.approx(0.5, abs=0.1)
+    assert 0.2 < plain - reverse < 0.4
+    assert keep == pytest.approx(hints, abs=0.05)
+
+
+def test_other_work_leaves_what_is_kept() -> None:
+    trace, capacity = Trace(EVEN), EVEN.feature_bytes // 2
+    plain, reverse, hints, both, keep = (units(Model(trace, capacity).step(x, capacity), EVEN)[0] for x in l2.ONE_PASS)
+    assert plain == pytest.approx(reverse, abs=0.02)
+    assert plain == pytest.approx(hints, abs=0.02)
+    assert plain == pytest.approx(both, abs=0.02)
+    assert plain - keep == pytest.approx(0.75 * 0.5, abs=0.1)
+
+
+FPN = replace(l2.WORKLOADS["fpn"], dtype="bf16")
+
+
+def totals(trace: Trace, *variants: Variant) -> list[float]:
+    """DRAM traffic with the smaller cache and no other work."""
+    model = Model(trace, l2.CACHES[0])
+    return [sum(units(model.step(variant, 0), FPN)) for variant in variants]
+
+
+def test_which_hints_matter() -> None:
+    """In plain order those of loads and of stores together; in reverse either; the masks, read for every block, none."""
+    features, gradient = ((site,) for site in l2.STREAM)
+    plain, first, second, both, masks = totals(
+        Trace(FPN),
+        *(Variant("", evict_first=x) for x in ((), features, gradient, l2.STREAM, (*l2.STREAM, Site.BACKWARD_MASKS))),
+    )
+    assert plain == pytest.approx(first, abs=0.01)
+    assert plain == pytest.approx(second, abs=0.01)
+    assert plain - both > 0.5
+    assert masks - both > 0.2
+    first, second, both = totals(
+        Trace(FPN), *(Variant("", reverse=True, evict_first=x) for x in (features, gradient, l2.STREAM))
+    )
+    assert both <= first < both + 0.02
+    assert both <= second < both + 0.06
+
+
+class Waves(Trace):
+    """Programs of a wave take turns at their touches; as many run at once as an H100's registers have room for."""
+
+    def forward(self, part: l2.Part) -> l2.Programs:
+        return self._interleaved(super().forward(part), 2 * 132)
+
+    def backward(self, part: l2.Part) -> l2.Programs:
+        return self._interleaved(super().backward(part), 8 * 132)
+
+    def _interleaved(self, programs: l2.Programs, wave: int) -> l2.Programs:
+        starts = range(0, len(programs), wave)
+        return [[x for x in turn if x] for i in starts for turn in zip_longest(*programs[i : i + wave])]
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_waves_change_little_where_hints_are_given(layout: str) -> None:
+    workload = replace(FPN, layout=layout)
+    hinted = [variant for variant in (*l2.ONE_PASS, *l2.SPLIT) if variant.evict_first and not variant.keep]
+    assert totals(Waves(workload), *hinted) == pytest.approx(totals(Trace(workload), *hinted), abs=0.06)
+
+
+def test_parts() -> None:
+    """Student, teacher and gradient of an image take 786432 bytes of the first level and 196608 of the second."""
+    of = {split: Variant("", split=split) for split in ("", "image", "level")}
+    whole = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert l2.parts(EVEN, of[""], 0) == [whole]
+    assert l2.parts(EVEN, of["image"], 0) == [[(0, 0), (1, 0)], [(0, 1), (1, 1)], [(0, 2), (1, 2)], [(0, 3), (1, 3)]]
+    two = 4 * (786432 + 196608)
+    assert l2.parts(EVEN, of["image"], two) == [[(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 2), (0, 3), (1, 2), (1, 3)]]
+    assert len(l2.parts(EVEN, of["image"], two - 2)) == 4
+    assert l2.parts(EVEN, of["level"], 6 * 196608) == [*([(0, i)] for i in range(4)), [(1, 0), (1, 1), (1, 2)], [(1, 3)]]
+
+
+def test_a_finished_gradient_is_rescaled_in_one_more_pass() -> None:
+    trace, capacity = Trace(EVEN), EVEN.feature_bytes // 2
+    by_image = next(x for x in l2.SPLIT if x.name == "by image")
+    once, twice = (
+        units(Model(trace, capacity).step(replace(by_image, rescale=x), 100 * capacity), EVEN) for x in (False, True)
+    )
+    assert np.subtract(twice, once) == pytest.approx((1, 1))
