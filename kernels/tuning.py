@@ -98,27 +98,32 @@ def warp_size() -> int:
     return 64 if torch.version.hip else 32
 
 
-def parts_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> list[tuple[Sequence[int], int, int]]:
-    """All levels of ``n`` images in parts that half of the L2 cache holds, or are one image of one level.
+Part = tuple[Sequence[int], int, int]
+"""Levels, the first image, and how many images."""
 
-    ``maps``: what is to be held, levels each. A part is its levels, the first image, and how many there are.
-    """
-    half = _l2_bytes(maps[0][0].device) // 2
-    parts: list[tuple[Sequence[int], int, int]] = []
+
+def parts_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> list[Part]:
+    """All levels of ``n`` images, in parts whose ``maps`` half of the L2 cache holds, or of one image of one level."""
+    sizes = [sum(x.nbytes for x in level) // n for level in zip(*maps, strict=True)]
+    return parts(n, sizes, _l2_bytes(maps[0][0].device) // 2)
+
+
+def parts(n: int, sizes: Sequence[int], most: int) -> list[Part]:
+    """All levels of ``n`` images in parts of at most ``most`` bytes, or of one image of one level; ``sizes``: of an image."""
+    found: list[Part] = []
     whole: list[int] = []  # levels whose images all go together
-    left = half
-    for level, tensors in enumerate(zip(*maps, strict=True)):
-        size = sum(x.nbytes for x in tensors)
-        if size <= half:
-            if size > left:
-                parts.append((whole, 0, n))
-                whole, left = [], half
-            whole.append(level)
-            left -= size
-        else:
-            images = max(1, half * n // size)
-            parts += [([level], start, min(images, n - start)) for start in range(0, n, images)]
-    return [*parts, (whole, 0, n)] if whole else parts
+    left = most
+    for level, size in enumerate(sizes):
+        if n * size > most:
+            images = max(1, most // size)
+            found += [([level], start, min(images, n - start)) for start in range(0, n, images)]
+            continue
+        if n * size > left:
+            found.append((whole, 0, n))
+            whole, left = [], most
+        whole.append(level)
+        left -= n * size
+    return [*found, (whole, 0, n)] if whole else found
 
 
 @functools.cache

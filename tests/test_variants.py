@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -52,13 +53,8 @@ def a_small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_l2_bytes", lambda device: 2 * 4 * LEVEL * 2 // 3)
 
 
-def sizes(*levels: int) -> list[Tensor]:
-    """Maps of 3 images with so many bytes an image."""
-    return [torch.empty(3, size, dtype=torch.uint8) for size in levels]
-
-
 @pytest.mark.parametrize(
-    ("half", "levels", "parts"),
+    ("most", "sizes", "parts"),
     [
         (300, (40, 30, 20), [([0, 1, 2], 0, 3)]),
         (210, (40, 30, 20), [([0, 1], 0, 3), ([2], 0, 3)]),
@@ -67,12 +63,12 @@ def sizes(*levels: int) -> list[Tensor]:
         (100, (3, 40), [([1], 0, 2), ([1], 2, 1), ([0], 0, 3)]),
     ],
 )
-def test_parts_of_a_pyramid(
-    half: int, levels: tuple[int, ...], parts: list[tuple[list[int], int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "_l2_bytes", lambda device: 2 * half)
-    assert tuning.parts_in_l2(3, sizes(*levels)) == parts
-    assert tuning.parts_in_l2(3, sizes(*(size // 2 for size in levels)), sizes(*(-(-size // 2) for size in levels))) == parts
+def test_parts_of_a_pyramid(most: int, sizes: tuple[int, ...], parts: list[tuple[list[int], int, int]]) -> None:
+    """Of three images; levels that fit together stay together."""
+    assert tuning.parts(3, sizes, most) == parts
+    maps = [torch.empty(3, size, dtype=torch.uint8) for size in sizes]
+    with mock.patch.object(tuning, "_l2_bytes", return_value=4 * most):
+        assert tuning.parts_in_l2(3, maps, maps) == parts
 
 
 def same(got: tuple[Tensor, list[Tensor]], want: tuple[Tensor, list[Tensor]]) -> None:

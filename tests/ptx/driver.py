@@ -29,6 +29,7 @@ from triton.runtime.driver import driver
 from .counts import Counts
 from .emulator import Launch, Program
 from .memory import Allocations
+from .record import Record
 
 ARCHS = (80, 90)
 _SHARED = {80: 166912, 90: 232448}  # bytes that a CTA may have
@@ -64,14 +65,16 @@ def _ptxas(ptx: bytes, arch: int) -> str:
 class Device:
     """A virtual GPU. ``launches`` counts those of every kernel, by module and name: ``learn.mask_kernel``.
 
-    ``counts`` are those of every launch inside of :meth:`counting`. ``_fresh`` holds of every storage that is checked: its
-    bits, those of NaN, and which bytes were written.
+    ``counts`` are those of every launch inside of :meth:`counting`, ``records`` those inside of :meth:`recording`. ``_fresh``
+    holds of every storage that is checked: its bits, those of NaN, and which bytes were written.
     """
 
     arch: int
     launches: Counter[str] = field(default_factory=Counter)
     counts: list[Counts] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     _counting: bool = False
+    _recording: bool = False
     _fresh: dict[int, tuple[Tensor, int, np.ndarray]] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -89,6 +92,22 @@ class Device:
             return None
         self.counts.append(Counts(kernel, programs * threads // 32))
         return self.counts[-1]
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Record]]:
+        """Inside, what every program reads and writes is noted."""
+        self._recording, self.records = True, []
+        try:
+            yield self.records
+        finally:
+            self._recording = False
+
+    def record(self, kernel: str) -> Record | None:
+        """Where to note the accesses of a launch, inside of :meth:`recording`."""
+        if not self._recording:
+            return None
+        self.records.append(Record(kernel))
+        return self.records[-1]
 
     @contextlib.contextmanager
     def initcheck(self) -> Iterator[None]:
@@ -170,7 +189,8 @@ class _Launcher:
             packed += bytes(8)
         program = _loaded(ptx, device.arch)
         counts = device.count(self.name, x * y * z, program.kernel.threads)
-        Launch(program, (x, y, z), packed, self.metadata.shared, Allocations(spans), device.uninitialised(), counts).run()
+        allocations, record = Allocations(spans), device.record(self.name)
+        Launch(program, (x, y, z), packed, self.metadata.shared, allocations, device.uninitialised(), counts, record).run()
         device.launches[self.name] += 1
         if leave is not None:
             leave(about)

@@ -17,6 +17,7 @@ from .counts import Counts
 from .errors import PtxError
 from .memory import Allocations
 from .parser import SIZES, Block, Kernel, parse
+from .record import Record
 from .warps import Warps
 
 LANES = 4096  # of a batch
@@ -48,6 +49,7 @@ class Launch:
         allocations: what global memory may be touched.
         uninitialised: for the start of an allocation, which of its bytes were written; loads of others fail.
         counts: where to count what it costs, if anywhere.
+        record: where to note what each program reads and writes, if anywhere.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class Launch:
         allocations: Allocations,
         uninitialised: dict[int, np.ndarray],
         counts: Counts | None = None,
+        record: Record | None = None,
     ) -> None:
         self.program, self.kernel, self.grid, self.shared = program, program.kernel, grid, shared
-        self.allocations, self.uninitialised, self.counts = allocations, uninitialised, counts
+        self.allocations, self.uninitialised, self.counts, self.record = allocations, uninitialised, counts, record
         self.warps_of = np.zeros(len(self.kernel.blocks), np.int64)  # that ran each block
         if len(params) != self.kernel.param_bytes:
             raise ValueError(f"{self.kernel.name} takes {self.kernel.param_bytes} bytes of parameters, not {len(params)}")

@@ -49,6 +49,9 @@ class GlobalMemory(Lanes):
         self._race(at, lanes, address, size, write, index)
         if self.launch.counts is not None:
             self.launch.counts.global_access(self.launch.allocations, index, size)
+        if self.launch.record is not None:
+            programs = self.ctas[self.cta_of[lanes]]
+            self.launch.record.access(self.launch.allocations, programs, index, address, size, write)
         return (address - np.uint64(PAGE)) // np.uint64(size)
 
     def _initialised(
