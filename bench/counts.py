@@ -40,6 +40,7 @@ class Cost:
     dtype: str
     layout: str
     distance: str
+    standardize: bool
     kernel: str
     instructions: float
     shared: float
@@ -47,11 +48,11 @@ class Cost:
     asked: float
 
     @classmethod
-    def of(cls, counts: Counts, map_bytes: int, arch: str, dtype: str, layout: str, distance: str) -> "Cost":
+    def of(cls, counts: Counts, map_bytes: int, arch: str, dtype: str, layout: str, distance: str, standardize: bool) -> "Cost":
         """In units of the feature maps that the kernel reads and writes."""
         moved, shared = MAPS[counts.kernel] * map_bytes, counts.shared.total()
         return cls(
-            *(arch, dtype, layout, distance, counts.kernel.partition(".")[2]),
+            *(arch, dtype, layout, distance, standardize, counts.kernel.partition(".")[2]),
             instructions=counts.instruction_time(moved),
             shared=counts.shared_time(moved),
             conflicts=1 - counts.ideal.total() / shared if shared else 0.0,
@@ -70,29 +71,35 @@ def count(
     channels: int = 256,
     tokens: int = 6,
     size: tuple[int, int] = (64, 128),
+    standardize: bool = False,
 ) -> list[Cost]:
     """The costs of the main kernels on one image; for other distances than squares those of stage 2."""
     generator = torch.Generator().manual_seed(0)
     student, teacher, upstream = (
         torch.randn(1, channels, *size, generator=generator).to(DTYPES[dtype], memory_format=LAYOUTS[layout]) for _ in range(3)
     )
-    learner = MaskLearner(channels, tokens, impl="triton")
+    learner = MaskLearner(channels, tokens, impl="triton", standardize=standardize)
+    for name, buffer in learner.named_buffers():
+        if name.endswith("pixels_seen"):
+            buffer.fill_(1)  # as if the statistics were those of a teacher
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tokens that have not learned
         criterion = MaskedDistillLoss(
-            channels, tokens, pretrained=learner, custom_mask_warmup=0, impl="triton", distance=distance
-        )
+            channels, tokens, pretrained=learner, custom_mask_warmup=0, impl="triton", distance=distance,
+            standardize=standardize,
+        )  # fmt: skip
     with virtual_gpu(arch) as gpu, gpu.counting() as found:
         torch.autograd.grad(criterion(student.requires_grad_(), teacher), student)
         if distance == "squared":
             masked = learner(teacher)
             torch.autograd.grad([masked, learner.dice_loss()], list(learner.parameters()), [upstream, torch.ones(())])
     map_bytes = teacher.numel() * teacher.element_size()
-    return [Cost.of(counts, map_bytes, f"sm_{arch}", dtype, layout, distance) for counts in found if counts.kernel in MAPS]
+    case = f"sm_{arch}", dtype, layout, distance, standardize
+    return [Cost.of(counts, map_bytes, *case) for counts in found if counts.kernel in MAPS]
 
 
 def every() -> Iterator[Cost]:
-    """Both architectures, three dtypes, both layouts; the other distances in bfloat16 on sm_90."""
+    """Both architectures, three dtypes, both layouts; other distances, and standardised features, in bfloat16 on sm_90."""
     for arch in reversed(ARCHS):
         for dtype in DTYPES:
             for layout in LAYOUTS:
@@ -100,6 +107,7 @@ def every() -> Iterator[Cost]:
     for layout in LAYOUTS:
         yield from count(90, "bf16", layout, "smooth_l1")
         yield from count(90, "bf16", layout, "cosine")
+        yield from count(90, "bf16", layout, standardize=True)
 
 
 def rows(costs: list[Cost]) -> list[dict[str, Any]]:

@@ -400,7 +400,8 @@ def _run(out: Path | None) -> None:
     for cost in counts.every():
         found.append(cost)
         figures = " ".join(f"{name} {getattr(cost, name):5.2f}" for name in counts.FIGURES)
-        print(f"{cost.arch} {cost.dtype} {cost.layout} {cost.distance:9s} {cost.kernel:22s} {figures}", flush=True)
+        what = "standard" if cost.standardize else cost.distance
+        print(f"{cost.arch} {cost.dtype} {cost.layout} {what:9s} {cost.kernel:22s} {figures}", flush=True)
     if out:
         out.write_text(json.dumps(environment.describe(torch.device("cpu")) | {"rows": counts.rows(found)}, indent=1) + "\n")
 

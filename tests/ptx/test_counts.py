@@ -72,7 +72,7 @@ def test_wavefronts_of_shared_memory(size: int, stride: int, wavefronts: int, id
     ("layout", "distance"), [("nchw", "squared"), ("nhwc", "squared"), ("nhwc", "smooth_l1"), ("nchw", "cosine")]
 )
 def test_costs_do_not_grow(layout: str, distance: str) -> None:
-    case = {"arch": "sm_90", "dtype": "bf16", "layout": layout, "distance": distance}
+    case = {"arch": "sm_90", "dtype": "bf16", "layout": layout, "distance": distance, "standardize": False}
     known = {row["kernel"]: row for row in RESULTS["rows"] if case.items() <= row.items()}
     found = counts.rows(counts.count(90, "bf16", layout, distance))
     main = {name.partition(".")[2] for name in counts.MAPS if distance == "squared" or name.startswith("distill")}
