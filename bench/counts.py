@@ -7,7 +7,7 @@ of shared memory are given in units of the time in which a multiprocessor of an 
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,9 +25,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
+SIZES = {(19, 8): (64, 128), (64, 6): (64, 128), (256, 8): (64, 128), (1024, 6): (32, 64), (4096, 6): (16, 32)}
+"""Channels and tokens that are counted beside 256 and 6, and the pixels of their level."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is counted: one level of one image."""
+
+    arch: str
+    dtype: str
+    layout: str
+    distance: Literal["squared", "smooth_l1", "cosine"] = "squared"
+    standardize: bool = False
+    channels: int = 256
+    tokens: int = 6
+    size: tuple[int, int] = (64, 128)
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one kernel.
+    """Counts of one kernel in a case.
 
     Attributes:
         instructions: time to issue all instructions of PTX, in units of the memory's time.
@@ -36,11 +54,7 @@ class Cost:
         asked: bytes of global memory that threads ask for, by byte of the feature maps.
     """
 
-    arch: str
-    dtype: str
-    layout: str
-    distance: str
-    standardize: bool
+    case: Case
     kernel: str
     instructions: float
     shared: float
@@ -48,11 +62,12 @@ class Cost:
     asked: float
 
     @classmethod
-    def of(cls, counts: Counts, map_bytes: int, arch: str, dtype: str, layout: str, distance: str, standardize: bool) -> "Cost":
+    def of(cls, case: Case, counts: Counts) -> "Cost":
         """In units of the feature maps that the kernel reads and writes."""
+        map_bytes = case.channels * case.size[0] * case.size[1] * DTYPES[case.dtype].itemsize
         moved, shared = MAPS[counts.kernel] * map_bytes, counts.shared.total()
         return cls(
-            *(arch, dtype, layout, distance, standardize, counts.kernel.partition(".")[2]),
+            *(case, counts.kernel.partition(".")[2]),
             instructions=counts.instruction_time(moved),
             shared=counts.shared_time(moved),
             conflicts=1 - counts.ideal.total() / shared if shared else 0.0,
@@ -63,53 +78,46 @@ class Cost:
 FIGURES = ("instructions", "shared", "conflicts", "asked")
 
 
-def count(
-    arch: int,
-    dtype: str,
-    layout: str,
-    distance: Literal["squared", "smooth_l1", "cosine"] = "squared",
-    channels: int = 256,
-    tokens: int = 6,
-    size: tuple[int, int] = (64, 128),
-    standardize: bool = False,
-) -> list[Cost]:
-    """The costs of the main kernels on one image; for other distances than squares those of stage 2."""
-    generator = torch.Generator().manual_seed(0)
+def count(case: Case) -> list[Cost]:
+    """The costs of the main kernels; for other distances than squares those of stage 2."""
+    generator, shape = torch.Generator().manual_seed(0), (1, case.channels, *case.size)
     student, teacher, upstream = (
-        torch.randn(1, channels, *size, generator=generator).to(DTYPES[dtype], memory_format=LAYOUTS[layout]) for _ in range(3)
+        torch.randn(shape, generator=generator).to(DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]) for _ in range(3)
     )
-    learner = MaskLearner(channels, tokens, impl="triton", standardize=standardize)
+    learner = MaskLearner(case.channels, case.tokens, impl="triton", standardize=case.standardize)
     for name, buffer in learner.named_buffers():
         if name.endswith("pixels_seen"):
             buffer.fill_(1)  # as if the statistics were those of a teacher
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tokens that have not learned
         criterion = MaskedDistillLoss(
-            channels, tokens, pretrained=learner, custom_mask_warmup=0, impl="triton", distance=distance,
-            standardize=standardize,
+            case.channels, case.tokens, pretrained=learner, custom_mask_warmup=0, impl="triton", distance=case.distance,
+            standardize=case.standardize,
         )  # fmt: skip
-    with virtual_gpu(arch) as gpu, gpu.counting() as found:
+    with virtual_gpu(int(case.arch[3:])) as gpu, gpu.counting() as found:
         torch.autograd.grad(criterion(student.requires_grad_(), teacher), student)
-        if distance == "squared":
+        if case.distance == "squared":
             masked = learner(teacher)
             torch.autograd.grad([masked, learner.dice_loss()], list(learner.parameters()), [upstream, torch.ones(())])
-    map_bytes = teacher.numel() * teacher.element_size()
-    case = f"sm_{arch}", dtype, layout, distance, standardize
-    return [Cost.of(counts, map_bytes, *case) for counts in found if counts.kernel in MAPS]
+    return [Cost.of(case, counts) for counts in found if counts.kernel in MAPS]
 
 
-def every() -> Iterator[Cost]:
-    """Both architectures, three dtypes, both layouts; other distances, and standardised features, in bfloat16 on sm_90."""
+def cases() -> Iterator[Case]:
+    """Both architectures, three dtypes, both layouts; in bfloat16 on sm_90 also other distances, standardised features, and
+    other channels and tokens."""
     for arch in reversed(ARCHS):
         for dtype in DTYPES:
             for layout in LAYOUTS:
-                yield from count(arch, dtype, layout)
+                yield Case(f"sm_{arch}", dtype, layout)
     for layout in LAYOUTS:
-        yield from count(90, "bf16", layout, "smooth_l1")
-        yield from count(90, "bf16", layout, "cosine")
-        yield from count(90, "bf16", layout, standardize=True)
+        plain = Case("sm_90", "bf16", layout)
+        yield replace(plain, distance="smooth_l1")
+        yield replace(plain, distance="cosine")
+        yield replace(plain, standardize=True)
+        for (channels, tokens), size in SIZES.items():
+            yield replace(plain, channels=channels, tokens=tokens, size=size)
 
 
 def rows(costs: list[Cost]) -> list[dict[str, Any]]:
     """As JSON takes them, in digits that a count is worth."""
-    return [{k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(cost).items()} for cost in costs]
+    return [asdict(cost.case) | {"kernel": cost.kernel} | {x: round(getattr(cost, x), 3) for x in FIGURES} for cost in costs]

@@ -397,11 +397,11 @@ def _inspected(target: str, case: Case) -> list[Facts]:
 def _run(out: Path | None) -> None:
     """Print `bench.counts`, and write them to ``out``."""
     found = []
-    for cost in counts.every():
+    for cost in itertools.chain.from_iterable(map(counts.count, counts.cases())):
         found.append(cost)
-        figures = " ".join(f"{name} {getattr(cost, name):5.2f}" for name in counts.FIGURES)
-        what = "standard" if cost.standardize else cost.distance
-        print(f"{cost.arch} {cost.dtype} {cost.layout} {what:9s} {cost.kernel:22s} {figures}", flush=True)
+        case, figures = cost.case, " ".join(f"{name} {getattr(cost, name):5.2f}" for name in counts.FIGURES)
+        what = f"{case.arch} {case.dtype} {case.layout} {'standard' if case.standardize else case.distance:9s}"
+        print(f"{what} C{case.channels} T{case.tokens} {cost.kernel:22s} {figures}", flush=True)
     if out:
         out.write_text(json.dumps(environment.describe(torch.device("cpu")) | {"rows": counts.rows(found)}, indent=1) + "\n")
 
