@@ -164,6 +164,9 @@ def test_every_variant_runs(tmp_path: Path) -> None:
     assert [key(line) for line in runs] == [job.key for job in jobs(settings)]
     assert len(said) == len(runs)
     assert all("minutes left)" in line for line in said)
+    timed = {line["variant"]: line["step_ms"] for line in lines if line["what"] == "timing"}
+    assert timed.keys() == VARIANTS.keys()
+    assert min(timed.values()) > 0
 
 
 def test_order_of_the_runs() -> None:
@@ -187,6 +190,18 @@ def test_order_of_the_runs() -> None:
         if job.what == "student" and job.variant != ALONE:
             assert ("tuning", job.cell, job.variant) in done
         done |= {(job.what, *own, job.tokens), ("tuning", job.cell, job.variant)} if job.what != "student" else set()
+
+
+def test_times_are_taken_alone(tmp_path: Path) -> None:
+    """Nothing is timed before all else is done, and nothing starts meanwhile."""
+    settings = Settings(**asdict(TINY) | {"seeds": 1, "schedules": (1,)})
+    study = Study(settings, Results(tmp_path / "results.jsonl", settings), tmp_path / "files", workers=2)
+    timed = [job for job in jobs(settings) if job.what == "timing"]
+    student = next(job for job in jobs(settings) if job.what == "student" and job.variant == ALONE)
+    assert study._next(timed, []) == timed[0]
+    assert study._next(timed, timed[:1]) is None
+    assert study._next([student, *timed], [student]) is None
+    assert study._next([student, *timed], []) == student
 
 
 def test_plan_is_fair() -> None:

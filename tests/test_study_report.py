@@ -48,6 +48,8 @@ def made_up(path: Path, seeds: int = 3) -> list[Line]:
             found |= {"task_loss": 0.5, "unmasked_task_loss": 0.25, "levels": [level, {"collapsed": []}]}
         elif job.what == "tuning":
             found |= {"validation": 0.5}
+        elif job.what == "timing":
+            found |= {"step_ms": 12.5}
         elif job.steps == 20 or job.seed is None or job.seed >= seeds:
             continue
         else:
@@ -93,23 +95,27 @@ def test_scores(page: str) -> None:
 
 def test_words(page: str) -> None:
     words = page[page.index("## In plain words") : page.index("## Test metric")]
-    assert "Against the **feature MSE**, of 3 comparisons:" in words
-    assert f"- 1 better: MasKD, weighted ({CELL}, 10 steps: +0.100 ± 0.025);" in words
-    assert f"- 1 worse: ground-truth masks ({CELL}, 10 steps: -0.103 ± 0.014);" in words
-    assert "- 1 with an interval around 0" in words
+    against_mse, against_alone = words.split("Against the **student alone**")
+    assert "| | better | no difference shown | worse | 10 steps |" in against_mse
+    assert "| MasKD, weighted | 1 | 0 | 0 | +0.100 (1) |" in against_mse
+    assert "| MasKD, customised | 0 | 1 | 0 | +0.000 (1) |" in against_mse
+    assert "| ground-truth masks | 0 | 0 | 1 | -0.103 (1) |" in against_mse
+    where = f"- **MasKD, weighted**: better: {CELL} (10 steps +0.100 ± 0.025). no difference shown: nowhere. worse: nowhere."
+    assert where in against_mse
+    assert "| MasKD, weighted | 1 | 0 | 0 | +0.400 (1) |" in against_alone
     assert "MasKD, weighted; better than the feature MSE in 1 of 1 comparisons, worse in 0." in words
 
 
 def test_nothing_better_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCORES, "MasKD, weighted", SCORES[MSE])
     page = report.page(made_up(tmp_path / "made-up.jsonl"), "made-up.jsonl")
-    assert "- 0 better: none;" in page
+    assert "| MasKD, weighted | 0 | 1 | 0 | +0.000 (1) |" in page
     assert "**What to choose here**: the feature MSE; no variant was more often better than worse." in page
 
 
 def test_costs_and_collapse(page: str) -> None:
-    assert "| student alone | 11.0 | 3 | - | - |" in page
-    assert "| feature MSE | 11.0 | 3 | 3.0 | 3 |" in page
+    assert "| student alone | 12.5 | - | - |" in page
+    assert "| feature MSE | 12.5 | 3.0 | 3 |" in page
     assert "| 6 tokens, weighted, channel | 1 | 2 | 1 | 1 | 0 | 0 | 0.500 | 0.250 |" in page
 
 

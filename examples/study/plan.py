@@ -65,6 +65,7 @@ VARIANTS = {
     "MasKD, 12 tokens": Variant("learned", Tokens(12), only_shortest=True),
 }
 CORE = (ALONE, MSE, "MasKD, weighted", "MasKD, customised", "ground-truth masks")
+TIMED_STEPS = 60
 RAW = Tokens(standardize=False)  # as published; learned to see whether it collapses, and given to no student
 
 
@@ -111,7 +112,7 @@ class Job:
     """A run: a line of the results file.
 
     Attributes:
-        what: "teacher", "tokens", "tuning" or "student".
+        what: "teacher", "tokens", "tuning", "student" or "timing", which needs the machine for itself.
         cell: task and scenes.
         teacher: its seed.
         tokens: name of a `Tokens`.
@@ -159,7 +160,7 @@ def tokens_of(settings: Settings, cell: str) -> dict[str, Tokens]:
 
 
 def jobs(settings: Settings) -> Iterator[Job]:
-    """The shortest schedule first, cell by cell and seed by seed; what the runs of a cell need comes before them."""
+    """The shortest schedule first, cell by cell and seed by seed; what a cell needs comes before its runs. Times last."""
     for steps in settings.schedules:
         for cell in settings.cells:
             if steps == settings.schedules[0]:
@@ -168,6 +169,9 @@ def jobs(settings: Settings) -> Iterator[Job]:
                 for teacher in range(settings.teachers):
                     for variant in variants(settings, cell, steps):
                         yield Job("student", cell, teacher, variant=variant, seed=seed, steps=steps)
+    for variant in variants(settings, settings.cells[0], settings.schedules[0]):
+        steps = max(2, min(TIMED_STEPS, settings.schedules[0]))
+        yield Job("timing", settings.cells[0], 0, variant=variant, seed=0, steps=steps)
 
 
 def _preparation(settings: Settings, cell: str) -> Iterator[Job]:

@@ -12,7 +12,7 @@ from scipy import stats
 
 from maskd_triton import viz
 
-from .plan import ALONE, MSE, VARIANTS, Settings, Tokens, jobs
+from .plan import ALONE, CORE, MSE, VARIANTS, Settings, Tokens, jobs
 from .results import Line, Results, is_run
 from .runs import Runner
 
@@ -85,6 +85,7 @@ class Found:
         self.students = [line for line in self.runs if line["what"] == "student"]
         self.teachers = [line for line in self.runs if line["what"] == "teacher"]
         self.tokens = [line for line in self.runs if line["what"] == "tokens"]
+        self.timed = [line for line in self.runs if line["what"] == "timing"]
 
     def scores(self, cell: str, steps: int, variant: str) -> dict[tuple[int, int], float]:
         """The test metric by teacher and seed."""
@@ -149,28 +150,40 @@ Masked distillation against what one would do anyway, on the scenes of [the demo
 torch {session["packages"]["torch"]}, {dates}; {minutes:.0f} minutes of runs.{state}"""
 
 
+VERDICTS = {"ahead": "better", "open": "no difference shown", "behind": "worse"}
+
+
 def _words(found: Found) -> str:
     """Where masks help and where they do not, as the intervals say."""
-    lines = ["## In plain words", ""]
+    lines = ["## In plain words"]
     for baseline in (MSE, ALONE):
-        verdicts: dict[str, list[str]] = {"ahead": [], "behind": [], "open": []}
-        for cell, steps in found.groups():
-            for variant in found.variants(cell, steps):
-                each = found.against(cell, steps, variant, baseline)
-                if variant not in (ALONE, MSE) and each and each.pairs > 1:
-                    verdicts[each.verdict].append(f"{variant} ({cell}, {steps} steps: {each})")
-        count = sum(map(len, verdicts.values()))
-        if count == 0:
-            lines += [f"No two pairs with the {baseline} yet.", ""]
+        compared = {variant: _compared(found, variant, baseline) for variant in VARIANTS if variant not in (ALONE, MSE)}
+        compared = {variant: each for variant, each in compared.items() if each}
+        if not compared:
+            lines += ["", f"No two pairs with the {baseline} yet."]
             continue
-        lines.append(f"Against the **{baseline}**, of {count} comparisons:")
-        lines.append("")
-        for verdict, title in (("ahead", "better"), ("behind", "worse")):
-            what = "; ".join(verdicts[verdict]) or "none"
-            lines.append(f"- {len(verdicts[verdict])} {title}: {what};")
-        lines.append(f"- {len(verdicts['open'])} with an interval around 0: no difference was shown.")
-        lines.append("")
-    lines.append("One interval in 20 leaves out 0 by chance alone; pairs share teachers, so intervals are a little too narrow.")
+        schedules = [
+            steps for steps in found.settings.schedules if any(s == steps for each in compared.values() for _, s in each)
+        ]
+        lines += [
+            "",
+            f"Against the **{baseline}**, comparisons by what their intervals say, and mean differences by schedule:",
+            "",
+        ]
+        heads = [*VERDICTS.values(), *(f"{steps} steps" for steps in schedules)]
+        lines += ["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+        for variant, each in compared.items():
+            verdicts = [str(sum(d.verdict == verdict for d in each.values())) for verdict in VERDICTS]
+            by_steps = ([d.mean for (_, s), d in each.items() if s == steps] for steps in schedules)
+            means = [f"{statistics.mean(values):+.3f} ({len(values)})" if values else "-" for values in by_steps]
+            lines.append("| " + " | ".join([variant, *verdicts, *means]) + " |")
+        lines += ["", "In parentheses: cells, of which the mean is."]
+        if baseline == MSE:
+            lines += ["", *(f"- **{v}**: {_where(compared[v])}." for v in CORE if v in compared)]
+    lines += [
+        "",
+        "One interval in 20 leaves out 0 by chance alone; pairs share teachers, so intervals are a little too narrow.",
+    ]
     tries = found.settings.tries
     if edges := found.weights(MSE) & {tries[0], tries[-1]}:
         lines.append(
@@ -179,15 +192,33 @@ def _words(found: Found) -> str:
     return "\n".join(lines) + _choice(found)
 
 
+def _compared(found: Found, variant: str, baseline: str) -> dict[tuple[str, int], Difference]:
+    """By cell and schedule, where there are at least two pairs."""
+    each = {group: found.against(*group, variant, baseline) for group in found.groups()}
+    return {group: d for group, d in each.items() if d and d.pairs > 1}
+
+
+def _where(compared: dict[tuple[str, int], Difference]) -> str:
+    """The cells and schedules of every verdict."""
+    parts = []
+    for verdict, word in VERDICTS.items():
+        own: dict[str, list[str]] = {}
+        for (cell, steps), d in compared.items():
+            if d.verdict == verdict:
+                own.setdefault(cell, []).append(f"{steps} steps {d}")
+        cells = "; ".join(f"{cell} ({', '.join(each)})" for cell, each in own.items())
+        parts.append(f"{word}: {cells or 'nowhere'}")
+    return ". ".join(parts)
+
+
 def _choice(found: Found) -> str:
     """The variant that is more often better than the MSE than worse, by the most comparisons."""
     counts: dict[str, tuple[int, int, int]] = {}
-    for cell, steps in found.groups():
-        for variant in found.variants(cell, steps):
-            each = found.against(cell, steps, variant, MSE)
-            if variant not in (ALONE, MSE) and each and each.pairs > 1:
-                ahead, behind, all_of_it = counts.get(variant, (0, 0, 0))
-                counts[variant] = (ahead + (each.verdict == "ahead"), behind + (each.verdict == "behind"), all_of_it + 1)
+    for variant in VARIANTS:
+        each = _compared(found, variant, MSE).values() if variant not in (ALONE, MSE) else ()
+        if each:
+            verdicts = [d.verdict for d in each]
+            counts[variant] = verdicts.count("ahead"), verdicts.count("behind"), len(verdicts)
     if not counts:
         return ""
     best = max(counts, key=lambda v: (counts[v][0] - counts[v][1], counts[v][2]))
@@ -233,18 +264,18 @@ def _listed(weights: Iterable[float]) -> str:
 def _costs(found: Found) -> str:
     lines = ["## Time and memory", ""]
     lines += [
-        "A whole training step, while another run, and at times other work, had the other core, so compare times only roughly.",
+        "A whole training step: the median of a run in the first cell, while nothing else ran, with one thread.",
         "Extra memory of the distillation loss alone (aligns, forward, backward) at its peak.",
     ]
-    lines += ["", "| | ms per step (median) | runs | extra MiB at the peak | loss weights chosen |", "|---|---|---|---|---|"]
+    lines += ["", "| | ms per step | extra MiB at the peak | loss weights chosen |", "|---|---|---|---|"]
     for variant in VARIANTS:
         own = [line for line in found.students if line["variant"] == variant]
         if own:
             peaks = [line["peak_extra_bytes"] for line in own if line["peak_extra_bytes"] is not None]
             peak = f"{max(peaks) / 2**20:.1f}" if peaks else "-"
             weights = _listed(found.weights(variant)) or "-"
-            time = statistics.median(line["step_ms"] for line in own)
-            lines.append(f"| {variant} | {time:.1f} | {len(own)} | {peak} | {weights} |")
+            times = [f"{line['step_ms']:.1f}" for line in found.timed if line["variant"] == variant]
+            lines.append(f"| {variant} | {', '.join(times) or '-'} | {peak} | {weights} |")
     tries = found.settings.tries
     lines += ["", f"Tried: {_listed(tries)}. A variant whose weight is the first or last may want another."]
     return "\n".join(lines)

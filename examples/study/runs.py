@@ -1,6 +1,8 @@
 """The study's runs: what a job does, and what it finds."""
 
+import itertools
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -54,6 +56,8 @@ class Runner:
         start = time.perf_counter()
         if job.what == "student":
             found = self._run_student(job, loss_weight, measure)
+        elif job.what == "timing":
+            found = self._run_timing(job, loss_weight)
         else:
             found = {"teacher": self._run_teacher, "tokens": self._run_tokens, "tuning": self._run_tuning}[job.what](job)
         return found | {"wall_seconds": round(time.perf_counter() - start, 2)}
@@ -100,6 +104,12 @@ class Runner:
             "step_ms": round(1000 * seconds / job.steps, 2),
             "peak_extra_bytes": self._peak(job, weight) if measure else None,
         }
+
+    def _run_timing(self, job: Job, weight: float) -> Line:
+        ends: list[float] = []
+        self._distil(job, weight, lambda step, student: ends.append(time.perf_counter()))
+        steps = [after - before for before, after in itertools.pairwise(ends)]
+        return {"loss_weight": weight, "step_ms": round(1000 * statistics.median(steps), 2)}
 
     def criterion(self, job: Job, weight: float) -> tuple[nn.Module | None, list[Tensor]]:
         """A student's distillation loss, and what it gets besides the student's features."""

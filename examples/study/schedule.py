@@ -17,6 +17,7 @@ from .plan import ALONE, VARIANTS, Job, Settings, jobs
 from .results import Line, Results
 from .runs import Runner
 
+FINAL = ("student", "timing")  # with the loss weight that was chosen
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn")
 
 
@@ -47,7 +48,7 @@ class Study:
         with _executor(self.settings, self.folder, self.workers) as executor:
             while True:
                 while len(running) < self.workers and time.perf_counter() < end and (job := self._next(left, running.values())):
-                    weight = self.loss_weight(job.cell, job.variant) if job.what == "student" else 0.0
+                    weight = self.loss_weight(job.cell, job.variant) if job.what in FINAL else 0.0
                     future = executor.submit(_run, job, weight, self._unmeasured(job, running.values()))
                     running[future] = job
                 if not running:
@@ -67,10 +68,14 @@ class Study:
         return not left
 
     def _next(self, left: Sequence[Job], running: Iterable[Job]) -> Job | None:
-        """The first job whose needs are done."""
+        """The first job whose needs are done. What is timed runs alone, and last."""
         started = set(running)
+        if any(job.what == "timing" for job in started):
+            return None
         waiting = (job for job in left if job not in started)
-        return next((job for job in waiting if not any(needs(job, other) for other in left)), None)
+        found = next((job for job in waiting if not any(needs(job, other) for other in left)), None)
+        alone = all(job.what == "timing" for job in left)
+        return None if found and found.what == "timing" and not alone else found
 
     def _unmeasured(self, job: Job, running: Iterable[Job]) -> bool:
         """Whether no student of the cell and variant has its memory measured."""
@@ -98,7 +103,7 @@ def needs(job: Job, other: Job) -> bool:
         return job.what != "teacher" and job.teacher == other.teacher
     if other.what == "tokens":
         return job.variant is not None and job.teacher == other.teacher and VARIANTS[job.variant].tokens.name == other.tokens
-    return other.what == "tuning" and job.what == "student" and job.variant == other.variant
+    return other.what == "tuning" and job.what in FINAL and job.variant == other.variant
 
 
 class Clock:
