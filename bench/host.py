@@ -2,27 +2,27 @@
 
 Microseconds of Python and dispatcher for five small levels: the criterion with ``impl="triton"``, also for sizes that it has
 not seen before, and, as a scale, two bare ``torch.library.custom_op`` calls (a forward and a backward) that take the same
-tensors and compute nothing. Without a GPU kernels are not launched, so Triton's own cost is left out; with one, it is in.
+tensors and compute nothing. Without a GPU kernels are not launched, so Triton's own cost is left out; the last line adds what
+Triton does of a launch before it calls the driver. With a GPU all of a launch is in.
 """
 
 import argparse
+import contextlib
 import json
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # CPU tensors are refused otherwise
-
 from maskd_triton import MaskedDistillLoss, MaskLearner, functional
 from maskd_triton.kernels import distill, launch
+from tests.ptx import driver
+from tests.ptx.driver import virtual_gpu
 
 from . import environment
 
@@ -98,20 +98,30 @@ def _nothing(*_: object, **__: object) -> None:
     """In place of a launch."""
 
 
+@contextlib.contextmanager
+def no_launches() -> Iterator[None]:
+    """Inside, kernels take CPU tensors and do nothing."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch, "check_device", _nothing))
+        for name, kernel in vars(distill).items():
+            if name.endswith("_kernel"):
+                stack.enter_context(mock.patch.object(kernel, "run", _nothing))
+        yield
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    kernels = [kernel for name, kernel in vars(distill).items() if name.endswith("_kernel")]
-    stubs = [mock.patch.object(kernel, "run", _nothing) for kernel in kernels if device.type == "cpu"]
-    for stub in stubs:
-        stub.start()
     found = calls(device)
-    results = dict(zip(found, microseconds(list(found.values())), strict=True))
-    for stub in stubs:
-        stub.stop()
+    with no_launches() if device.type == "cpu" else contextlib.nullcontext():
+        results = dict(zip(found, microseconds(list(found.values())), strict=True))
+    if device.type == "cpu":
+        no_driver = mock.patch.object(driver._Launcher, "__call__", _nothing)
+        with virtual_gpu(90), no_driver, mock.patch.object(launch, "check_device", _nothing):
+            (results["criterion, Triton's part"],) = microseconds([found["criterion"]])
     for name, value in results.items():
         print(f"{name:24s} {value:6.0f} us")
     if args.out:

@@ -117,8 +117,9 @@ def test_host() -> None:
 
 def test_counts() -> None:
     counts = json.loads((ROOT / "bench/results/counts.json").read_text())
-    squared = [r for r in counts["rows"] if r["distance"] == "squared"]
-    known = {(r["arch"], r["dtype"], r["layout"], r["kernel"]): r for r in squared}
+    usual = {"distance": "squared", "standardize": False, "channels": 256, "tokens": 6}
+    plain = [row for row in counts["rows"] if usual.items() <= row.items()]
+    known = {(r["arch"], r["dtype"], r["layout"], r["kernel"]): r for r in plain}
     section = PERFORMANCE.split("## What the kernels cost, counted")[1].split("\n## ")[0]
     assert f"{counts['date'][:10]}, Triton {counts['packages']['triton']})" in section
     kinds = [(dtype, layout) for dtype in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
@@ -128,14 +129,27 @@ def test_counts() -> None:
         asked = [row["asked"] for row in figures]
         name = kernel.removesuffix("_kernel").replace("_", " ")
         assert re.search(rf"\| {name} \(stage \d\) \| {re.escape(pairs)} \| {min(asked):.2f} to {max(asked):.2f} \|", section)
-    others = {(r["distance"], r["layout"], r["kernel"]): r for r in counts["rows"] if r["distance"] != "squared"}
-    for distance in ("smooth_l1", "cosine"):
-        for kernel in ("forward_kernel", "backward_kernel"):
-            pairs = " | ".join(
-                f"{row['instructions']:.2f} / {row['shared']:.2f}"
-                for row in (others[distance, x, kernel] for x in ("nchw", "nhwc"))
-            )
-            assert f"| {kernel.removesuffix('_kernel')}, {distance} | {pairs} |" in section
+
+    def pairs_of(**case: Any) -> str:
+        cells = []
+        for layout in ("nchw", "nhwc"):
+            (row,) = [
+                r
+                for r in counts["rows"]
+                if (usual | {"arch": "sm_90", "dtype": "bf16", "layout": layout} | case).items() <= r.items()
+            ]
+            cells.append(f"{row['instructions']:.2f} / {row['shared']:.2f}")
+        return " | ".join(cells)
+
+    for kernel in ("forward", "backward"):
+        for distance in ("smooth_l1", "cosine"):
+            assert f"| {kernel}, {distance} | {pairs_of(kernel=f'{kernel}_kernel', distance=distance)} |" in section
+        assert f"| {kernel}, standardised | {pairs_of(kernel=f'{kernel}_kernel', standardize=True)} |" in section
+    sizes = {(r["channels"], r["tokens"]) for r in counts["rows"]} - {(256, 6)}
+    for kernel in {key[3] for key in known}:
+        for channels, tokens in sizes:
+            cells = pairs_of(kernel=kernel, channels=channels, tokens=tokens)
+            assert f"| {kernel.removesuffix('_kernel').replace('_', ' ')}, {channels}, {tokens} | {cells} |" in section
     for (_, dtype, layout, kernel), row in known.items():
         like = known["sm_90", dtype.replace("fp16", "bf16"), layout, kernel]
         assert all(abs(row[figure] - like[figure]) < 0.07 for figure in ("instructions", "shared", "asked"))
