@@ -103,14 +103,21 @@ def test_words(page: str) -> None:
     where = f"- **MasKD, weighted**: better: {CELL} (10 steps +0.100 ± 0.025). no difference shown: nowhere. worse: nowhere."
     assert where in against_mse
     assert "| MasKD, weighted | 1 | 0 | 0 | +0.400 (1) |" in against_alone
-    assert "MasKD, weighted; better than the feature MSE in 1 of 1 comparisons, worse in 0." in words
+    assert "**Where it helps**: MasKD, weighted was better than the feature MSE in 1 of 1 comparisons, and worse in 0." in words
+    assert "Its mean lead is +0.100 after 10 steps." in words
+    assert (
+        "no gain on the feature MSE was shown for MasKD, customised; worse more often than better were ground-truth masks."
+        in words
+    )
+    assert "**What to choose here**: MasKD, weighted." in words
 
 
 def test_nothing_better_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCORES, "MasKD, weighted", SCORES[MSE])
     page = report.page(made_up(tmp_path / "made-up.jsonl"), "made-up.jsonl")
     assert "| MasKD, weighted | 0 | 1 | 0 | +0.000 (1) |" in page
-    assert "**What to choose here**: the feature MSE; no variant was more often better than worse." in page
+    assert "**What to choose here**: the feature MSE; no other loss was more often better than worse." in page
+    assert "was shown for MasKD, weighted and MasKD, customised; worse" in page
 
 
 def test_costs_and_collapse(page: str) -> None:

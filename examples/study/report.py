@@ -155,7 +155,7 @@ VERDICTS = {"ahead": "better", "open": "no difference shown", "behind": "worse"}
 
 def _words(found: Found) -> str:
     """Where masks help and where they do not, as the intervals say."""
-    lines = ["## In plain words"]
+    lines = ["## In plain words", "", *_summary(found)]
     for baseline in (MSE, ALONE):
         compared = {variant: _compared(found, variant, baseline) for variant in VARIANTS if variant not in (ALONE, MSE)}
         compared = {variant: each for variant, each in compared.items() if each}
@@ -189,7 +189,7 @@ def _words(found: Found) -> str:
         lines.append(
             f"The {MSE} took a loss weight of {_listed(edges)}, at the end of those tried: another may serve it better."
         )
-    return "\n".join(lines) + _choice(found)
+    return "\n".join(lines)
 
 
 def _compared(found: Found, variant: str, baseline: str) -> dict[tuple[str, int], Difference]:
@@ -211,21 +211,39 @@ def _where(compared: dict[tuple[str, int], Difference]) -> str:
     return ". ".join(parts)
 
 
-def _choice(found: Found) -> str:
-    """The variant that is more often better than the MSE than worse, by the most comparisons."""
-    counts: dict[str, tuple[int, int, int]] = {}
+def _summary(found: Found) -> list[str]:
+    """Where masks help, where they do not, and what to choose: the masked loss that is most often better than the MSE."""
+    counts: dict[str, dict[str, int]] = {}
     for variant in VARIANTS:
         each = _compared(found, variant, MSE).values() if variant not in (ALONE, MSE) else ()
         if each:
             verdicts = [d.verdict for d in each]
-            counts[variant] = verdicts.count("ahead"), verdicts.count("behind"), len(verdicts)
+            counts[variant] = {verdict: verdicts.count(verdict) for verdict in VERDICTS}
     if not counts:
-        return ""
-    best = max(counts, key=lambda v: (counts[v][0] - counts[v][1], counts[v][2]))
-    ahead, behind, total = counts[best]
+        return []
+    without = [v for v, n in counts.items() if n["ahead"] == n["behind"] == 0]
+    worse = [v for v, n in counts.items() if n["behind"] > n["ahead"]]
+    no_help = f"no gain on the {MSE} was shown for {_and(without)}; worse more often than better were {_and(worse)}."
+    lines = [f"**Where it does not help**: {no_help}", ""]
+    ranks = sorted(counts, key=lambda v: (counts[v]["behind"] - counts[v]["ahead"], -sum(counts[v].values())))
+    best = ranks[0]
+    ahead, behind, total = counts[best]["ahead"], counts[best]["behind"], sum(counts[best].values())
     if ahead <= behind:
-        return f"\n\n**What to choose here**: the {MSE}; no variant was more often better than worse."
-    return f"\n\n**What to choose here**: {best}; better than the {MSE} in {ahead} of {total} comparisons, worse in {behind}."
+        return [*lines, f"**What to choose here**: the {MSE}; no other loss was more often better than worse."]
+    by_steps: dict[int, list[float]] = {}
+    for (_, steps), d in _compared(found, best, MSE).items():
+        by_steps.setdefault(steps, []).append(d.mean)
+    means = _and([f"{statistics.mean(values):+.3f} after {steps} steps" for steps, values in sorted(by_steps.items())])
+    help_ = (
+        f"**Where it helps**: {best} was better than the {MSE} in {ahead} of {total} comparisons, and worse in {behind}. "
+        f"Its mean lead is {means}."
+    )
+    unlabelled = f"; without labels, {ranks[1]}" if VARIANTS[best].loss == "truth" and ranks[1:] else ""
+    return [help_, "", *lines, f"**What to choose here**: {best}{unlabelled}."]
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]])) or "none"
 
 
 def _scores(found: Found) -> str:
