@@ -194,7 +194,7 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
         distill.forward(student, teacher, options, outputs)
         distill.backward(student, teacher, loss, outputs.kept(options))
-        distill.rescale(student, loss)
+        distill.rescale(student, loss, case.valid)
         learn.forward(t, learn_options, loss, kept)
         learn.backward(t, learn_options, s, loss[:, 0], kept, parameters_of_learn, own_weights, True)
         if valid:

@@ -80,16 +80,18 @@ def tune(
     """
     best: dict[Key, Config] = {}
     for key in keys:
-        best[key] = _fastest(key, candidates(key), _launch(key, device), clock, say)
+        best[key] = _fastest(key, "default", candidates(key), _launch(key, device), clock, say)
         if key.kernel == "backward_kernel":
-            best[key] = _fastest(key, variants(best[key]), _launch(key, device, both_passes=True), clock, say)
+            both_passes = _launch(key, device, both_passes=True)
+            best[key] = _fastest(key, "plain", variants(best[key]), both_passes, clock, say)
     tuning.write(tuning.gpu_name(device), best, _about(by, device))
     return best
 
 
 def _fastest(
-    key: Key, configs: Sequence[Config], call: Callable[[], object], clock: Clock, say: Callable[[str], None]
+    key: Key, first: str, configs: Sequence[Config], call: Callable[[], object], clock: Clock, say: Callable[[str], None]
 ) -> Config:
+    """``first``: what the first configuration is."""
     times: dict[Config, float] = {}
     for config in configs:
         with tuning.forced(key.kernel, config):
@@ -98,8 +100,8 @@ def _fastest(
             except OutOfResources:  # more shared memory or registers than this GPU has
                 continue
     best = min(times, key=lambda config: times[config])
-    first = times.get(configs[0], float("nan"))
-    say(f"{' '.join(map(str, key))}: {best} {times[best]:.4f} ms, first {first:.4f} ms, {len(times)} tried")
+    other = times.get(configs[0], float("nan"))
+    say(f"{' '.join(map(str, key))}: {best} {times[best]:.4f} ms, {first} {other:.4f} ms, {len(times)} tried")
     return best
 
 
@@ -178,7 +180,7 @@ def step(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillO
     grads = distill.forward(student, teacher, options, outputs, upstream[0, 0])
     if not grads:
         return distill.backward(student, teacher, upstream, outputs.kept(options))
-    distill.rescale(grads, upstream)
+    distill.rescale(grads, upstream, valid=False)
     return grads
 
 

@@ -6,7 +6,8 @@ cosine it also writes two numbers per pixel that the gradient needs. Programs ov
 the mask weighting module miss there (method.md, identity 2); they follow those of the image, which is then in L2. Masks and
 weights may also be given; pixels that do not count get masks of 0. A second launch with one program per level and image adds
 the partial sums in a fixed order (no atomics) and writes the loss and the gradient's coefficients. Backward reads student,
-teacher and masks and writes the gradient: 5 passes over a feature tensor in all.
+teacher and masks and writes the gradient: 5 passes over a feature tensor in all. Where `tuning.Config.with_loss` says so, it
+follows in the forward pass, part by part of the pyramid, and what is left for later is to multiply the gradient, if not by 1.
 """
 
 from collections.abc import Sequence
@@ -418,9 +419,9 @@ def rescale_kernel(
     up_level, up_n,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    G_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    VALID: tl.constexpr, G_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """g *= upstream; nothing is read where that is 1. A 0 stays: it may be that of a pixel that does not count."""
+    """g *= upstream; nothing is read where that is 1. VALID: a 0 stays, as it may be that of a pixel that does not count."""
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
@@ -438,7 +439,10 @@ def rescale_kernel(
                 mask = (c < C)[:, None] & (p < P)[None, :]
                 g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
                 g = tl.load(g_at, mask=mask, other=0.0).to(ACC)
-                tl.store(g_at, tl.where(g == 0.0, g, g * up).to(g_ptr.dtype.element_ty), mask=mask)
+                product = g * up
+                if VALID:
+                    product = tl.where(g == 0.0, g, product)
+                tl.store(g_at, product.to(g_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -491,7 +495,8 @@ def forward(
                 )  # fmt: skip
             if backwards and scale is not None:
                 kept = outputs.kept(options)
-                _run_backward(backwards, student, teacher, scale.expand_as(loss), kept, statistics, grads)
+                upstream = scale.to(loss, non_blocking=True).expand_as(loss)  # a number on the CPU is one, too
+                _run_backward(backwards, student, teacher, upstream, kept, statistics, grads)
     return grads
 
 
@@ -526,23 +531,30 @@ def _plan_forward(
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
     in_place = launch.in_place(maps, (student, teacher))
-    n = student[0].shape[0]
+    n, num_tokens = student[0].shape[0], variant.num_tokens
+    configs = [group.config("forward_kernel", num_tokens, student, teacher) for group in groups]
     with_loss = (
         variant.differentiable
-        and all(group.config("backward_kernel", variant.num_tokens, student, teacher).with_loss for group in groups)
+        and all(group.config("backward_kernel", num_tokens, student, teacher).with_loss for group in groups)
         and in_place
         and _may_go_with_loss(student)
     )
-    parts = tuning.parts_in_l2(n, student, teacher, student) if with_loss else [(range(len(student)), 0, n)]
     backwards = launch.groups(student, teacher, student) if with_loss else []
-    options = variant.num_tokens, variant.standard, variant.valid, variant.mask_power, variant.distance, variant.beta
+    configs_backward = [group.config("backward_kernel", num_tokens, student, teacher) for group in backwards]
+    parts = tuning.parts_in_l2(n, student, teacher, student) if with_loss else [(range(len(student)), 0, n)]
+    options = num_tokens, variant.standard, variant.valid, variant.mask_power, variant.distance, variant.beta
     passes = []
     for levels, start, images in parts:
-        own = [[part for group in each if (part := group.of(levels))] for each in (groups, backwards)]
-        passes.append((
-            [(group, start, *_forward_numbers(group, student, teacher, heights, variant, images)) for group in own[0]],
-            [(group, start, _backward_numbers(group, student, teacher, student, images, *options)) for group in own[1]],
-        ))  # fmt: skip
+        forward, backward = [], []
+        for group, config in zip(groups, configs, strict=True):
+            if part := group.of(levels):
+                numbers = _forward_numbers(part, config, student, teacher, heights, variant, images)
+                forward.append((part, start, *numbers))
+        for group, config in zip(backwards, configs_backward, strict=True):
+            if part := group.of(levels):
+                numbers_backward = _backward_numbers(part, config, student, teacher, student, images, *options)
+                backward.append((part, start, numbers_backward))
+        passes.append((forward, backward))
     return in_place, with_loss, passes
 
 
@@ -553,6 +565,7 @@ def _may_go_with_loss(student: Sequence[Tensor]) -> bool:
 
 def _forward_numbers(
     group: launch.Group,
+    config: tuning.Config,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     heights: Sequence[int],
@@ -563,7 +576,6 @@ def _forward_numbers(
     num_tokens, weighted = variant.num_tokens, variant.weighted
     hs = group.own(heights)
     ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
-    config = group.config("forward_kernel", num_tokens, student, teacher)
     first, programs = launch.first_programs(
         [images * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)]
     )
@@ -646,13 +658,17 @@ def _plan_backward(
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     written = [launch.writable(x) for x in others[0]]
     groups = launch.groups(student, teacher, written)
-    n = student[0].shape[0]
-    launches = [(group, 0, _backward_numbers(group, student, teacher, written, n, *options)) for group in groups]
+    launches = []
+    for group in groups:
+        config = group.config("backward_kernel", options[0], student, teacher)
+        numbers = _backward_numbers(group, config, student, teacher, written, student[0].shape[0], *options)
+        launches.append((group, 0, numbers))
     return launch.in_place((*maps, others[0]), (student, teacher, written)), launches
 
 
 def _backward_numbers(
     group: launch.Group,
+    config: tuning.Config,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     written: Sequence[Tensor],
@@ -665,7 +681,6 @@ def _backward_numbers(
     beta: float,
 ) -> launch.Numbers:
     s = group.own(student)
-    config = group.config("backward_kernel", num_tokens, student, teacher)
     first, programs = launch.first_programs([images * launch.tiles(x, config) for x in s])
     tables = [
         *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
@@ -682,25 +697,29 @@ def _backward_numbers(
     return programs, tables, constants
 
 
-def rescale(grads: Sequence[Tensor], grad: Tensor) -> None:
-    """``grads``, as `forward` gave them, times ``grad [levels, N]``; where that is 1, on the device, nothing is read."""
+def rescale(grads: Sequence[Tensor], grad: Tensor, valid: bool) -> None:
+    """``grads``, as `forward` gave them, times ``grad [levels, N]``; where that is 1, on the device, nothing is read.
+
+    ``valid``: there may be pixels that do not count, whose gradient stays 0.
+    """
     with launch.device_of(grad):
-        for group, (programs, tables, constants) in launch.planned("rescale", None, (grads,), (), _plan_rescale):
+        for group, (programs, tables, constants) in launch.planned("rescale", valid, (grads,), (), _plan_rescale):
             launch.run(rescale_kernel, programs, *group.addresses(grads), *tables, grad, *grad.stride(), **constants)
 
 
 def _plan_rescale(
-    _: None, maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
+    valid: bool, maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
 ) -> list[tuple[launch.Group, launch.Numbers]]:
     flat = [launch.addressable(x) for x in maps[0]]
     launches = []
     for group in launch.groups(flat):
-        g, config = group.own(flat), group.config("backward_kernel", 1, flat)
+        g = group.own(flat)
+        config = tuning.rescale_config(8 * g[0].dtype.itemsize, group.fast[0])
         first, programs = launch.first_programs([x.shape[0] * launch.tiles(x, config) for x in g])
         tables = [*launch.tables(first, group.aligns, group.levels), *group.lengths(flat), *group.strides(flat)]
         constants = {
-            "ACC": launch.acc_type(g[0]), "G_FAST": group.fast[0], "BLOCK_C": config.block_c, "BLOCK_P": config.block_p,
-            **config.program, **group.constants,
+            "VALID": valid, "ACC": launch.acc_type(g[0]), "G_FAST": group.fast[0], "BLOCK_C": config.block_c,
+            "BLOCK_P": config.block_p, **config.program, **group.constants,
         }  # fmt: skip
         launches.append((group, (programs, tables, constants)))
     return launches

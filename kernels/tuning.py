@@ -36,8 +36,8 @@ class Config:
     """Channels and pixels of a tile, threads of a program, stages of the load pipeline, registers of a thread.
 
     Variants of stage 2's backward kernel, off until a measured file chooses them: ``reverse``: tiles are walked from the last
-    to the first. ``hints``: features are the first to leave L2 once they are read. ``with_loss``: it runs in the forward pass,
-    after as many images and levels as fit into half of L2.
+    to the first. ``hints``: features are the first to leave L2 once they are read, and gradients. ``with_loss``: it runs in the
+    forward pass, after each of the `parts_in_l2` of student, teacher and gradient.
 
     Where ``registers`` is 0, NVIDIA's assembler chooses how many. For one more program per multiprocessor it then spills a few
     of them, which Triton's versions do in different kernels; where it is told how many there may be, it does not.
@@ -247,6 +247,11 @@ def _default_registers(key: Key) -> int:
     if key.kernel == "mask_kernel":
         return 128 if (key.bits, key.layout, key.tokens) == (16, "nchw", 8) else 168
     return 168 if _default_tile(key).threads == 128 else 128
+
+
+def rescale_config(bits: int, axis: int) -> Config:
+    """That of the kernel which multiplies gradients: it is not searched for, as it ends at once where the factor is 1."""
+    return default(Key("backward_kernel", bits, "nhwc" if axis == CHANNELS else "nchw", 0, 8, 0))
 
 
 def choose(key: Key, gpu: str) -> Config:

@@ -93,17 +93,20 @@ class _Distill(Function):
         loss = outputs.per_image * scale
         if reduction != "images":
             loss = loss.sum() if reduction == "sum" else loss.sum(1)
-        return loss, *outputs[:3], *outputs.masks, *outputs.cosines, *grads
+        # with gradients, something that depends on the student, for `once_differentiable`, and that no user can write to
+        handle = [loss.new_empty(0)] if grads else []
+        return loss, *outputs[:3], *outputs.masks, *outputs.cosines, *grads, *handle
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.impl, _, _, teacher, options, scale, *student = inputs
         outputs, grads = _distilled(output[1:], len(student), options)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(output[1:-1] if grads else output[1:]))
         ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
         ctx.levels, ctx.with_loss = len(student), len(grads) > 0
-        if grads:  # the loss stands for the student where a second derivative is refused
-            ctx.save_for_backward(scale, outputs.per_image, output[0], *grads)
+        if grads:
+            ctx.padded = len(options.valid) > 0
+            ctx.save_for_backward(scale, outputs.per_image, *grads)
             return
         coefficients, *maps, power, distance, beta = outputs.kept(options)
         maps = [student, teacher, *maps]
@@ -119,7 +122,7 @@ class _Distill(Function):
         grad = (grad[:, None] if grad.dim() == 1 else grad).expand_as(per_image)
         to_scale = (grad * per_image).sum() if ctx.needs_input_grad[5] else None
         if ctx.with_loss:
-            to_student = _rescaled(saved[1:], grad)
+            to_student = _rescaled(saved[:-1], grad, ctx.padded)
         else:
             coefficients, *levels = saved
             student, teacher, *kept = in_lists(levels, ctx.lengths)
@@ -128,16 +131,19 @@ class _Distill(Function):
         return None, None, None, None, None, to_scale, *to_student
 
 
-def _rescaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
+def _rescaled(grads: list[Tensor], grad: Tensor, padded: bool) -> list[Tensor]:
     """Gradients that were written with the loss, times the upstream gradient ``grad [levels, N]``."""
+    if needs_dispatcher((grad, *grads)):
+        products = [(g * up[:, None, None, None]).to(g.dtype) for g, up in zip(grads, grad, strict=True)]
+        return [torch.where(g == 0, g, x) for g, x in zip(grads, products, strict=True)] if padded else products
     if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward pass may want them as they are
         grads = [g.clone() for g in grads]
-    kernels("distill").rescale(grads, grad)
+    kernels("distill").rescale(grads, grad, padded)
     return grads
 
 
 def _distilled(outputs: Sequence[Tensor], levels: int, options: DistillOptions) -> tuple[Distilled, Sequence[Tensor]]:
-    """What `_Distill` gives beside the loss, as it was: outputs of an operator, and gradients."""
+    """What `_Distill` gives beside the loss, as it was: outputs of an operator, and gradients with a handle, if any."""
     cosines = 3 + levels
     grads = cosines + levels * (options.distance == "cosine")
     per_image, weights, coefficients = outputs[:3]

@@ -269,6 +269,27 @@ def test_rescaling_reads_nothing_where_the_factor_is_1(upstream: float) -> None:
     assert counts.asked["g_ptrs"] == (0 if upstream == 1 else 2 * 2 * x.numel())
 
 
+def test_variants_are_in_the_code() -> None:
+    """Reversed, the last program takes the first tile; hints are policies of L2."""
+    x, y, masks = torch.randn(2, 64, 4, 8), torch.randn(2, 64, 4, 8), torch.rand(2, 3, 4, 8)
+    criterion = MaskedDistillLoss(64, None, impl="triton")
+    tiles, policies = [], []
+    for changes in ({}, {"reverse": True, "hints": True}):
+        with (
+            virtual_gpu(90) as gpu,
+            gpu.recording() as records,
+            gpu.counting() as counts,
+            tuning.forced("backward_kernel", tuning.Config(32, 64, 128, **changes)),
+        ):
+            torch.autograd.grad(criterion(x.requires_grad_(), y, masks=masks), x)
+        written = records[-1].written
+        tiles.append([written[program, "g_ptrs"].nonzero()[0].min() for program in range(len(written))])
+        policies.append(counts[-1].operations["createpolicy"])
+    assert len(tiles[0]) == 4
+    assert tiles[0] == sorted(tiles[0]) == tiles[1][::-1]
+    assert policies[0] == 0 < policies[1]
+
+
 def test_every_kernel_is_launched() -> None:
     entries = set()
     for module in pkgutil.iter_modules(kernels.__path__):
