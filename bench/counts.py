@@ -72,6 +72,21 @@ def count(
     size: tuple[int, int] = (64, 128),
 ) -> list[Cost]:
     """The costs of the main kernels on one image; for other distances than squares those of stage 2."""
+    map_bytes = channels * size[0] * size[1] * DTYPES[dtype].itemsize
+    found = launches(arch, dtype, layout, distance, channels, tokens, size)
+    return [Cost.of(counts, map_bytes, f"sm_{arch}", dtype, layout, distance) for counts in found if counts.kernel in MAPS]
+
+
+def launches(
+    arch: int,
+    dtype: str,
+    layout: str,
+    distance: Literal["squared", "smooth_l1", "cosine"],
+    channels: int,
+    tokens: int,
+    size: tuple[int, int],
+) -> list[Counts]:
+    """The counts of every launch that `count` takes."""
     generator = torch.Generator().manual_seed(0)
     student, teacher, upstream = (
         torch.randn(1, channels, *size, generator=generator).to(DTYPES[dtype], memory_format=LAYOUTS[layout]) for _ in range(3)
@@ -87,8 +102,7 @@ def count(
         if distance == "squared":
             masked = learner(teacher)
             torch.autograd.grad([masked, learner.dice_loss()], list(learner.parameters()), [upstream, torch.ones(())])
-    map_bytes = teacher.numel() * teacher.element_size()
-    return [Cost.of(counts, map_bytes, f"sm_{arch}", dtype, layout, distance) for counts in found if counts.kernel in MAPS]
+    return found
 
 
 def every() -> Iterator[Cost]:
