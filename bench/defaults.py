@@ -150,7 +150,8 @@ def judge(key: Key, arch: int, dtype: str, config: Config, hopeless: float = flo
         return Candidate(config, None, fact.registers if fact else 0, loading, reasons=tuple(map(str, reasons)))
     assert fact is not None
     moved = MOVES[key.kernel] * CHANNELS * HEIGHT * WIDTH * itemsize
-    touched, asked, instructions, wavefronts = (small + (large - small) * (HEIGHT - low) / (high - low)) / moved
+    whole = small + (large - small) * (HEIGHT - low) / (high - low)
+    touched, asked, instructions, wavefronts = (whole / moved).tolist()
     figures = Figures(
         touched, instructions * BYTES / WARP_INSTRUCTIONS, wavefronts * BYTES / WAVEFRONTS, touched * wanted / loading
     )

@@ -6,7 +6,7 @@ Nothing is timed, and nothing compiled twice, while a model trains. In this orde
    is ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
 2. ``configs/<GPU>.json`` beside this file, for GPUs that were measured. None was yet.
 3. `default`, chosen by compiling (``python -m bench.inspect``) and by counts (``python -m bench.defaults``): no spill and
-   16-byte loads on sm_80, sm_90, sm_100 and gfx942, runs of at least 64 contiguous bytes, and for half features and up to 8
+   16-byte loads on sm_80, sm_90, sm_100 and gfx942, runs of at least 64 contiguous bytes, and for bfloat16 and up to 8
    tokens a time, modelled by memory, instructions, shared memory and loads in flight, near that of the best candidate.
 
 The search itself (``autotune.py``) lies above this file, which only calls `on_miss`.

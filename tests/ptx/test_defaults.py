@@ -17,8 +17,6 @@ RESULTS = json.loads((BENCH / "results/defaults.json").read_text())
 COUNTS = json.loads((BENCH / "results/counts.json").read_text())
 KEY = Key("forward_kernel", 16, "nhwc", 256, 8, 13)
 FIGURES = ("memory", "instructions", "shared", "occupancy")
-SLOWER_ON_PURPOSE: dict[tuple[str, str, str], str] = {}
-"""Kernel, dtype and layout of defaults that are modelled slower than the margin, and why they stay."""
 
 
 def candidates(*figures: tuple[float, float, float, float] | None) -> list[Candidate]:
@@ -91,7 +89,7 @@ def test_what_cannot_be_chosen_is_not_run() -> None:
 
 
 def test_the_search_was_whole() -> None:
-    """Every kernel and layout, on both architectures, of half features."""
+    """Every kernel and layout of bfloat16, on both architectures."""
     found = {(row["arch"], row["dtype"], row["layout"], row["kernel"]) for row in RESULTS["rows"]}
     assert found >= set(itertools.product(("sm_90", "sm_80"), ("bf16",), ("nchw", "nhwc"), defaults.READS))
 
@@ -107,5 +105,5 @@ def test_defaults_are_near_the_best(row: dict[str, object]) -> None:
     assert found[0].config == tuning.default(key), "run `python -m bench.defaults --out bench/results/defaults.json` again"
     best, figures = defaults.ranked(found)[0]
     assert best.config == found[row["chosen"]].config
-    slower = found[0].figures is None or found[0].figures.time > defaults.MARGIN * figures.time
-    assert slower == ((key.kernel, row["dtype"], key.layout) in SLOWER_ON_PURPOSE)
+    assert found[0].figures is not None
+    assert found[0].figures.time <= defaults.MARGIN * figures.time
