@@ -80,6 +80,11 @@ FIGURES = ("instructions", "shared", "conflicts", "asked")
 
 def count(case: Case) -> list[Cost]:
     """The costs of the main kernels; for other distances than squares those of stage 2."""
+    return [Cost.of(case, counts) for counts in launches(case) if counts.kernel in MAPS]
+
+
+def launches(case: Case) -> list[Counts]:
+    """The counts of every launch that `count` takes."""
     generator, shape = torch.Generator().manual_seed(0), (1, case.channels, *case.size)
     student, teacher, upstream = (
         torch.randn(shape, generator=generator).to(DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]) for _ in range(3)
@@ -99,7 +104,7 @@ def count(case: Case) -> list[Cost]:
         if case.distance == "squared":
             masked = learner(teacher)
             torch.autograd.grad([masked, learner.dice_loss()], list(learner.parameters()), [upstream, torch.ones(())])
-    return [Cost.of(case, counts) for counts in found if counts.kernel in MAPS]
+    return found
 
 
 def cases() -> Iterator[Case]:

@@ -5,8 +5,9 @@ Nothing is timed, and nothing compiled twice, while a model trains. In this orde
 1. ``<folder>/<GPU>.json`` of the user, written by ``python -m maskd_triton.kernels.autotune`` or by online tuning; the folder
    is ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
 2. ``configs/<GPU>.json`` beside this file, for GPUs that were measured. None was yet.
-3. `default`, chosen by compiling (``python -m bench.inspect``) and by counts (``--run``): no spill and 16-byte loads on
-   sm_80, sm_90, sm_100 and gfx942, few instructions and wavefronts of shared memory, and runs of at least 64 contiguous bytes.
+3. `default`, chosen by compiling (``python -m bench.inspect``) and by counts (``python -m bench.defaults``): no spill and
+   16-byte loads on sm_80, sm_90, sm_100 and gfx942, runs of at least 64 contiguous bytes, and for bfloat16 and up to 8
+   tokens a time, modelled by memory, instructions, shared memory and loads in flight, near that of the best candidate.
 
 The search itself (``autotune.py``) lies above this file, which only calls `on_miss`.
 """

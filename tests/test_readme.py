@@ -175,6 +175,20 @@ def test_l2() -> None:
     assert f"{small} launches of each kernel for 16 images and 50 MiB, and {large} for 126 MiB" in " ".join(section.split())
 
 
+def test_defaults() -> None:
+    results = json.loads((ROOT / "bench/results/defaults.json").read_text())
+    section = " ".join(PERFORMANCE.split("### How defaults are chosen")[1].split("\n## ")[0].split())
+    assert f"{results['date'][:10]}, Triton {results['packages']['triton']})" in section
+    assert "{sm_90:,} bytes for sm_90 and {sm_80:,} for sm_80".format(**results["model"]["bytes_in_flight"]) in section
+    for row in results["rows"]:
+        if (row["arch"], row["dtype"]) == ("sm_90", "bf16"):
+            today, name = row["candidates"][0], row["kernel"].removesuffix("_kernel").replace("_", " ")
+            layout = {"nchw": "NCHW", "nhwc": "channels-last"}[row["layout"]]
+            tile = "{block_c}x{block_p}, {threads}".format(**today["config"])
+            figures = " | ".join(f"{today[figure]:.2f}" for figure in ("memory", "instructions", "shared", "occupancy"))
+            assert f"| {name} | {layout} | {tile} | {figures} | {row['gain']:.2f} |" in section
+
+
 def test_demo() -> None:
     page = PAGES["docs/demo.md"]
     for name, scores in DEMO["test_miou"].items():

@@ -28,6 +28,7 @@ class Counts:
         lines: instructions of warps by source line, ``file:line``.
         operations: instructions of warps by opcode.
         asked: bytes that lanes asked of each allocation, by its name.
+        sizes: bytes of each allocation that was asked, by its name.
         shared: wavefronts of shared memory by source line and opcode. A wavefront is 128 bytes at most, in one cycle; words of
             one access that lie in the same bank follow each other.
         ideal: the same if no two words shared a bank.
@@ -38,6 +39,7 @@ class Counts:
     lines: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
+    sizes: dict[str, int] = field(default_factory=dict)
     shared: Counter[str] = field(default_factory=Counter)
     ideal: Counter[str] = field(default_factory=Counter)
 
@@ -45,6 +47,11 @@ class Counts:
     def instructions(self) -> int:
         """Of all warps."""
         return self.operations.total()
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of global memory, however often each was asked for."""
+        return sum(min(asked, self.sizes[name]) for name, asked in self.asked.items())
 
     def instruction_time(self, moved: int) -> float:
         """Time to issue all instructions, in units of the time in which an H100 moves ``moved`` bytes from its memory."""
@@ -66,6 +73,7 @@ class Counts:
         """Add accesses of ``size`` bytes each, to the allocations ``index``."""
         for a, times in zip(*np.unique(index, return_counts=True), strict=True):
             self.asked[allocations.names[a]] += int(times) * size
+            self.sizes[allocations.names[a]] = int(allocations.high[a] - allocations.low[a])
 
     def shared_access(self, kernel: Kernel, at: int, places: np.ndarray, size: int, lanes: np.ndarray) -> None:
         """Add the accesses of ``lanes`` to ``size`` bytes each: a warp is served 128 bytes at a time."""

@@ -42,6 +42,7 @@ _UNWRITTEN = {
     **{torch.float16: (torch.int16, 0x7E5A), torch.bfloat16: (torch.int16, 0x7FDA)},
     **{torch.float32: (torch.int32, 0x7FC0BA5E), torch.float64: (torch.int64, 0x7FF8BA5EBA5EBA5E)},
 }
+_make_cubin = CUDABackend.make_cubin  # what a virtual GPU has something else for
 _programs: dict[bytes, Program] = {}
 
 
@@ -230,6 +231,11 @@ class _Driver:
 
 def _ptx_as_binary(_backend: Any, src: str, _metadata: Any, _options: Any, _capability: int) -> bytes:
     return src.encode()
+
+
+def assembled(ptx: str, arch: int, options: Any) -> bytes:
+    """What ptxas makes of a kernel, inside of a virtual GPU, too, with the options that Triton would give it."""
+    return _make_cubin(CUDABackend(GPUTarget("cuda", arch, 32)), ptx, {}, options, arch)
 
 
 @contextlib.contextmanager
