@@ -317,6 +317,9 @@ def cases() -> list[Case]:
     pyramid = ((50, 84), (25, 42), (13, 21))
     sizes = [Case(d, layout, sizes=pyramid, standard=True) for d in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
     sizes += [Case(channels=19, tokens=8), Case(sizes=((13, 21),)), Case(sizes=((30, 35),)), Case("fp32", channels=4096)]
+    # pixels that 16 bytes do not divide, and fewer channels than a tile has
+    sizes += [Case("bf16", "nhwc", channels=c, tokens=t, standard=True, valid=True) for c, t in ((19, 8), (150, 32))]
+    sizes += [Case("fp32", "nhwc", channels=19, tokens=16, standard=True), Case("bf16", "nhwc", channels=64, standard=True)]
     distances = [Case(d, distance=x, standard=True, valid=d != "fp16") for d in DTYPES for x in ("smooth_l1", "cosine")]
     distances += [
         Case(d, "nhwc", distance="cosine", tokens=t, standard=True) for d, t in (("bf16", 6), ("fp32", 6), ("bf16", 64))

@@ -714,7 +714,7 @@ def _plan_rescale(
     launches = []
     for group in launch.groups(flat):
         g = group.own(flat)
-        config = tuning.rescale_config(8 * g[0].dtype.itemsize, group.fast[0])
+        config = tuning.rescale_config(g, group.fast[0])
         first, programs = launch.first_programs([x.shape[0] * launch.tiles(x, config) for x in g])
         tables = [*launch.tables(first, group.aligns, group.levels), *group.lengths(flat), *group.strides(flat)]
         constants = {

@@ -205,11 +205,14 @@ def default(key: Key) -> Config:
 
 
 def _default_tile(key: Key) -> Config:
+    narrow = _is_narrow(key)
     if key.kernel in WRITING:
         if key.bits == 64:
             return Config(64, 16, 256) if key.layout == "nhwc" else Config(16, 64, 256)
         if key.layout == "nhwc":
-            return Config(64 if key.kernel == "feature_gradient_kernel" else 128, 32, 128)
+            size = 2048 if key.kernel == "feature_gradient_kernel" else 4096
+            block_c = min(size // 32, max(32, power_of_2(key.channels)))
+            return Config(block_c, size // block_c, 256 if narrow else 128)
         if key.kernel == "feature_gradient_kernel":
             return Config(32, 64, 256)
         return Config(32, 64 if key.tokens > 16 else 128, 128)
@@ -218,6 +221,8 @@ def _default_tile(key: Key) -> Config:
         return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 1 if masks else 3)
     if key.kernel == "forward_kernel" and key.bits == 32 and key.tokens > 32:
         return Config(32, 32, 256)  # larger, or with a pipeline, every Triton spills some layout on sm_90 or sm_100
+    if narrow and key.bits < 64 and key.tokens <= 32:
+        return Config(32, 1024 // key.bits if key.tokens <= 16 else 32, 256)
     if key.bits == 16:  # one stage: what the pipeline copies into shared memory, matrix products read with conflicts
         if key.kernel == "forward_kernel":  # it holds three sums for every token and pixel
             if key.tokens <= 8 or (key.layout == "nchw" and key.tokens <= 16):
@@ -237,8 +242,15 @@ def _default_tile(key: Key) -> Config:
     return Config(32, 64, 256, 2) if key.layout == "nhwc" else Config(16, 128, 128)
 
 
+def _is_narrow(key: Key) -> bool:
+    """Whether 16 bytes do not divide a pixel: elements are then loaded one by one, each with a register for its address."""
+    return key.layout == "nhwc" and key.channels * key.bits % 128 != 0
+
+
 def _default_registers(key: Key) -> int:
     """Enough for the kernels that were seen to spill when NVIDIA's assembler chose; 0 for all others."""
+    if key.kernel == "backward_kernel" and _is_narrow(key):
+        return 128
     if key.kernel not in ("forward_kernel", "mask_kernel", "token_gradient_kernel", "feature_gradient_kernel"):
         return 0
     if key.bits == 64 or key.kernel in ("forward_kernel", "feature_gradient_kernel"):
@@ -250,9 +262,10 @@ def _default_registers(key: Key) -> int:
     return 168 if _default_tile(key).threads == 128 else 128
 
 
-def rescale_config(bits: int, axis: int) -> Config:
+def rescale_config(maps: Sequence[torch.Tensor], axis: int) -> Config:
     """That of the kernel which multiplies gradients: it is not searched for, as it ends at once where the factor is 1."""
-    return default(Key("backward_kernel", bits, "nhwc" if axis == CHANNELS else "nchw", 0, 8, 0))
+    bits, channels = 8 * maps[0].dtype.itemsize, max(x.shape[1] for x in maps)
+    return default(Key("backward_kernel", bits, "nhwc" if axis == CHANNELS else "nchw", channels, 8, 0))
 
 
 def choose(key: Key, gpu: str) -> Config:
