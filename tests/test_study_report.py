@@ -109,7 +109,9 @@ def test_words(page: str) -> None:
         "no gain on the feature MSE was shown for MasKD, customised; worse more often than better were ground-truth masks."
         in words
     )
+    assert "Against the student alone, MasKD, weighted was better in 1 of 1, and worse in 0." in words
     assert "**What to choose here**: MasKD, weighted." in words
+    assert "| feature MSE | 1 | 0 | 0 | +0.300 (1) |" in against_alone
 
 
 def test_nothing_better_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +120,14 @@ def test_nothing_better_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "| MasKD, weighted | 0 | 1 | 0 | +0.000 (1) |" in page
     assert "**What to choose here**: the feature MSE; no other loss was more often better than worse." in page
     assert "was shown for MasKD, weighted and MasKD, customised; worse" in page
+
+
+def test_a_student_that_is_better_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORES, ALONE, [0.81, 0.90, 0.99])
+    page = report.page(made_up(tmp_path / "made-up.jsonl"), "made-up.jsonl")
+    assert "Against the student alone, MasKD, weighted was better in 0 of 1, and worse in 1." in page
+    choice = f"MasKD, weighted; but nothing to distil in {CELL} after 10 steps, where the student alone was better."
+    assert f"**What to choose here**: {choice}" in page
 
 
 def test_costs_and_collapse(page: str) -> None:

@@ -157,7 +157,7 @@ def _words(found: Found) -> str:
     """Where masks help and where they do not, as the intervals say."""
     lines = ["## In plain words", "", *_summary(found)]
     for baseline in (MSE, ALONE):
-        compared = {variant: _compared(found, variant, baseline) for variant in VARIANTS if variant not in (ALONE, MSE)}
+        compared = {v: _compared(found, v, baseline) for v in VARIANTS if v not in (ALONE, baseline)}
         compared = {variant: each for variant, each in compared.items() if each}
         if not compared:
             lines += ["", f"No two pairs with the {baseline} yet."]
@@ -178,8 +178,7 @@ def _words(found: Found) -> str:
             means = [f"{statistics.mean(values):+.3f} ({len(values)})" if values else "-" for values in by_steps]
             lines.append("| " + " | ".join([variant, *verdicts, *means]) + " |")
         lines += ["", "In parentheses: cells, of which the mean is."]
-        if baseline == MSE:
-            lines += ["", *(f"- **{v}**: {_where(compared[v])}." for v in CORE if v in compared)]
+        lines += ["", *(f"- **{v}**: {_where(compared[v])}." for v in CORE if v in compared)]
     lines += [
         "",
         "One interval in 20 leaves out 0 by chance alone; pairs share teachers, so intervals are a little too narrow.",
@@ -224,12 +223,12 @@ def _summary(found: Found) -> list[str]:
     without = [v for v, n in counts.items() if n["ahead"] == n["behind"] == 0]
     worse = [v for v, n in counts.items() if n["behind"] > n["ahead"]]
     no_help = f"no gain on the {MSE} was shown for {_and(without)}; worse more often than better were {_and(worse)}."
-    lines = [f"**Where it does not help**: {no_help}", ""]
+    lines = [f"**Where it does not help**: {no_help}"]
     ranks = sorted(counts, key=lambda v: (counts[v]["behind"] - counts[v]["ahead"], -sum(counts[v].values())))
     best = ranks[0]
     ahead, behind, total = counts[best]["ahead"], counts[best]["behind"], sum(counts[best].values())
     if ahead <= behind:
-        return [*lines, f"**What to choose here**: the {MSE}; no other loss was more often better than worse."]
+        return [*lines, "", f"**What to choose here**: the {MSE}; no other loss was more often better than worse."]
     by_steps: dict[int, list[float]] = {}
     for (_, steps), d in _compared(found, best, MSE).items():
         by_steps.setdefault(steps, []).append(d.mean)
@@ -238,8 +237,16 @@ def _summary(found: Found) -> list[str]:
         f"**Where it helps**: {best} was better than the {MSE} in {ahead} of {total} comparisons, and worse in {behind}. "
         f"Its mean lead is {means}."
     )
-    unlabelled = f"; without labels, {ranks[1]}" if VARIANTS[best].loss == "truth" and ranks[1:] else ""
-    return [help_, "", *lines, f"**What to choose here**: {best}{unlabelled}."]
+    alone = _compared(found, best, ALONE)
+    verdicts = [d.verdict for d in alone.values()]
+    lines[0] += f" Against the {ALONE}, {best} was better in {verdicts.count('ahead')} of {len(alone)}, and worse in "
+    lines[0] += f"{verdicts.count('behind')}."
+    choice = best
+    if VARIANTS[best].loss == "truth" and ranks[1:]:
+        choice += f"; without labels, {ranks[1]}"
+    if harmed := [f"{cell} after {steps} steps" for (cell, steps), d in alone.items() if d.verdict == "behind"]:
+        choice += f"; but nothing to distil in {_and(harmed)}, where the {ALONE} was better"
+    return [help_, "", *lines, "", f"**What to choose here**: {choice}."]
 
 
 def _and(words: Sequence[str]) -> str:
@@ -337,7 +344,7 @@ def _setup(found: Found) -> str:
 - {s.teachers} teachers ({s.teacher_steps} steps), {s.seeds} student seeds, {schedules} steps; a student is a sixteenth of its
   teacher. A seed fixes the student's initialisation, that of the aligns, and the batches, for every variant.
 - Loss weights: {len(s.tries)} tries for each variant and cell, {len(s.tuning_seeds)} seeds of their own, with
-  {s.schedules[0]} steps of the first teacher, on validation.
+  {s.schedules[0]} steps of the first teacher, on validation. Longer schedules keep that weight, and may want a smaller one.
 - All losses see the teacher's features standardised per channel (or isotropically, where it says so), through the same aligns.
 - Cut to fit the time: all variants run only in "{'", "'.join(s.full) or "no cell"}", and there with {s.schedules[-1]} steps
   only those that run everywhere. 1, 2 and 12 tokens run with {s.schedules[0]} steps only."""
