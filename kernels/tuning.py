@@ -222,7 +222,8 @@ def _default_tile(key: Key) -> Config:
     if key.kernel == "forward_kernel" and key.bits == 32 and key.tokens > 32:
         return Config(32, 32, 256)  # larger, or with a pipeline, every Triton spills some layout on sm_90 or sm_100
     if narrow and key.bits < 64 and key.tokens <= 32:
-        return Config(32, 1024 // key.bits if key.tokens <= 16 else 32, 256)
+        few = key.bits == 16 and key.tokens <= 8
+        return Config(32, 1024 // key.bits if key.tokens <= 16 else 32, 128 if few else 256)
     if key.bits == 16:  # one stage: what the pipeline copies into shared memory, matrix products read with conflicts
         if key.kernel == "forward_kernel":  # it holds three sums for every token and pixel
             if key.tokens <= 8 or (key.layout == "nchw" and key.tokens <= 16):
