@@ -686,11 +686,14 @@ def _backward_numbers(
         *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
         *group.strides(student, teacher, written),
     ]  # fmt: skip
+    # no level is aligned: elements are loaded one by one, each with a register for its address, which sm_80 would spill
+    bound = max(group.aligns) == 1 and config.registers == 0 and s[0].dtype.itemsize < 8
+    registers = tuning.most_registers(min(255, 32768 // config.threads)) if bound else {}
     constants = {
         "VALID": valid, "POWER": mask_power, "DISTANCE": distance, "STANDARD": standard,
         "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
-        "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **group.constants,
+        "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **registers, **group.constants,
         "REVERSE": config.reverse, "EVICTION": "evict_first" if config.hints else "",
         "N": s[0].shape[0], **launch.two_parts("beta", beta),
     }  # fmt: skip

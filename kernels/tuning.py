@@ -250,8 +250,6 @@ def _is_narrow(key: Key) -> bool:
 
 def _default_registers(key: Key) -> int:
     """Enough for the kernels that were seen to spill when NVIDIA's assembler chose; 0 for all others."""
-    if key.kernel == "backward_kernel" and key.bits < 64:
-        return 168 if _default_tile(key).threads == 128 else 128
     if key.kernel not in ("forward_kernel", "mask_kernel", "token_gradient_kernel", "feature_gradient_kernel"):
         return 0
     if key.bits == 64 or key.kernel in ("forward_kernel", "feature_gradient_kernel"):
