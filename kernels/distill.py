@@ -244,17 +244,7 @@ def forward_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "first",
-        "Cs",
-        "Hs",
-        "Ws",
-        "indices",
-        "start",
-        "images",
-        "N",
-        "weight_ptr",
-        "loss_ptr",
-        "coefficient_ptr",
+        *("first", "Cs", "Hs", "Ws", "indices", "start", "images", "N", "weight_ptr", "loss_ptr", "coefficient_ptr"),
     ]
 )
 def finish_kernel(

@@ -35,6 +35,23 @@ def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were launched."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from maskd_triton.kernels import launch
+
+    names: list[str] = []
+    run = launch.run
+
+    def counting(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(kernel.fn.__name__)
+        run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(launch, "run", counting)
+    return names
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interpreter_as_a_gpu() -> Iterator[None]:
     """A kernel's float arguments are float32; the interpreter would hand them over in float64. And what it does besides a

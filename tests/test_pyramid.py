@@ -21,23 +21,6 @@ Target = tuple[str, str]
 LEVELS = [(2, 16, 4, 8), (2, 16, 3, 5), (2, 8, 1, 1), (2, 24, 2, 4), (2, 7, 3, 3), (2, 8, 1, 16), (2, 1, 5, 2)]
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were launched."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    from maskd_triton.kernels import launch
-
-    names: list[str] = []
-    run = launch.run
-
-    def counting(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel.fn.__name__)
-        run(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(launch, "run", counting)
-    return names
-
-
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("levels", range(1, 8))
 def test_stage_2(levels: int, layout: str, target: Target, launches: list[str]) -> None:

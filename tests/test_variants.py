@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from maskd_triton import functional as F
 
 pytest.importorskip("triton", reason="triton is not installed")
-from maskd_triton.kernels import distill, launch, tuning
+from maskd_triton.kernels import distill, tuning
 
 TRITON = ("triton", "cuda" if torch.cuda.is_available() else "cpu")
 LEVELS = [(3, 16, 2, 8), (3, 12, 3, 5)]
@@ -29,20 +29,6 @@ def chosen(**changes: bool) -> Iterator[None]:
     """Inside, the backward kernel has a configuration with these changes."""
     with tuning.forced("backward_kernel", tuning.Config(16, 32, 128, **changes)):
         yield
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were launched."""
-    names: list[str] = []
-    run = launch.run
-
-    def noting(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel.fn.__name__.partition("_")[0])
-        run(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(launch, "run", noting)
-    return names
 
 
 LEVEL = 3 * 3 * 16 * 2 * 8  # elements of the first level in all images, of student, teacher and gradient
@@ -131,10 +117,10 @@ def test_a_criterion_with_a_weight(standardize: bool, launches: list[str]) -> No
             launches.clear()
             loss = criterion(student, [t.to(TRITON[1]) for t in problem.teacher])
             if changes:
-                assert launches == ["forward", "finish", "backward"] * 4
+                assert launches == ["forward_kernel", "finish_kernel", "backward_kernel"] * 4
             loss.backward()
             if changes:
-                assert launches[12:] == ["rescale"]
+                assert launches[12:] == ["rescale_kernel"]
         found.append((loss.detach(), [s.grad for s in student]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
 
@@ -298,7 +284,7 @@ def test_nothing_is_written_where_nothing_is_wanted(problem: Problem, student: l
         with torch.no_grad():
             problem.loss(TRITON, student)
         problem.loss(TRITON, [s.detach() for s in student])
-    assert launches == ["forward", "finish"] * 2
+    assert launches == ["forward_kernel", "finish_kernel"] * 2
 
 
 def test_float16_waits_for_its_loss_scale(launches: list[str]) -> None:
@@ -308,7 +294,7 @@ def test_float16_waits_for_its_loss_scale(launches: list[str]) -> None:
     with chosen(with_loss=True):
         loss = problem.loss(TRITON, student)
         grads = torch.autograd.grad(1e-5 * loss * 2**16, student)
-    assert launches == ["forward", "finish", "backward"]
+    assert launches == ["forward_kernel", "finish_kernel", "backward_kernel"]
     assert all((g != 0).any() for g in grads)
 
 
@@ -340,7 +326,7 @@ def test_maps_that_no_kernel_reads_in_place(problem: Problem, launches: list[str
     student = [in_layout(s, "batch_last").to(TRITON[1]).requires_grad_() for s in problem.student]
     with chosen(with_loss=True):
         got = torch.autograd.grad(problem.loss(TRITON, student), student)
-    assert launches == ["forward", "finish", "backward"]
+    assert launches == ["forward_kernel", "finish_kernel", "backward_kernel"]
     _, want = problem.literal(custom_mask=False)
     for g, e in zip(got, want, strict=True):
         close(g, e, 1e-5)
