@@ -1,8 +1,8 @@
 """Variants of stage 2's backward pass against the plain one, on a GPU: ``python -m bench.variants``.
 
 Forward and backward pass of ``fpn`` with 2 and 16 images, both layouts, with the tile that is configured and every choice of
-reversed tiles, hints for L2 and the gradient with the loss. Each is timed eagerly, with L2 flushed before the forward pass, and
-replayed as a CUDA graph, which leaves the host out. `maskd_triton.kernels.autotune` makes the same choice for its own keys.
+`autotune.variants`. Each is timed eagerly, with L2 flushed before the forward pass, and replayed as a CUDA graph, which leaves
+the host out. `maskd_triton.kernels.autotune` makes the same choice for its own keys.
 Without a GPU it says so and exits with 2.
 """
 
@@ -38,13 +38,13 @@ def rows(workload: Workload, device: torch.device, seconds: float) -> list[dict[
     bits = 8 * student[0].dtype.itemsize
     plain = tuning.config(BACKWARD, [addressable(x) for x in student], bits, fast, workload.tokens)
     found = []
-    for config in autotune.variants(replace(plain, reverse=False, hints=False, with_loss=False)):
+    for config in autotune.variants(replace(plain, reverse=False, hints=False, keep=False, with_loss=False)):
         with tuning.forced(BACKWARD, config):
             eager = measure.time(lambda: autotune.step(student, teacher, options), device, seconds)
             graph = measure.time(captured(lambda: autotune.step(student, teacher, options)), device, seconds)
         row = {"workload": str(workload), "config": asdict(config), "ms": eager.median_ms, "graph_ms": graph.median_ms}
         found.append(row)
-        on = [name for name in ("reverse", "hints", "with_loss") if row["config"][name]]
+        on = [name for name in ("reverse", "hints", "keep", "with_loss") if row["config"][name]]
         print(f"{workload}: {' '.join(on) or 'plain':24s} {eager.median_ms:.4f} ms, graph {graph.median_ms:.4f} ms", flush=True)
     return found
 

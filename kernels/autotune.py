@@ -58,8 +58,8 @@ def candidates(key: Key) -> list[Config]:
 
 def variants(config: Config) -> list[Config]:
     """The configuration of stage 2's backward kernel as it is, then with its variants."""
-    names = ("reverse", "hints", "with_loss")
-    return [replace(config, **dict(zip(names, on, strict=True))) for on in itertools.product((False, True), repeat=len(names))]
+    found = [replace(config, reverse=r, hints=h) for r in (False, True) for h in (False, True)]
+    return [replace(c, keep=how == "keep", with_loss=how == "with loss") for how in ("", "keep", "with loss") for c in found]
 
 
 def cold_median(call: Callable[[], object]) -> float:

@@ -46,9 +46,9 @@ def _forward_tile(
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """Masks and partial sums of BLOCK_P pixels; ``s_ptr`` and ``t_ptr`` are those of the image."""
+    """Masks and partial sums of BLOCK_P pixels; ``s_ptr`` and ``t_ptr`` are those of the image. EVICTION: of features."""
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
     logits = tl.zeros((T_SPLIT * TP, BLOCK_P), ACC)
@@ -61,8 +61,10 @@ def _forward_tile(
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
-        t = tl.load(t_ptr + tile_offsets(c, p, t_row, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
-        s = tl.load(s_ptr + tile_offsets(c, p, s_row, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+        t_at = t_ptr + tile_offsets(c, p, t_row, T_FAST, ALIGN, WIDE)
+        s_at = s_ptr + tile_offsets(c, p, s_row, S_FAST, ALIGN, WIDE)
+        t = tl.load(t_at, mask=mask, other=0.0, eviction_policy=EVICTION)
+        s = tl.load(s_at, mask=mask, other=0.0, eviction_policy=EVICTION)
         if not GIVEN:
             logits = add_projection(logits, load_rows(raw_token_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if WEIGHTED:
@@ -202,7 +204,7 @@ def forward_kernel(
     CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part_ptr += program.to(tl.int64) * 3 * T
@@ -233,7 +235,7 @@ def forward_kernel(
                     pick(mask_ptrs, level, LEVELS), pick(cosine_ptrs, level, LEVELS), part_ptr,
                     warmup, beta_high, beta_low, C, P, s_row, t_row, GIVEN, VALID, POWER, DISTANCE,
                     CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC,
-                    T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+                    T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES, EVICTION,
                 )  # fmt: skip
             elif WEIGHTED:
                 _border_run(
@@ -515,30 +517,32 @@ _Backward = tuple[launch.Group, int, launch.Numbers]
 def _plan_forward(
     variant: _Variant, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
 ) -> tuple[bool, bool, list[tuple[list[_Forward], list[_Backward]]]]:
-    """Whether the maps can be read in place; whether gradients are written with the loss; the launches, part by part in that
-    case."""
+    """Whether the maps can be read in place; whether gradients are written with the loss; the launches, in parts where the
+    configuration asks for that."""
     heights = [s.shape[2] for s in maps[0]]
     student, teacher = ([launch.addressable(x) for x in each] for each in maps)
     groups = launch.groups(student, teacher, parameters=parameters)
     in_place = launch.in_place(maps, (student, teacher))
     n, num_tokens = student[0].shape[0], variant.num_tokens
     configs = [group.config("forward_kernel", num_tokens, student, teacher) for group in groups]
-    with_loss = (
-        variant.differentiable
-        and all(group.config("backward_kernel", num_tokens, student, teacher).with_loss for group in groups)
-        and in_place
-        and _may_go_with_loss(student)
-    )
+    chosen = [group.config("backward_kernel", num_tokens, student, teacher) for group in groups if variant.differentiable]
+    with_loss = len(chosen) > 0 and all(c.with_loss for c in chosen) and in_place and _may_go_with_loss(student)
     backwards = launch.groups(student, teacher, student) if with_loss else []
     configs_backward = [group.config("backward_kernel", num_tokens, student, teacher) for group in backwards]
-    parts = tuning.parts_in_l2(n, student, teacher, student) if with_loss else [(range(len(student)), 0, n)]
+    kept: list[tuning.Part] = []
+    parts: list[tuning.Part] = [(range(len(student)), 0, n)]
+    if with_loss:
+        parts = tuning.parts_in_l2(n, student, teacher, student)
+    elif chosen and all(c.keep for c in chosen):
+        parts, kept = tuning.kept_in_l2(n, student, teacher)
     options = num_tokens, variant.standard, variant.valid, variant.mask_power, variant.distance, variant.beta
     passes = []
-    for levels, start, images in parts:
+    for levels, start, images in (*parts, *kept):
         forward, backward = [], []
+        keep = (levels, start, images) in kept
         for group, config in zip(groups, configs, strict=True):
             if part := group.of(levels):
-                numbers = _forward_numbers(part, config, student, teacher, heights, variant, images)
+                numbers = _forward_numbers(part, config, student, teacher, heights, variant, images, keep)
                 forward.append((part, start, *numbers))
         for group, config in zip(backwards, configs_backward, strict=True):
             if part := group.of(levels):
@@ -561,6 +565,7 @@ def _forward_numbers(
     heights: Sequence[int],
     variant: _Variant,
     images: int,
+    keep: bool,
 ) -> tuple[launch.Numbers, launch.Numbers]:
     s, n = group.own(student), student[0].shape[0]
     num_tokens, weighted = variant.num_tokens, variant.weighted
@@ -581,7 +586,8 @@ def _forward_numbers(
         "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "DISTANCE": variant.distance,
         "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
-        "BLOCK_C": block_c, "STAGES": config.num_stages, **config.program, **group.constants, **common,
+        "BLOCK_C": block_c, "STAGES": config.num_stages, "EVICTION": "evict_last" if keep else "",
+        **config.program, **group.constants, **common,
         **launch.two_parts("beta", variant.beta),
     }  # fmt: skip
     finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)

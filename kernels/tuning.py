@@ -37,8 +37,9 @@ class Config:
     """Channels and pixels of a tile, threads of a program, stages of the load pipeline, registers of a thread.
 
     Variants of stage 2's backward kernel, off until a measured file chooses them: ``reverse``: tiles are walked from the last
-    to the first. ``hints``: features are the first to leave L2 once they are read, and gradients. ``with_loss``: it runs in the
-    forward pass, after each of the `parts_in_l2` of student, teacher and gradient.
+    to the first. ``hints``: features are the first to leave L2 once they are read, and gradients. ``keep``: the
+    forward pass marks what it reads last as the last to leave, see `kept_in_l2`. ``with_loss``: it runs in the forward pass,
+    after each of the `parts_in_l2` of student, teacher and gradient; nothing is kept then.
 
     Where ``registers`` is 0, NVIDIA's assembler chooses how many. For one more program per multiprocessor it then spills a few
     of them, which Triton's versions do in different kernels; where it is told how many there may be, it does not.
@@ -51,6 +52,7 @@ class Config:
     registers: int = 0
     reverse: bool = False
     hints: bool = False
+    keep: bool = False
     with_loss: bool = False
 
     @property
@@ -107,6 +109,25 @@ def parts_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> list[Part]:
     """All levels of ``n`` images, in parts whose ``maps`` half of the L2 cache holds, or of one image of one level."""
     sizes = [sum(x.nbytes for x in level) // n for level in zip(*maps, strict=True)]
     return parts(n, sizes, _l2_bytes(maps[0][0].device) // 2)
+
+
+def kept_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> tuple[list[Part], list[Part]]:
+    """All levels of ``n`` images in order, cut where three quarters of the L2 cache hold the rest, which is the second list."""
+    sizes = [sum(x.nbytes for x in level) // n for level in zip(*maps, strict=True)]
+    return cut(n, sizes, _l2_bytes(maps[0][0].device) * 3 // 4)
+
+
+def cut(n: int, sizes: Sequence[int], most: int) -> tuple[list[Part], list[Part]]:
+    """The last levels, and the last images of the level before them, that fit into ``most`` bytes; what comes before, first."""
+    level, left = len(sizes), most
+    while level and n * sizes[level - 1] <= left:
+        level -= 1
+        left -= n * sizes[level]
+    images = left // sizes[level - 1] if level else 0
+    before: list[Part] = [(range(level - 1), 0, n), (range(level - 1, level), 0, n - images)] if level else []
+    last: list[Part] = [(range(level - 1, level), n - images, images)] if images else []
+    last.append((range(level, len(sizes)), 0, n))
+    return [part for part in before if part[0]], [part for part in last if part[0]]
 
 
 def parts(n: int, sizes: Sequence[int], most: int) -> list[Part]:

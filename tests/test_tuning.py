@@ -130,7 +130,7 @@ def test_the_fastest_variant_is_written() -> None:
 
     assert autotune.tune([key], torch.device("cpu"), clock=clock) == {key: wanted}
     assert tuning.config(key.kernel, [torch.empty(2, 16, 32)], 32, 0, 6) == wanted
-    assert len(results) == 1 + 8
+    assert len(results) == 1 + 12
     for gradient in results[2:]:
         assert torch.equal(gradient, results[1])
 

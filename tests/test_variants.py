@@ -20,7 +20,7 @@ from maskd_triton.kernels import distill, tuning
 
 TRITON = ("triton", "cuda" if torch.cuda.is_available() else "cpu")
 LEVELS = [(3, 16, 2, 8), (3, 12, 3, 5)]
-IN_PLACE = {"reverse": True, "hints": True}
+IN_PLACE = {"reverse": True, "hints": True, "keep": True}
 ALL = IN_PLACE | {"with_loss": True}
 
 
@@ -56,6 +56,22 @@ def test_parts_of_a_pyramid(most: int, sizes: tuple[int, ...], parts: list[tuple
     maps = [torch.empty(3, size, dtype=torch.uint8) for size in sizes]
     with mock.patch.object(tuning, "_l2_bytes", return_value=4 * most):
         assert tuning.parts_in_l2(3, maps, maps) == parts
+
+
+@pytest.mark.parametrize(
+    ("most", "first", "kept"),
+    [
+        (300, [], [(0, 3, 0, 3)]),
+        (150, [(0, 1, 0, 3)], [(1, 3, 0, 3)]),
+        (190, [(0, 1, 0, 2)], [(0, 1, 2, 1), (1, 3, 0, 3)]),
+        (80, [(0, 1, 0, 3), (1, 2, 0, 3)], [(2, 3, 0, 3)]),
+        (10, [(0, 2, 0, 3), (2, 3, 0, 3)], []),
+    ],
+)
+def test_what_is_kept(most: int, first: list[tuple[int, ...]], kept: list[tuple[int, ...]]) -> None:
+    """Of three images of 40, 30 and 20 bytes a level: levels from and to, first image and number."""
+    parts = tuning.cut(3, (40, 30, 20), most)
+    assert [[(p[0].start, p[0].stop, *p[1:]) for p in each] for each in parts] == [first, kept]
 
 
 def same(got: tuple[Tensor, list[Tensor]], want: tuple[Tensor, list[Tensor]]) -> None:

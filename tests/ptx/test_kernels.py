@@ -273,8 +273,8 @@ def test_variants_are_in_the_code() -> None:
     """Reversed, the last program takes the first tile; hints are policies of L2."""
     x, y, masks = torch.randn(2, 64, 4, 8), torch.randn(2, 64, 4, 8), torch.rand(2, 3, 4, 8)
     criterion = MaskedDistillLoss(64, None, impl="triton")
-    tiles, policies = [], []
-    for changes in ({}, {"reverse": True, "hints": True}):
+    tiles, policies, kept = [], [], []
+    for changes in ({}, {"reverse": True, "hints": True, "keep": True}):
         with (
             virtual_gpu(90) as gpu,
             gpu.recording() as records,
@@ -285,9 +285,11 @@ def test_variants_are_in_the_code() -> None:
         written = records[-1].written
         tiles.append([written[program, "g_ptrs"].nonzero()[0].min() for program in range(len(written))])
         policies.append(counts[-1].operations["createpolicy"])
+        kept.append(counts[0].operations["createpolicy"])
     assert len(tiles[0]) == 4
     assert tiles[0] == sorted(tiles[0]) == tiles[1][::-1]
-    assert policies[0] == 0 < policies[1]
+    assert policies[0] == kept[0] == 0
+    assert min(policies[1], kept[1]) > 0
 
 
 def test_every_kernel_is_launched() -> None:
