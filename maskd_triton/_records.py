@@ -69,10 +69,8 @@ class DistillOptions(NamedTuple):
         valid: bytes ``[N, P_i]`` of every level, pixels that count; none: all.
         masks: ``[N, T, P_i]`` of every level in place of those of the tokens; none: those of the tokens.
         weights: ``[levels, N, T]`` in place of the weighting.
-        step: int64 scalar; masks follow the student once it has reached ``warmup``. None: from the start.
-        custom_mask: masks follow the student at all.
-        warmup: see ``step``.
-        counted: ``step`` counts this call when it is over, so one that a backward pass repeats sees the step before.
+        customised: bool scalar on the features' device, whether masks follow the student in this call; None: they do.
+        custom_mask: False: masks never follow the student.
         mask_power: power of the mask in front of the distance, 2 or 1.
         eps: added to mask areas.
         distance: of a pixel's features, ``"squared"``, ``"smooth_l1"`` or ``"cosine"``.
@@ -83,10 +81,8 @@ class DistillOptions(NamedTuple):
     valid: Tensors = ()
     masks: Tensors = ()
     weights: Tensor | None = None
-    step: Tensor | None = None
+    customised: Tensor | None = None
     custom_mask: bool = False
-    warmup: int = 0
-    counted: bool = False
     mask_power: int = 2
     eps: float = 1e-12
     distance: str = "squared"

@@ -149,9 +149,8 @@ def masked_distill_loss(
     check.step(warmup_step, "warmup_step", device)
     options = DistillOptions(
         tables=distill_tables(tokens or (), weighting, standardize),
-        step=warmup_step,
+        customised=None if warmup_step is None else warmup_step >= check.count(custom_mask_warmup, "custom_mask_warmup"),
         custom_mask=check.flag(custom_mask, "custom_mask"),
-        warmup=check.count(custom_mask_warmup, "custom_mask_warmup"),
         mask_power=check_power(mask_power),
         distance=check_distance(distance),
         beta=check.positive(beta, "beta"),
@@ -206,7 +205,7 @@ def distill(
         )
         whole = _distributed.whole
         options = options._replace(
-            tables=DistillTables(*([whole(x) for x in field] for field in options.tables)), step=whole(options.step)
+            tables=DistillTables(*([whole(x) for x in field] for field in options.tables)), customised=whole(options.customised)
         )
         loss, latest = distill(
             levels._replace(students=students, teachers=teachers),
@@ -255,8 +254,8 @@ def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions
     except RuntimeError:  # a nested tensor has no shape
         return _check_looks(levels, channels, options)
     others = [e.device for e in options.tables.tokens]
-    if options.step is not None:
-        others.append(options.step.device)
+    if options.customised is not None:
+        others.append(options.customised.device)
     looks = (torch.is_grad_enabled(), *channels, *maps, *others)
     if looks not in _FITTING:
         _check_looks(levels, channels, options)
@@ -274,7 +273,8 @@ def _check_looks(levels: Matched, channels: Sequence[int], options: DistillOptio
         check.pair(s, t, names, channels[i] if channels else None, first, f"student{labels[0]}")
     for token in options.tables.tokens:
         check.on_device(token, "tokens", first.device)
-    check.step(options.step, "warmup_step", first.device)
+    if options.customised is not None:
+        check.on_device(options.customised, "warmup_step", first.device)
 
 
 def check_distance(distance: str) -> str:

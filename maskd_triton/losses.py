@@ -285,10 +285,8 @@ class MaskedDistillLoss(nn.Module):
         levels = self._prepared(levels, valid)
         options = DistillOptions(
             tables=self._tables(levels.students[0].dtype, mask_weights is None) if masks is None else DistillTables(),
-            step=step,
+            customised=step >= min(self.custom_mask_warmup + (counts and again), 2**63 - 1),  # a repeated call was counted
             custom_mask=self.custom_mask and masks is None,
-            warmup=self.custom_mask_warmup,
-            counted=counts,
             mask_power=self.mask_power,
             distance=self.distance,
             beta=self.beta,

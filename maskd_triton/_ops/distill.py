@@ -33,7 +33,7 @@ def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> D
 
 @operator(
     "(Tensor[] student, Tensor[] teacher, str impl, Tensor[] tables, Tensor[] valid, Tensor[] masks, Tensor? weights, "
-    "Tensor? step, bool custom_mask, SymInt warmup, bool counted, SymInt mask_power, float eps, str distance, float beta) "
+    "Tensor? customised, bool custom_mask, SymInt mask_power, float eps, str distance, float beta) "
     "-> (Tensor, Tensor, Tensor, Tensor[], Tensor[])",
     fake=lambda student, teacher, impl, *options: _new(student, _options(student, *options)),
 )
@@ -45,8 +45,6 @@ def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: A
 
 def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
     outputs = _new(student, options)
-    if options.counted and graph_task() != -1:
-        options = options._replace(warmup=min(options.warmup + 1, 2**63 - 1))
     forward = kernels("distill").forward if impl == "triton" else _eager.distill_forward
     forward(student, teacher, options, outputs)
     return outputs
