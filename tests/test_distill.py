@@ -455,7 +455,7 @@ def test_when_offsets_become_wide() -> None:
     from maskd_triton.kernels import launch
 
     for channels, pixels, wide in [(2, 2**30, False), (2, 2**30 + 1, True), (1, 2**31, False), (4096, 2**19, False)]:
-        (group,) = launch.groups([torch.empty((4, channels, pixels), device="meta")])
+        (group,) = launch.groups([*map(launch.Map.of, launch.looks([torch.empty((4, channels, pixels), device="meta")]))])
         assert group.wide is wide
 
 

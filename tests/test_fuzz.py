@@ -30,8 +30,8 @@ def test_random_cases(impl: str, block: int, record_property: Any, monkeypatch: 
 
 
 def wide_offsets(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskd_triton.kernels import launch
+    from maskd_triton.kernels import launch, tuning
 
-    monkeypatch.setattr(launch, "PLANS", {})
+    tuning.forget()
     if wide:
-        monkeypatch.setattr(launch, "is_wide", lambda *_: True)
+        monkeypatch.setattr(launch.Map, "is_wide", True)
