@@ -117,8 +117,8 @@ def test_stage_1(levels: int, weighted: bool, need_x: bool, target: Target, laun
     )
     if impl == "triton":
         count = launches_of(LEVELS[:levels], layout, 8)
-        forward = ["mask_kernel", "finish_kernel", *["gate_kernel"] * weighted]
-        backward = ["token_gradient_kernel", "add_shares_kernel", *["feature_gradient_kernel"] * need_x]
+        forward = ["mask_kernel", *["gate_kernel"] * weighted]
+        backward = ["token_gradient_kernel", *["feature_gradient_kernel"] * need_x]
         assert launches == forward * count + backward * count
     else:
         assert not launches

@@ -222,7 +222,7 @@ def launched(stage: int, case: Case) -> set[str]:
     pooled = {"pool.pool_kernel"} if case.valid and case.weighted and not case.given else set()
     if stage == 2:
         return pooled | {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
-    always = {"learn.mask_kernel", "learn.finish_kernel", "learn.token_gradient_kernel", "learn.add_shares_kernel"}
+    always = {"learn.mask_kernel", "learn.token_gradient_kernel"}
     gated = {"learn.gate_kernel"} if case.weighted and not case.valid else set()
     return pooled | always | gated | ({"learn.feature_gradient_kernel"} if case.inputs else set())
 
