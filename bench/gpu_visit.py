@@ -55,7 +55,6 @@ PARTS = (
     Part("fpn-n2-compiled", 100, module("bench", "fpn", *BF16, "--compile")),
     Part("fpn-n16", 100, module("bench", "fpn", "--batch", "16", *BF16)),
     Part("fpn-n2-stage1", 100, module("bench", "fpn", "--stage", "1", *BF16)),
-    Part("variants", 60, module("bench.variants")),
     Part("autotune", 200, lambda out: [sys.executable, "-m", "bench.autotune", "--bits", "16", "--out", str(out)]),
     Part("growth", 60, module("bench", "--growth", "--dtype", "bf16", "--seconds", "0.05")),
     Part("share", 60, module("bench.share", "--dtype", "bf16")),

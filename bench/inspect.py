@@ -24,7 +24,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,7 +46,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = (
-    *(distill.forward_kernel, distill.finish_kernel, distill.backward_kernel, distill.rescale_kernel),
+    *(distill.forward_kernel, distill.finish_kernel, distill.backward_kernel),
     *(learn.mask_kernel, learn.finish_kernel, learn.gate_kernel),
     *(learn.token_gradient_kernel, learn.add_shares_kernel, learn.feature_gradient_kernel),
     pool.pool_kernel,
@@ -54,7 +54,6 @@ KERNELS = (
 # Feature maps that a kernel reads, each of which must come 16 bytes at a time
 FEATURE_MAPS = {
     **{"forward_kernel": 2, "backward_kernel": 2, "mask_kernel": 1, "gate_kernel": 1},
-    **{"rescale_kernel": 1},
     **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1, "pool_kernel": 1},  # the first reads x twice
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -194,7 +193,6 @@ def compile_case(case: Case, target: str) -> dict[str, Compiled]:
         student, teacher = ([x.unflatten(2, size) for x, size in zip(each, case.sizes, strict=True)] for each in (s, t))
         distill.forward(student, teacher, options, outputs)
         distill.backward(student, teacher, loss, outputs.kept(options))
-        distill.rescale(student, loss, case.valid)
         learn.forward(t, learn_options, loss, kept)
         learn.backward(t, learn_options, s, loss[:, 0], kept, parameters_of_learn, own_weights, True)
         if valid:
@@ -324,16 +322,7 @@ def cases() -> list[Case]:
     distances += [
         Case(d, "nhwc", distance="cosine", tokens=t, standard=True) for d, t in (("bf16", 6), ("fp32", 6), ("bf16", 64))
     ]
-    return branches + flags + counts + mixed + padded + sizes + distances + variants() + shipped_cases()
-
-
-def variants() -> list[Case]:
-    """Those of the backward kernel that are other code."""
-    found = []
-    for dtype, bits, layout in (("bf16", 16, "nchw"), ("fp32", 32, "nhwc")):
-        plain = tuning.default(tuning.Key("backward_kernel", bits, layout, 256, 8, 18))
-        found.append(Case(dtype, layout, shipped=("backward_kernel", replace(plain, reverse=True, hints=True))))
-    return found
+    return branches + flags + counts + mixed + padded + sizes + distances + shipped_cases()
 
 
 def shipped_cases() -> list[Case]:

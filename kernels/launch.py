@@ -5,7 +5,7 @@ graph keeps them.
 """
 
 import ctypes
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,16 +78,6 @@ def written_to(maps: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor
     return list(maps)
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements lie next to each other, in some order of the axes: ``empty_like`` then has the same strides."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _contiguous_along(x: Tensor, axis: int) -> bool:
     dim = 2 if axis == PIXELS else 1
     return x.stride(dim) == 1 or x.shape[dim] == 1
@@ -113,11 +103,6 @@ class Group:
     fast: tuple[int, ...]
     wide: bool
     aligns: list[int]
-
-    def of(self, levels: Container[int]) -> "Group | None":
-        """The same for those of its levels that are among ``levels``, if any."""
-        kept = [(i, align) for i, align in zip(self.levels, self.aligns, strict=True) if i in levels]
-        return Group([i for i, _ in kept], self.fast, self.wide, [align for _, align in kept]) if kept else None
 
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""

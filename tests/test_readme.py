@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import l2, publish
+from bench import publish
 from bench.workloads import GROWTH
 from maskd_triton._hooks import Where
 from maskd_triton.diagnostics import gradient_ratio
@@ -153,26 +153,6 @@ def test_counts() -> None:
     for (_, dtype, layout, kernel), row in known.items():
         like = known["sm_90", dtype.replace("fp16", "bf16"), layout, kernel]
         assert all(abs(row[figure] - like[figure]) < 0.07 for figure in ("instructions", "shared", "asked"))
-
-
-def test_l2() -> None:
-    known = json.loads((ROOT / "bench/results/l2.json").read_text())
-    section = PERFORMANCE.split("## DRAM traffic, modelled")[1].split("\n## ")[0]
-    for layout in l2.LAYOUTS:
-        assert f"\n\n{l2.table(known['rows'], layout)}\n\n" in section
-    assert f"[l2.json](../bench/results/l2.json), {known['date'][:10]})" in section
-    totals: dict[str, list[float]] = {}
-    for row in known["rows"]:
-        totals.setdefault(f"{row['layout']} {row['images']} {row['cache']} {row['between']}", []).append(row["total"])
-        assert row["written"] == 1.05 or "rescaled" in row["variant"]
-    floor = min(min(each) for each in totals.values())
-    assert f"{floor:.2f} units are the floor" in section
-    one_pass = len(l2.ONE_PASS)
-    assert all(each[0] - min(each[:one_pass]) < 0.2 for case, each in totals.items() if " 16 " in case)
-    assert all(each[0] < min(each[-len(l2.WITH_LOSS) :]) for case, each in totals.items() if " 50 " in case)
-    launches = {(x["images"], x["cache"], x["variant"]): x["launches"] for x in known["rows"]}
-    small, large = (launches[16, capacity // l2.MIB, "with loss"] for capacity in l2.CACHES)
-    assert f"{small} launches of each kernel for 16 images and 50 MiB, and {large} for 126 MiB" in " ".join(section.split())
 
 
 def test_defaults() -> None:

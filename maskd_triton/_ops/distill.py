@@ -40,24 +40,16 @@ def _options(student: Sequence[Tensor], tables: list[Tensor], *others: Any) -> D
 def distill(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) -> Distilled:
     """``student``, ``teacher``: ``[N, C_i, H_i, W_i]`` of every level, any strides; ``options``: a `DistillOptions`, its
     tables flat. Returns a `Distilled`."""
-    return _distill(student, teacher, impl, _options(student, *options))[0]
+    return _distill(student, teacher, impl, _options(student, *options))
 
 
-def _distill(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    impl: str,
-    options: DistillOptions,
-    scale: Tensor | None = None,
-) -> tuple[Distilled, list[Tensor]]:
-    """The outputs, and the gradients of losses times ``scale`` if the kernels are configured to write them with the loss."""
+def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
     outputs = _new(student, options)
     if options.counted and graph_task() != -1:
         options = options._replace(warmup=min(options.warmup + 1, 2**63 - 1))
-    if impl == "triton":
-        return outputs, kernels("distill").forward(student, teacher, options, outputs, scale)
-    _eager.distill_forward(student, teacher, options, outputs)
-    return outputs, []
+    forward = kernels("distill").forward if impl == "triton" else _eager.distill_forward
+    forward(student, teacher, options, outputs)
+    return outputs
 
 
 @operator(
@@ -79,35 +71,27 @@ class _Distill(Function):
     def forward(
         impl: str,
         reduction: str,
-        wanted: bool,
         teacher: list[Tensor],
         options: DistillOptions,
         scale: Tensor,
         *student: Tensor,
     ) -> tuple[Tensor, ...]:
-        grads: list[Tensor] = []
         if needs_dispatcher((*student, *teacher)):
             outputs = Distilled(*distill(list(student), teacher, impl, flat(options.tables), *options[1:]))
         else:
-            outputs, grads = _distill(student, teacher, impl, options, scale if wanted else None)
+            outputs = _distill(student, teacher, impl, options)
         loss = outputs.per_image * scale
         if reduction != "images":
             loss = loss.sum() if reduction == "sum" else loss.sum(1)
-        # with gradients, something that depends on the student, for `once_differentiable`, and that no user can write to
-        handle = [loss.new_empty(0)] if grads else []
-        return loss, *outputs[:3], *outputs.masks, *outputs.cosines, *grads, *handle
+        return loss, *outputs[:3], *outputs.masks, *outputs.cosines
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.impl, _, _, teacher, options, scale, *student = inputs
-        outputs, grads = _distilled(output[1:], len(student), options)
-        ctx.mark_non_differentiable(*(output[1:-1] if grads else output[1:]))
+        ctx.impl, _, teacher, options, scale, *student = inputs
+        outputs = _distilled(output[1:], len(student))
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros as large as the masks, otherwise
-        ctx.levels, ctx.with_loss = len(student), len(grads) > 0
-        if grads:
-            ctx.padded = len(options.valid) > 0
-            ctx.save_for_backward(scale, outputs.per_image, *grads)
-            return
+        ctx.levels = len(student)
         coefficients, *maps, power, distance, beta = outputs.kept(options)
         maps = [student, teacher, *maps]
         ctx.options, ctx.lengths = (power, distance, beta), [len(x) for x in maps]
@@ -117,48 +101,28 @@ class _Distill(Function):
     @once_differentiable("distill_backward")
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * (6 + ctx.levels)
+            return (None,) * (5 + ctx.levels)
         scale, per_image, *saved = ctx.saved_tensors
         grad = (grad[:, None] if grad.dim() == 1 else grad).expand_as(per_image)
-        to_scale = (grad * per_image).sum() if ctx.needs_input_grad[5] else None
-        if ctx.with_loss:
-            to_student = _rescaled(saved[:-1], grad, ctx.padded)
-        else:
-            coefficients, *levels = saved
-            student, teacher, *kept = in_lists(levels, ctx.lengths)
-            arguments = student, teacher, ctx.impl, grad * scale, coefficients, *kept, *ctx.options
-            to_student = call(distill_backward, levels, *arguments)
-        return None, None, None, None, None, to_scale, *to_student
+        to_scale = (grad * per_image).sum() if ctx.needs_input_grad[4] else None
+        coefficients, *levels = saved
+        student, teacher, *kept = in_lists(levels, ctx.lengths)
+        arguments = student, teacher, ctx.impl, grad * scale, coefficients, *kept, *ctx.options
+        return None, None, None, None, to_scale, *call(distill_backward, levels, *arguments)
 
 
-def _rescaled(grads: list[Tensor], grad: Tensor, padded: bool) -> list[Tensor]:
-    """Gradients that were written with the loss, times the upstream gradient ``grad [levels, N]``."""
-    if needs_dispatcher((grad, *grads)):
-        products = [(g * up[:, None, None, None]).to(g.dtype) for g, up in zip(grads, grad, strict=True)]
-        return [torch.where(g == 0, g, x) for g, x in zip(grads, products, strict=True)] if padded else products
-    if torch._C._autograd._get_current_graph_task_keep_graph():  # another backward pass may want them as they are
-        grads = [g.clone() for g in grads]
-    kernels("distill").rescale(grads, grad, padded)
-    return grads
-
-
-def _distilled(outputs: Sequence[Tensor], levels: int, options: DistillOptions) -> tuple[Distilled, Sequence[Tensor]]:
-    """What `_Distill` gives beside the loss, as it was: outputs of an operator, and gradients with a handle, if any."""
-    cosines = 3 + levels
-    grads = cosines + levels * (options.distance == "cosine")
+def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
+    """What `_Distill` gives beside the loss, as it was: outputs of an operator."""
     per_image, weights, coefficients = outputs[:3]
-    return Distilled(per_image, weights, coefficients, outputs[3:cosines], outputs[cosines:grads]), outputs[grads:]
+    return Distilled(per_image, weights, coefficients, outputs[3 : 3 + levels], outputs[3 + levels :])
 
 
 def distill_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str, scale: Tensor, reduction: str
 ) -> tuple[Tensor, Distilled]:
     """Stage 2: the loss, differentiable in ``student`` and in ``scale``, its factor, and the operator's outputs as they are."""
-    wanted = torch.is_grad_enabled() and any(s.requires_grad for s in student)
-    loss, *outputs = _Distill.call(
-        (*student, *teacher, scale), impl, reduction, wanted, list(teacher), options, scale, *student
-    )
-    return loss, _distilled(outputs, len(student), options)[0]
+    loss, *outputs = _Distill.call((*student, *teacher, scale), impl, reduction, list(teacher), options, scale, *student)
+    return loss, _distilled(outputs, len(student))
 
 
 def masked_distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:
