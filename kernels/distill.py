@@ -401,7 +401,7 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
     tokens, rows, bias, teacher_tokens, token_bias, statistics = [[x.contiguous() for x in field] for field in options.tables]
     teacher_tokens = teacher_tokens or tokens
     variant = _Variant(
-        num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.step is not None,
+        num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.customised is not None,
         len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power, options.distance,
         options.beta, options.eps,
     )  # fmt: skip
@@ -418,7 +418,7 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
                     *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
                     *(options.masks, options.valid, masks, cosines),
                 ),
-                *tables, loss if options.step is None else options.step, part, options.warmup, **constants,
+                *tables, loss if options.customised is None else options.customised.view(torch.uint8), part, 1, **constants,
             )  # fmt: skip
             launch.run(
                 finish_kernel, images,

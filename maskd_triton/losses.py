@@ -344,7 +344,7 @@ class MaskedDistillLoss(Options):
         """
         if self._latest is None:
             raise RuntimeError("diagnostics: no call to look at; call the criterion first, outside torch.compile")
-        losses = (self._latest.outputs.per_image * self._latest.scale).sum(1)
+        losses = self._latest.outputs.per_image.sum(1)
         return {
             name: DistillDiagnostics(**vars(describe(*seen)), loss=loss)
             for (name, seen), loss in zip(self._latest.levels().items(), losses, strict=True)
