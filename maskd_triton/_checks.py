@@ -1,6 +1,5 @@
 """Sentences for wrong arguments: each names the argument, what was expected and what was given."""
 
-import math
 import numbers
 import operator
 import sys
@@ -94,7 +93,7 @@ def number(value: Any, name: str, least: float = 0.0, most: float = sys.float_in
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     found = float(value)
-    if not least <= found <= most or math.isinf(found):
+    if not least <= found <= most:
         limits = f"from {least:g} to {most:g}" if most < sys.float_info.max else f"of at least {least:g}, and finite"
         raise ValueError(f"{name}: expected a number {limits}, got {value!r}")
     return found

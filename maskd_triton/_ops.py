@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _eager
 from ._records import Distilled, DistillKept, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables
+from ._torch import graph_task
 
 
 @functools.cache
@@ -86,6 +87,26 @@ def _apply(function: type[torch.autograd.Function], wanted: Iterable[Tensor], *a
 
 
 # Stage 2
+
+
+def _customised(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    return step >= warmup + (counts and graph_task() != -1)
+
+
+@torch.library.custom_op("maskd_triton::customised", mutates_args=())
+def customised_operator(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    """`customised` in compiled code, where an activation checkpoint repeats the graph, not Python."""
+    return _customised(step, warmup, counts)
+
+
+@customised_operator.register_fake
+def _(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    return step.new_empty((), dtype=torch.bool)
+
+
+def customised(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    """Whether ``step`` calls before this one are a whole warm-up; a call that a backward pass repeats finds itself counted."""
+    return (customised_operator if torch.compiler.is_compiling() else _customised)(step, warmup, counts)
 
 
 def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:

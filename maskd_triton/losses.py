@@ -12,6 +12,7 @@ from . import _checks as check
 from . import functional
 from ._eager import acc_dtype, resized_valid
 from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
+from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
 from ._torch import graph_task, outside_transforms
@@ -276,8 +277,7 @@ class MaskedDistillLoss(Options):
             tables=self._tables(levels.students[0].dtype, masks is None, mask_weights is None),
             valid=pixels,
             custom_mask=custom,
-            # a repeated call finds itself counted
-            customised=self.warmup_step >= self.custom_mask_warmup + (counts and repeated) if custom else None,
+            customised=customised(self.warmup_step, self.custom_mask_warmup, counts) if custom else None,
             mask_power=self.mask_power,
             distance=self.distance,
             beta=self.beta,
