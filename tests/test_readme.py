@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench import publish
 from bench.workloads import GROWTH
 from maskd_triton._hooks import Where
 from maskd_triton.diagnostics import gradient_ratio
@@ -39,11 +38,6 @@ def test_speed(name: str, page: str) -> None:
     version, date = results["packages"]["torch"], results["date"][:10]
     assert f"{results['device']}, {results['threads']} threads, torch {version}, {date}" in " ".join(page.split())
     assert f"[{name}.json]" in page
-
-
-def test_gpus() -> None:
-    (found,) = publish.BLOCK.findall(README)
-    assert found == publish.block()
 
 
 def test_claim_of_the_first_screen() -> None:
@@ -93,80 +87,12 @@ def test_workloads() -> None:
     assert results["device"] == SPEED["cpu-fpn"]["device"]
 
 
-def test_share() -> None:
-    share = json.loads((ROOT / "bench/results/cpu-share.json").read_text())
-    for name, row in share["steps"].items():
-        assert f"| {name} | {row['median_ms']:.0f} | {row['share_percent']:.1f} |" in PERFORMANCE
-    settings = share["settings"]
-    assert f"{settings['batch']} images of {settings['side']}x{settings['side']}" in PERFORMANCE
-    assert share["device"] == SPEED["cpu-fpn"]["device"]
-
-
 def test_growth_is_what_the_picture_shows() -> None:
     growth = json.loads((ROOT / "bench/results/cpu-growth.json").read_text())
     assert growth["command"] in PERFORMANCE.replace("`", "") or growth["command"].startswith("python -m bench --growth")
     rows = {(r["curve"], r["size"], r["contender"]) for r in growth["rows"]}
     sizes = {(curve, size) for curve, workloads in GROWTH.items() for size in workloads}
     assert rows == {(*size, contender) for size in sizes for contender in ("ours", "literal", "collapsed", "feature MSE")}
-
-
-def test_host() -> None:
-    for name, value in json.loads((ROOT / "bench/results/cpu-host.json").read_text())["microseconds"].items():
-        assert f"| {name} | {value:.0f} |" in PERFORMANCE
-
-
-def test_counts() -> None:
-    counts = json.loads((ROOT / "bench/results/counts.json").read_text())
-    usual = {"distance": "squared", "standardize": False, "channels": 256, "tokens": 6}
-    plain = [row for row in counts["rows"] if usual.items() <= row.items()]
-    known = {(r["arch"], r["dtype"], r["layout"], r["kernel"]): r for r in plain}
-    section = PERFORMANCE.split("## What the kernels cost, counted")[1].split("\n## ")[0]
-    assert f"{counts['date'][:10]}, Triton {counts['packages']['triton']})" in section
-    kinds = [(dtype, layout) for dtype in ("bf16", "fp32") for layout in ("nchw", "nhwc")]
-    for kernel in {key[3] for key in known}:
-        figures = [known["sm_90", kind[0], kind[1], kernel] for kind in kinds]
-        pairs = " | ".join(f"{row['instructions']:.2f} / {row['shared']:.2f}" for row in figures)
-        asked = [row["asked"] for row in figures]
-        name = kernel.removesuffix("_kernel").replace("_", " ")
-        assert re.search(rf"\| {name} \(stage \d\) \| {re.escape(pairs)} \| {min(asked):.2f} to {max(asked):.2f} \|", section)
-
-    def pairs_of(**case: Any) -> str:
-        cells = []
-        for layout in ("nchw", "nhwc"):
-            (row,) = [
-                r
-                for r in counts["rows"]
-                if (usual | {"arch": "sm_90", "dtype": "bf16", "layout": layout} | case).items() <= r.items()
-            ]
-            cells.append(f"{row['instructions']:.2f} / {row['shared']:.2f}")
-        return " | ".join(cells)
-
-    for kernel in ("forward", "backward"):
-        for distance in ("smooth_l1", "cosine"):
-            assert f"| {kernel}, {distance} | {pairs_of(kernel=f'{kernel}_kernel', distance=distance)} |" in section
-        assert f"| {kernel}, standardised | {pairs_of(kernel=f'{kernel}_kernel', standardize=True)} |" in section
-    sizes = {(r["channels"], r["tokens"]) for r in counts["rows"]} - {(256, 6)}
-    for kernel in {key[3] for key in known}:
-        for channels, tokens in sizes:
-            cells = pairs_of(kernel=kernel, channels=channels, tokens=tokens)
-            assert f"| {kernel.removesuffix('_kernel').replace('_', ' ')}, {channels}, {tokens} | {cells} |" in section
-    for (_, dtype, layout, kernel), row in known.items():
-        like = known["sm_90", dtype.replace("fp16", "bf16"), layout, kernel]
-        assert all(abs(row[figure] - like[figure]) < 0.07 for figure in ("instructions", "shared", "asked"))
-
-
-def test_defaults() -> None:
-    results = json.loads((ROOT / "bench/results/defaults.json").read_text())
-    section = " ".join(PERFORMANCE.split("### How defaults are chosen")[1].split("\n## ")[0].split())
-    assert f"{results['date'][:10]}, Triton {results['packages']['triton']})" in section
-    assert "{sm_90:,} bytes for sm_90 and {sm_80:,} for sm_80".format(**results["model"]["bytes_in_flight"]) in section
-    for row in results["rows"]:
-        if (row["arch"], row["dtype"]) == ("sm_90", "bf16"):
-            today, name = row["candidates"][0], row["kernel"].removesuffix("_kernel").replace("_", " ")
-            layout = {"nchw": "NCHW", "nhwc": "channels-last"}[row["layout"]]
-            tile = "{block_c}x{block_p}, {threads}".format(**today["config"])
-            figures = " | ".join(f"{today[figure]:.2f}" for figure in ("memory", "instructions", "shared", "occupancy"))
-            assert f"| {name} | {layout} | {tile} | {figures} | {row['gain']:.2f} |" in section
 
 
 def test_demo() -> None:

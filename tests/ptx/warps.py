@@ -165,8 +165,6 @@ class Warps(SharedMemory):
         lanes = np.repeat(groups * 128, address.shape[1])
         places = self.places(at, lanes, address.ravel(), width)
         self.operand(at, places, lanes)
-        if self.launch.counts is not None:
-            self.launch.counts.operand_access(self.kernel, at, len(groups) * rows * 32)
         data = self.memory(width, width)[places // width, 0].reshape(len(groups), rows, depth)
         if kind == "tf32":
             return (data & _TF32).view(np.float32)
