@@ -19,7 +19,7 @@ from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
 from .functional import IMPLS, OnThisRank, learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, compose, fitting, of_shapes
+from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose, fitting, of_shapes
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -85,8 +85,8 @@ class MaskModule(MaskLevel):
                 nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             self.prob = nn.Sequential(conv3, nn.AdaptiveAvgPool2d(1), conv1)
         if standardize:
-            self.register_buffer("channel_mean", torch.zeros(channels))
-            self.register_buffer("channel_std", torch.ones(channels))
+            self.register_buffer("channel_mean", torch.zeros(channels, dtype=buffer_dtype()))
+            self.register_buffer("channel_std", torch.ones(channels, dtype=buffer_dtype()))
             self.register_buffer("pixels_seen", torch.zeros((), dtype=torch.int64))
 
     def weighting(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,6 +104,7 @@ class MaskModule(MaskLevel):
             on_this_rank: called with every parameter and its name, gives it as a plain tensor on this rank. None: all of them
                 are plain tensors.
         """
+        self.check_buffers()
         level: dict[str, Tensor] = {"mask_token": self.mask_token}
         if self.weight_mask:
             level |= dict(zip(CONVOLUTIONS, self.weighting(), strict=True))
