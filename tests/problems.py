@@ -50,7 +50,8 @@ def literal_losses(
 def literal_learn(module: MaskModule, x: Tensor) -> tuple[Tensor, Tensor]:
     """Stage 1 of one level: masked features and Dice loss, in the dtype of ``x`` and with the graph of both."""
     weighting = module.weighting() if module.weight_mask else None
-    return reference.masked_features_and_dice(x, module.mask_token, weighting, standardised(module, x))
+    statistics = (module.channel_mean, module.channel_std) if module.standardize else None
+    return reference.masked_features_and_dice(x, module.mask_token, weighting, statistics)
 
 
 DICE_SCALE = 3.0
