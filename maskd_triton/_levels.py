@@ -142,8 +142,7 @@ def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None) 
         )
     if len(students.tensors) != len(teachers.tensors):
         raise ValueError(
-            "student and teacher: expected as many levels in both, "
-            f"got {len(students.tensors)} and {len(teachers.tensors)}"
+            f"student and teacher: expected as many levels in both, got {len(students.tensors)} and {len(teachers.tensors)}"
         )
     return Matched(students.tensors, teachers.tensors, keys)
 

@@ -128,12 +128,18 @@ def masked_distill_loss(
     _check_frozen_tables(tokens or (), weighting, standardize, levels, first.device)
     check.step(warmup_step, "warmup_step", first.device)
     warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
-    pool = zip(*weighting, strict=True) if weighting else ((), ())
-    standard = zip(*standardize, strict=True) if standardize else ((), (), ())
-    if masks is not None and standardize:
-        standard = (), (), [level.affine for level in standardize]
+    tables = DistillTables(statistics=[level.affine for level in standardize or ()])
+    if tokens is not None:
+        tables = DistillTables(
+            tokens,
+            [rows for rows, _ in weighting or ()],
+            [bias for _, bias in weighting or ()],
+            [level.tokens for level in standardize or ()],
+            [level.token_bias for level in standardize or ()],
+            tables.statistics,
+        )
     options = DistillOptions(
-        tables=DistillTables(tokens or (), *pool, *standard),
+        tables=tables,
         valid=_levels.valid_of_levels(valid, levels.teachers),
         custom_mask=check.flag(custom_mask, "custom_mask"),
         customised=None if warmup_step is None else warmup_step >= warmup,
@@ -180,9 +186,7 @@ def distill(
     return loss, Latest(seen, [t.shape for t in teachers], levels.keys, options.valid, weighted)
 
 
-def _with_given(
-    levels: Matched, options: DistillOptions, masks: Levels | None, mask_weights: Levels | None
-) -> DistillOptions:
+def _with_given(levels: Matched, options: DistillOptions, masks: Levels | None, mask_weights: Levels | None) -> DistillOptions:
     """``options`` with masks and weights that come with the call, or that valid pixels have."""
     teachers, tables = levels.teachers, options.tables
     if masks is not None:
@@ -397,9 +401,7 @@ def masked_features_and_dice(
     return learn(features, tables, valid, impl)[:2]
 
 
-def learn(
-    features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
-) -> tuple[list[Tensor], Tensor, list[Seen]]:
+def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of."""
     first = features[0]
     learns = any(x.requires_grad for field in tables for x in field)

@@ -204,7 +204,7 @@ class MaskedDistillLoss(Options):
             "half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
             stacklevel=3,
         )
-        for level in self.mask_modules:
+        for level in self._levels:
             learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
             if not learned.mask_token.is_meta:
                 level.load_state_dict(learned.state_dict())
@@ -320,7 +320,7 @@ class MaskedDistillLoss(Options):
         levels = unpack(features, "features", self.names)
         check.levels(levels.tensors, "features", labels(len(levels.tensors), levels.keys), self.channels)
         with torch.no_grad():
-            return levels.rebuild([m.masks(x) for m, x in zip(self.mask_modules, levels.tensors, strict=True)])
+            return levels.rebuild([level.masks(x) for level, x in zip(self._levels, levels.tensors, strict=True)])
 
     def diagnostics(self) -> dict[Any, DistillDiagnostics]:
         """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights and their entropy.
@@ -349,6 +349,10 @@ class MaskedDistillLoss(Options):
             name: DistillDiagnostics(**vars(describe(*seen)), loss=loss)
             for (name, seen), loss in zip(self._latest.levels().items(), losses, strict=True)
         }
+
+    @property
+    def _levels(self) -> list[LevelTables]:
+        return list(self.mask_modules)  # type: ignore[arg-type]
 
     def _check_channels(self, levels: Matched) -> None:
         """Errors for levels that are not those of the criterion, before anything is done with them."""
@@ -398,7 +402,7 @@ class MaskedDistillLoss(Options):
 
     def _tables(self, dtype: torch.dtype, with_tokens: bool, weighted: bool) -> DistillTables:
         """Every level's: with given masks the statistics alone, which the target needs."""
-        tables = [level.tables(acc_dtype(dtype)) for level in self.mask_modules]
+        tables = [level.tables(acc_dtype(dtype)) for level in self._levels]
         standards = [level.standardization for level in tables if level.standardization is not None]
         statistics = [standard.affine for standard in standards]
         if not with_tokens:
