@@ -2,7 +2,6 @@
 
 import numbers
 import operator
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ Weighting = tuple[Tensor, Tensor]
 
 IMPLS = ("auto", "triton", "eager")
 MOST_TOKENS = 32  # the kernels keep a sum for each of them in registers; published are 6 and 8
+MOST_FLOAT = 3.4e38  # of float32
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -38,12 +38,10 @@ def resize(value: Any, name: str = "resize") -> str | None:
 
 
 def flag(value: Any, name: str) -> bool:
-    """TypeError unless it is a bool, numpy's, 0 or 1."""
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    if getattr(getattr(value, "dtype", None), "kind", "") != "b" or value.ndim != 0:  # numpy's
+    """TypeError unless it is a bool."""
+    if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return bool(value)
+    return value
 
 
 def integer(value: Any) -> int | None:
@@ -88,20 +86,18 @@ def mask_power(value: Any, name: str = "mask_power") -> int:
     return power
 
 
-def number(value: Any, name: str, least: float = 0.0, most: float = sys.float_info.max) -> float:
+def number(value: Any, name: str, least: float, most: float) -> float:
     """TypeError or ValueError unless it is a number, also numpy's, from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    found = float(value)
-    if not least <= found <= most:
-        limits = f"from {least:g} to {most:g}" if most < sys.float_info.max else f"of at least {least:g}, and finite"
-        raise ValueError(f"{name}: expected a number {limits}, got {value!r}")
-    return found
+        raise TypeError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+    return float(value)
 
 
 def eps(value: Any, name: str = "eps") -> float:
     """TypeError or ValueError unless it is a number from 0 to 1e30."""
-    return number(value, name, most=1e30)
+    return number(value, name, 0, 1e30)
 
 
 def positive(value: Any, name: str) -> float:
@@ -112,7 +108,7 @@ def positive(value: Any, name: str) -> float:
 def loss_weight(value: Any, name: str = "loss_weight") -> float | Tensor:
     """A number of at least 0; or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
     if not isinstance(value, Tensor):
-        return number(value, name)
+        return number(value, name, 0, MOST_FLOAT)
     if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
         raise ValueError(f"{name}: expected a number or a scalar tensor, got {value.dtype} of shape {list(value.shape)}")
     return value
@@ -265,6 +261,21 @@ def weighting(
             f"{name}: expected bias {[5, t] if standard else [t]}, got {list(bias.shape)}; standardised features take the "
             "weighting that compose_standardization gives, others that of compose_weighting"
         )
+
+
+def tables(given: Any, maps: Sequence[Tensor], standard: bool) -> None:
+    """TypeError or ValueError unless every level's tables fit its features: kernels read as many numbers as these say.
+
+    ``given``: a `DistillTables` or a `LearnTables`; ``standard``: whether the weighting is one of standardised features.
+    """
+    t = len(given.tokens[0]) if given.tokens else 0
+    for i, x in enumerate(maps):
+        c = x.shape[1]
+        shapes = {"tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": (5, t) if standard else (t,)}
+        shapes |= {"teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c)}
+        for name, levels in zip(given._fields, given, strict=True):
+            if levels and (levels[i].shape != shapes[name] or levels[i].device != x.device):
+                parameter(levels[i], f"{name}[{i}]", shapes[name], x.device)  # says which
 
 
 def frozen(x: Tensor, name: str) -> None:

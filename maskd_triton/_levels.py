@@ -171,8 +171,10 @@ def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
         found = [check.positive_int(v, f"{name}[{i}]") for i, v in enumerate(value)]
     else:
         found = [check.positive_int(value, name)] * (levels or 1)
-    if not found or (levels is not None and len(found) != levels):
-        raise ValueError(f"{name}: expected one value for each of the {counted(levels or 1)}, got {value!r}")
+    if not found:
+        raise ValueError(f"{name}: expected a positive int or one per level, got {value!r}")
+    if levels is not None and len(found) != levels:
+        raise ValueError(f"{name}: expected one value for each of the {counted(levels)}, got {value!r}")
     return found
 
 

@@ -172,8 +172,7 @@ def distill(
     for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
         names = f"student{label}", f"teacher{label}"
         check.pair(s, t, names, channels[i] if channels else None, students[0], f"student{labels[0]}")
-    for token in options.tables.tokens:
-        check.on_device(token, "tokens", students[0].device)
+    check.tables(options.tables, teachers, bool(options.tables.statistics))
     loss_weight = check.loss_weight(loss_weight)
     weighted = bool(options.tables.pool_rows) or mask_weights is not None
     impl = resolve_impl(impl, students[0].device)
@@ -409,8 +408,7 @@ def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
         check.alike(x, f"features[{i}]", first, "features[0]")
         if learns:
             check.recordable(x, f"features[{i}]")
-    for token in tables.tokens:
-        check.on_device(token, "tokens", first.device)
+    check.tables(tables, features, bool(tables.pool_bias) and tables.pool_bias[0].dim() == 2)
     pixels = _levels.valid_of_levels(valid, features)
     flat, heights, sizes = [x.flatten(2) for x in features], [x.shape[2] for x in features], [x.shape[2:] for x in features]
     weights: list[Tensor] = []
