@@ -459,26 +459,33 @@ def _resized(levels: Sequence[Tensor], like: Sequence[Tensor], valid: Any) -> tu
 
 
 class _AlignWatch:
-    """Warns once of an align that gets gradients, but that no optimizer moves. Versions are counted on the host."""
+    """Warns once of an align that gets gradients, but that no optimizer moves.
+
+    Versions are counted on the host, so nothing waits for the device. Fused optimizers and those that write to ``.data`` leave
+    them as they are: only then numbers are compared, once.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
-        self.versions: list[int] = []
+        self.start: list[tuple[nn.Parameter, int, Tensor]] = []  # parameters, their versions and values at the first call
 
     def see(self, align: nn.Module) -> None:
         """A training call of the criterion."""
         self.calls += 1
         if self.calls == 1:
-            self.versions = self._versions(align)
+            self.start = [(p, p._version, p.detach().clone()) for p in align.parameters() if p.requires_grad]
         elif self.calls == STILL + 1:
-            with_gradient = any(p.grad is not None for p in align.parameters())
-            if with_gradient and self.versions and self.versions == self._versions(align):
+            if self._still():
                 warnings.warn(
                     f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is held "
                     "against a random projection; give criterion.parameters() to the optimizer",
                     stacklevel=5,  # through nn.Module's two functions
                 )
+            self.start = []
 
-    @staticmethod
-    def _versions(align: nn.Module) -> list[int]:
-        return [p._version for p in align.parameters() if p.requires_grad]
+    def _still(self) -> bool:
+        """Whether parameters with gradients are those of the first call."""
+        seen = [(p, version, value) for p, version, value in self.start if p.grad is not None]
+        if not seen or any(p._version != version for p, version, _ in seen) or torch.cuda.is_current_stream_capturing():
+            return False
+        return all(p.device == value.device and torch.equal(p, value) for p, _, value in seen)
