@@ -88,10 +88,9 @@ def mask_power(value: Any, name: str = "mask_power") -> int:
 
 def number(value: Any, name: str, least: float, most: float) -> float:
     """TypeError or ValueError unless it is a number, also numpy's, from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not least <= value <= most:
+        raise (ValueError if real else TypeError)(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
     return float(value)
 
 
@@ -181,17 +180,21 @@ def dense(x: Tensor, name: str) -> None:
     """TypeError or ValueError unless the numbers of ``x`` lie in memory as they are."""
     if x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it, and give valid=")
-    if x.layout != torch.strided:
+    if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call to_dense()")
     if type(x) not in _PLAIN and hasattr(x, "to_local"):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name.partition('[')[0]}.to_local()")
-    if not torch.compiler.is_compiling() and x.is_neg():
+
+
+def readable(x: Tensor, name: str) -> None:
+    """ValueError for a view that says of its numbers that they are negative."""
+    if x.is_neg():
         raise ValueError(f"{name}: a view with the negative bit, as of a conjugate's imaginary part; call resolve_neg()")
 
 
 def recordable(x: Tensor, name: str, made: str = "it") -> None:
     """ValueError where a backward pass cannot keep ``x``."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
+    if x.is_inference() and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: an inference tensor cannot be kept for the backward pass; compute {made} under "
             f"torch.no_grad() instead of torch.inference_mode(), or pass {name.partition('[')[0]}.clone()"
@@ -288,21 +291,25 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
     """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
     student, teacher = names
     features(t, teacher, channels)
-    features(s, student, channels)
+    features(s, student, channels, "; give student_channels= and the criterion aligns them")
     if s.shape != t.shape:
         raise ValueError(
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
             "(different channels: give student_channels; different sizes: give resize='student' or 'teacher')"
         )
-    for x, name in ((s, student), (t, teacher)):
-        alike(x, name, first, first_name)
+    alike(t, teacher, first, first_name)
+    if s is not first:
+        alike(s, student, first, first_name)
     if t.requires_grad:
         swapped = "" if s.requires_grad else " (did you swap student and teacher?)"
         raise ValueError(
             f"{teacher}: requires grad, but the loss is differentiable in the student only{swapped}; "
             "compute the teacher under torch.no_grad() or pass teacher.detach()"
         )
-    recordable(t, teacher, "the teacher")
+    if not torch.compiler.is_compiling():  # dynamo asks no such questions
+        readable(s, student)
+        readable(t, teacher)
+        recordable(t, teacher, "the teacher")
 
 
 def step(x: Tensor | None, name: str, device: torch.device) -> None:

@@ -406,8 +406,10 @@ def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
     learns = any(x.requires_grad for field in tables for x in field)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
-        if learns:
-            check.recordable(x, f"features[{i}]")
+        if not torch.compiler.is_compiling():
+            check.readable(x, f"features[{i}]")
+            if learns:
+                check.recordable(x, f"features[{i}]")
     check.tables(tables, features, bool(tables.pool_bias) and tables.pool_bias[0].dim() == 2)
     pixels = _levels.valid_of_levels(valid, features)
     flat, heights, sizes = [x.flatten(2) for x in features], [x.shape[2] for x in features], [x.shape[2:] for x in features]

@@ -209,12 +209,14 @@ class LevelTables(MaskLevel):
         Args:
             dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
         """
-        self.check_buffers()
-        weighting = (self.pool_rows, self.pool_bias) if self.weight_mask else None
+        buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
+        if is_narrow(buffers["mask_token"]):
+            self.check_buffers()
+        weighting = (buffers["pool_rows"], buffers["pool_bias"]) if self.weight_mask else None
         standardization = None
         if self.standardize:
-            standardization = Standardization(self.teacher_tokens, self.token_bias, self.statistics)
-        return Tables(self.mask_token, weighting, standardization)
+            standardization = Standardization(buffers["teacher_tokens"], buffers["token_bias"], buffers["statistics"])
+        return Tables(buffers["mask_token"], weighting, standardization)
 
     def _load_from_state_dict(
         self,
