@@ -20,6 +20,7 @@ __all__ = [
     "masked_distance",
     "masked_features_and_dice",
     "masks",
+    "resized",
     "standardised",
     "valid_box",
 ]
@@ -39,6 +40,11 @@ def standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def masks(x: Tensor, tokens: Tensor) -> Tensor:
     """``m[n, t, h, w] = sigmoid(sum_c E[t, c] x[n, c, h, w])``."""
     return torch.sigmoid(torch.einsum("tc,nchw->nthw", tokens.to(x.dtype), x))
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the height and width of ``like``, by bilinear interpolation."""
+    return x if x.shape[2:] == like.shape[2:] else interpolate(x, like.shape[2:], mode="bilinear")
 
 
 def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -153,10 +159,10 @@ def _level_loss(
     **options: Any,
 ) -> Tensor:
     """Stage 2 of one level; pixels that are not ``valid [N, 1, H, W]`` count nothing."""
-    if resize == "student" and s.shape[2:] != t.shape[2:]:
-        s = interpolate(s, t.shape[2:], mode="bilinear")
-    if resize == "teacher" and s.shape[2:] != t.shape[2:]:
-        t = interpolate(t, s.shape[2:], mode="bilinear")
+    if resize == "student":
+        s = resized(s, t)
+    if resize == "teacher":
+        t = resized(t, s)
     if valid is not None:
         s, t = torch.where(valid, s, 0), torch.where(valid, t, 0)
     if level.statistics is not None:

@@ -111,6 +111,10 @@ def _tables(given: Given) -> dict[str, Any]:
     return {name: levels or None for name, levels in tables.items()}
 
 
+def _pretrained(given: Given) -> Any:
+    return given.learner.state_dict() if given.case.pretrained == "state dict" else given.learner
+
+
 def criterion_of(given: Given, impl: str) -> MaskedDistillLoss:
     """In training mode, at the case's step of the warm-up, cast as the case says."""
     case = given.case
@@ -120,11 +124,10 @@ def criterion_of(given: Given, impl: str) -> MaskedDistillLoss:
             align = {"align": [nn.Conv2d(w.shape[1], w.shape[0], 1) for w, _ in given.align]}
         elif case.align:
             align = {"student_channels": [case.align] * len(case.levels)}
-        pretrained = given.learner.state_dict() if case.pretrained == "state dict" else given.learner
         criterion = MaskedDistillLoss(
             [c for c, *_ in case.levels], None if case.tokenless else case.tokens, weight_mask=case.weighted, **align,
             custom_mask=case.custom != "no", custom_mask_warmup=5 if case.custom in ("warm-up", "warmed up") else 0,
-            standardize=case.standardize or False, pretrained=None if case.tokenless else pretrained,
+            standardize=case.standardize or False, pretrained=None if case.tokenless else _pretrained(given),
             resize=case.resize or None, loss_weight=case.loss_weight, **_options(case, impl),
         ).to(given.teacher[0].device)  # fmt: skip
     with torch.no_grad():
@@ -155,8 +158,8 @@ def _by_module(given: Given, impl: str, leaves: Results) -> Tensor:
 def _learned(given: Given, impl: str) -> Results:
     case = given.case
     channels = [c for c, *_ in case.levels]
-    learner = MaskLearner(channels, case.tokens, case.weighted, standardize=case.standardize or False, impl=impl)
-    learner.to(given.teacher[0].device, case.precise).load_state_dict(given.learner.state_dict())
+    options: dict[str, Any] = {"standardize": case.standardize or False, "pretrained": _pretrained(given), "impl": impl}
+    learner = MaskLearner(channels, case.tokens, case.weighted, **options).to(given.teacher[0].device, case.precise)
     features = [_leaf(x) if case.inputs else x for x in given.teacher]
     leaves = {f"features.{i}": x for i, x in enumerate(features)} if case.inputs else {}
     for i, module in enumerate(learner.mask_modules):
@@ -233,7 +236,7 @@ def _literal_2(given: Given, precise: torch.dtype | None, moved: Moved | None) -
     leaves = {f"student.{i}": _exact(s, precise) for i, s in enumerate(given.student)}
     students = list(leaves.values())
     if case.align:
-        half = rounding(DTYPES[case.student.dtype], ("eager", "cpu")) if DTYPES[case.student.dtype].itemsize == 2 else 0.0
+        half = half_unit(case.student.dtype)
         for i, (x, values) in enumerate(zip(given.student, given.align, strict=True)):
             values = [p.to(DTYPES[case.cast]) for p in values] if case.cast else values
             weight, bias = (_exact(p, precise) for p in values)
@@ -286,6 +289,11 @@ def _literal_1(given: Given, precise: torch.dtype | None, moved: Moved | None) -
     return {**{k: v.detach() for k, v in results.items()}, **dict(zip(leaves, gradients, strict=True)), **seen}
 
 
+def half_unit(dtype: str) -> float:
+    """Relative error of rounding to half precision; 0 for other dtypes."""
+    return torch.finfo(DTYPES[dtype]).eps / 2 if DTYPES[dtype].itemsize == 2 else 0.0
+
+
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +308,9 @@ class Comparison:
         extreme = {case.teacher.values, case.student.values} & {"huge", "inf", "nan"}
         self.plain = literal(given, None) if extreme else self.want  # which of them leave the range of the dtypes
         seeds = [case.seed + 1 + i for i in range(SAMPLES)]
-        self.moved = [literal(given, moved=Moved(self.unit, seed, bool(case.standardize))) for seed in seeds]
+        rounded = half_unit(getattr(case, case.resize).dtype) if case.resize else 0.0
+        moves = [Moved(self.unit, seed, bool(case.standardize), rounded) for seed in seeds]
+        self.moved = [literal(given, moved=each) for each in moves]
 
     def last(self, name: str, dtype: torch.dtype) -> float:
         """Relative error of a result that is rounded to half precision."""

@@ -50,8 +50,9 @@ class Moved:
     Also a function: ``x`` with every element moved by a random part of ``units`` times ``unit`` of itself, or of ``size``.
     """
 
-    def __init__(self, unit: float, seed: int, standardised: bool = False) -> None:
-        self.unit, self.standard = unit, standardised
+    def __init__(self, unit: float, seed: int, standardised: bool = False, resized: float = 0.0) -> None:
+        """``resized``: relative error of resized features, which are rounded to their dtype."""
+        self.unit, self.standard, self.rounded = unit, standardised, resized
         self.generator = torch.Generator().manual_seed(seed)
         self.sizes: dict[int, tuple[Tensor, Tensor]] = {}  # of standardised features: those of the terms of x - mean
         self.patch = pytest.MonkeyPatch()
@@ -61,7 +62,7 @@ class Moved:
         return x * (1 + by) if size is None else x + by * size
 
     def __enter__(self) -> "Moved":
-        for function in (self.standardised, self.masks, self.mask_weights, self.masked_distance):
+        for function in (self.standardised, self.resized, self.masks, self.mask_weights, self.masked_distance):
             name = function.__name__
             self.patch.setattr(reference, name, _with(function, getattr(reference, name)))
         return self
@@ -76,6 +77,9 @@ class Moved:
         y = formula(x, mean, std)
         self.sizes[id(y)] = y, (x.abs() + mean.abs()[:, None, None]) / std[:, None, None]
         return y
+
+    def resized(self, formula: Callable[..., Tensor], x: Tensor, like: Tensor) -> Tensor:
+        return self(formula(self(x), like), units=2 * self.rounded / self.unit)
 
     def masks(self, formula: Callable[..., Tensor], x: Tensor, tokens: Tensor) -> Tensor:
         m = self(formula(self(x, self.size(x)), self(tokens.to(x.dtype))))

@@ -48,8 +48,9 @@ class Case:
         rubbish: a number that the others hold.
         seed: of all values.
 
+        pretrained: what the module is loaded from.
+
         student: its values may also be "equal" or "near" to the teacher's.
-        pretrained: what the criterion is loaded from.
         masks: given ones: "" (none), "boxes" (0 and 1), "scores" (0 to 2), "expanded" (over the images).
         tokenless: a criterion without tokens of its own.
         mask_weights: given ones.
@@ -77,10 +78,10 @@ class Case:
     standardize: str = ""
     valid: str = ""
     rubbish: str = "0"
+    pretrained: str = "learner"
     seed: int = 0
     # stage 2
     student: Maps = Maps()
-    pretrained: str = "learner"
     masks: str = ""
     tokenless: bool = False
     mask_weights: bool = False
@@ -165,7 +166,9 @@ def sound(case: Case) -> Case:
     default, changes = Case(), dict[str, Any]()
     if not case.valid:
         changes["rubbish"] = "0"
-    if case.container == "tensor" and len(case.levels) > 1 or case.through == "function":
+    if case.through == "function":
+        changes["pretrained"] = "learner"
+    if (case.container == "tensor" and len(case.levels) > 1) or case.through == "function":
         changes["container"] = "list"
     if case.stage == 1:
         changes |= {name: getattr(default, name) for name in OF_STAGE_2}
@@ -174,7 +177,7 @@ def sound(case: Case) -> Case:
     tokenless = case.tokenless and bool(case.masks) and case.through == "module" and not case.standardize
     changes |= {"tokenless": tokenless, "weighted": case.weighted and not tokenless}
     if case.through == "function":
-        changes |= {"align": 0, "resize": "", "cast": "", "pretrained": "learner", "advance": True}
+        changes |= {"align": 0, "resize": "", "cast": "", "advance": True}
         changes |= {"weight_as": "number"} if case.weight_as == "assigned" else {}
     if case.masks:
         changes["custom"] = "no"
@@ -259,16 +262,17 @@ SPECIAL: dict[str, Case] = {
     **named("17 tokens in half", levels=((16, 3, 3),), tokens=17, dtypes="bf16"),
     **named("no image", images=0, levels=((4, 3, 3), (2, 1, 1)), tokens=6, valid="rectangles"),
     **named("no image, cosine", (2,), images=0, distance="cosine", align=2),
+    **named("sums of float64", levels=((33, 9, 7),)),
+    **named("sums of float32", levels=((33, 9, 7),), dtypes="fp32"),
+    **named("sums of float16", levels=((33, 9, 7),), dtypes="fp16"),
+    **named("sums of bfloat16", levels=((33, 9, 7),), dtypes="bf16"),
+    **named("untrained tokens", learned="untrained", dtypes="fp32"),
+    **named("tokens of zeros", learned="zeros", dtypes="fp32"),
+    **named("saturating tokens", learned="saturating", dtypes="fp32"),
     **named("many channels", images=1, levels=((600, 1, 3),), tokens=2, weighted=False),
     **named("a pyramid", levels=((16, 4, 8), (16, 3, 5), (8, 1, 1), (24, 2, 4), (7, 3, 3), (8, 1, 16), (1, 5, 2))),
     **named("one level as a tensor", levels=((6, 4, 5),), container="tensor"),
     **named("not one valid pixel", valid="none", standardize="channel", rubbish="nan"),
     **named("every pixel valid", valid="all", standardize="channel"),
     **named("valid after resizing", (2,), valid="letterbox", resize="teacher", sizes=((5, 7), (2, 2)), rubbish="nan"),
-    **{k: v for x in ("fp64", "fp32", "fp16", "bf16") for k, v in named(f"sums of {x}", levels=((33, 9, 7),), dtypes=x).items()},
-    **{
-        k: v
-        for x in ("untrained", "zeros", "saturating")
-        for k, v in named(f"{x} tokens", learned=x, dtypes="fp32", levels=((8, 4, 6),)).items()
-    },
-}  # fmt: skip
+}

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from helpers import in_layout, strides
+from tests.helpers import in_layout, strides
 from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
