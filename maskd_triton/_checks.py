@@ -113,6 +113,14 @@ def loss_weight(value: Any, name: str = "loss_weight") -> float | Tensor:
     return value
 
 
+def constant_loss_weight(value: Any, name: str) -> float | Tensor:
+    """`loss_weight`; ValueError for one that is to be learned."""
+    weight = loss_weight(value, name)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(f"{name}: expected a number or a scalar tensor without gradient; to learn it, multiply the loss by it")
+    return weight
+
+
 def standardize(value: Any, name: str = "standardize") -> str | bool:
     """``"channel"`` (also for True), ``"isotropic"`` or False; ValueError for anything else."""
     if value is True or value is False:

@@ -116,7 +116,7 @@ class MaskedDistillLoss(Options):
         "standardize": check.standardize,
         "custom_mask": check.flag,
         "custom_mask_warmup": check.count,
-        "loss_weight": check.loss_weight,
+        "loss_weight": check.constant_loss_weight,
         "eps": check.eps,
         "mask_power": check.mask_power,
         "distance": functional.check_distance,
