@@ -148,15 +148,15 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
         raise ValueError(f"{name}: expected one entry for each of the {levels} levels, got {len(given)}")
 
 
-def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int]) -> None:
+def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int | None]) -> None:
     """ValueError unless there are as many levels as ``channels``."""
     if len(levels) != len(channels):
         expected = "1 level" if len(channels) == 1 else f"{len(channels)} levels"
         raise ValueError(f"{name}: expected {expected}, got {len(levels)}")
 
 
-def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int]) -> None:
-    """TypeError or ValueError unless ``maps`` are features of these channels, one per level."""
+def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int | None]) -> None:
+    """TypeError or ValueError unless ``maps`` are features of these channels, one per level; None: any."""
     level_count(maps, name, channels)
     for x, label, c in zip(maps, labels, channels, strict=True):
         features(x, f"{name}{label}", c)

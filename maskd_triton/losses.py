@@ -279,8 +279,8 @@ class MaskedDistillLoss(Options):
             beta=self.beta,
             eps=self.eps,
         )
-        if not (compiling or repeated):
-            self.__dict__["_latest"] = None  # what it holds is free for this call
+        if not repeated:
+            object.__setattr__(self, "_latest", None)  # what it holds is free for this call
         loss, latest = functional.distill(
             prepared, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
         )
@@ -379,6 +379,9 @@ class MaskedDistillLoss(Options):
     def _prepared(self, levels: Matched, valid: Any) -> tuple[Matched, list[Tensor]]:
         """Levels aligned and resized, and their valid pixels."""
         students, teachers = levels.students, levels.teachers
+        if valid is not None or self.resize is not None:
+            check.levels(teachers, "teacher", levels.labels, self.channels)
+            check.levels(students, "student", levels.labels, [None] * len(students))
         if self.align is not None:
             self._check_align(self.align, levels)
             if valid is not None:
