@@ -138,6 +138,11 @@ def listed(value: Any) -> Any:
 # Tensors
 
 
+def counted(levels: int) -> str:
+    """``"1 level"``, ``"3 levels"``."""
+    return "1 level" if levels == 1 else f"{levels} levels"
+
+
 def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     """TypeError or ValueError unless ``given`` is None or has one entry for each level."""
     if given is None:
@@ -145,14 +150,13 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     if isinstance(given, Tensor) or not isinstance(given, Sequence):
         raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(given).__name__}")
     if len(given) != levels:
-        raise ValueError(f"{name}: expected one entry for each of the {levels} levels, got {len(given)}")
+        raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(given)}")
 
 
 def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int | None]) -> None:
     """ValueError unless there are as many levels as ``channels``."""
     if len(levels) != len(channels):
-        expected = "1 level" if len(channels) == 1 else f"{len(channels)} levels"
-        raise ValueError(f"{name}: expected {expected}, got {len(levels)}")
+        raise ValueError(f"{name}: expected {counted(len(channels))}, got {len(levels)}")
 
 
 def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int | None]) -> None:
