@@ -88,10 +88,9 @@ def mask_power(value: Any, name: str = "mask_power") -> int:
 
 def number(value: Any, name: str, least: float, most: float) -> float:
     """TypeError or ValueError unless it is a number, also numpy's, from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not least <= value <= most:
+        raise (ValueError if real else TypeError)(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
     return float(value)
 
 
@@ -112,6 +111,14 @@ def loss_weight(value: Any, name: str = "loss_weight") -> float | Tensor:
     if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
         raise ValueError(f"{name}: expected a number or a scalar tensor, got {value.dtype} of shape {list(value.shape)}")
     return value
+
+
+def constant_loss_weight(value: Any, name: str) -> float | Tensor:
+    """`loss_weight`; ValueError for one that is to be learned."""
+    weight = loss_weight(value, name)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(f"{name}: expected a number or a scalar tensor without gradient; to learn it, multiply the loss by it")
+    return weight
 
 
 def standardize(value: Any, name: str = "standardize") -> str | bool:
@@ -146,14 +153,14 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
         raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(given)}")
 
 
-def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int]) -> None:
+def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int | None]) -> None:
     """ValueError unless there are as many levels as ``channels``."""
     if len(levels) != len(channels):
         raise ValueError(f"{name}: expected {counted(len(channels))}, got {len(levels)}")
 
 
-def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int]) -> None:
-    """TypeError or ValueError unless ``maps`` are features of these channels, one per level."""
+def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int | None]) -> None:
+    """TypeError or ValueError unless ``maps`` are features of these channels, one per level; None: any."""
     level_count(maps, name, channels)
     for x, label, c in zip(maps, labels, channels, strict=True):
         features(x, f"{name}{label}", c)
@@ -185,17 +192,21 @@ def dense(x: Tensor, name: str) -> None:
     """TypeError or ValueError unless the numbers of ``x`` lie in memory as they are."""
     if x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it, and give valid=")
-    if x.layout != torch.strided:
+    if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call to_dense()")
     if type(x) not in _PLAIN and hasattr(x, "to_local"):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name.partition('[')[0]}.to_local()")
-    if not torch.compiler.is_compiling() and x.is_neg():
+
+
+def readable(x: Tensor, name: str) -> None:
+    """ValueError for a view that says of its numbers that they are negative."""
+    if x.is_neg():
         raise ValueError(f"{name}: a view with the negative bit, as of a conjugate's imaginary part; call resolve_neg()")
 
 
 def recordable(x: Tensor, name: str, made: str = "it") -> None:
     """ValueError where a backward pass cannot keep ``x``."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
+    if x.is_inference() and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: an inference tensor cannot be kept for the backward pass; compute {made} under "
             f"torch.no_grad() instead of torch.inference_mode(), or pass {name.partition('[')[0]}.clone()"
@@ -292,21 +303,25 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
     """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
     student, teacher = names
     features(t, teacher, channels)
-    features(s, student, channels)
+    features(s, student, channels, "; give student_channels= and the criterion aligns them")
     if s.shape != t.shape:
         raise ValueError(
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
             "(different channels: give student_channels; different sizes: give resize='student' or 'teacher')"
         )
-    for x, name in ((s, student), (t, teacher)):
-        alike(x, name, first, first_name)
+    alike(t, teacher, first, first_name)
+    if s is not first:
+        alike(s, student, first, first_name)
     if t.requires_grad:
         swapped = "" if s.requires_grad else " (did you swap student and teacher?)"
         raise ValueError(
             f"{teacher}: requires grad, but the loss is differentiable in the student only{swapped}; "
             "compute the teacher under torch.no_grad() or pass teacher.detach()"
         )
-    recordable(t, teacher, "the teacher")
+    if not torch.compiler.is_compiling():  # dynamo asks no such questions
+        readable(s, student)
+        readable(t, teacher)
+        recordable(t, teacher, "the teacher")
 
 
 def step(x: Tensor | None, name: str, device: torch.device) -> None:

@@ -6,6 +6,7 @@ configuration are those of eager mode. Otherwise its function is called as it is
 
 import functools
 import importlib
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +58,12 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError("maskd_triton: the losses can be differentiated once only, their gradients have no derivative")
+
+
+def bound_once(forward: Any) -> Any:
+    """For a ``forward(*inputs)``, whose signature torch would work out anew in every call, which takes 20 us."""
+    forward.__signature__ = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+    return forward
 
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -166,9 +173,11 @@ class _Distill(torch.autograd.Function):
     """The losses ``[levels, N]``, and the other outputs of a `Distilled`, which have no gradient."""
 
     @staticmethod
-    def forward(impl: str, teacher: list[Tensor], options: DistillOptions, *student: Tensor) -> tuple[Tensor, ...]:
+    @bound_once
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        impl, teacher, options, *student = inputs
         if torch.compiler.is_compiling():
-            outputs = Distilled(*distill_operator(list(student), teacher, impl, *options.tables, *options[1:]))
+            outputs = Distilled(*distill_operator(student, teacher, impl, *options.tables, *options[1:]))
         else:
             outputs = _distill(student, teacher, impl, options)
         return outputs.per_image, outputs.weights, outputs.coefficients, *outputs.masks, *outputs.cosines
@@ -196,7 +205,8 @@ class _Distill(torch.autograd.Function):
 
 def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
     """What `_Distill` gives, as a record."""
-    return Distilled(*outputs[:3], outputs[3 : 3 + levels], outputs[3 + levels :])
+    per_image, weights, coefficients = outputs[:3]
+    return Distilled(per_image, weights, coefficients, outputs[3 : 3 + levels], outputs[3 + levels :])
 
 
 def distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:
@@ -287,9 +297,9 @@ class _Learn(torch.autograd.Function):
     """Masked features and Dice losses; a `LearnKept`, which has no gradient, follows."""
 
     @staticmethod
-    def forward(
-        impl: str, lengths: tuple[int, ...], valid: list[Tensor], heights: list[int], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    @bound_once
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        impl, lengths, valid, heights, *tensors = inputs
         features, *tables, weights = in_lists(tensors, lengths)
         if torch.compiler.is_compiling():
             masked, dice, *kept = learn_operator(features, impl, *tables, weights, valid, heights)

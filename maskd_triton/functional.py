@@ -123,8 +123,9 @@ def masked_distill_loss(
         raise ValueError("mask_weights and weighting: expected at most one of them")
     for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
         check.per_level(given, name, len(levels.teachers))
-    first = levels.students[0]
-    check.features(first, f"student{levels.labels[0]}")
+    first, any_channels = levels.students[0], [None] * len(levels.teachers)
+    check.levels(levels.students[:1], "student", levels.labels[:1], any_channels[:1])
+    check.levels(levels.teachers, "teacher", levels.labels, any_channels)
     _check_frozen_tables(tokens or (), weighting, standardize, levels, first.device)
     check.step(warmup_step, "warmup_step", first.device)
     warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
@@ -406,8 +407,10 @@ def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
     learns = any(x.requires_grad for field in tables for x in field)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
-        if learns:
-            check.recordable(x, f"features[{i}]")
+        if not torch.compiler.is_compiling():
+            check.readable(x, f"features[{i}]")
+            if learns:
+                check.recordable(x, f"features[{i}]")
     check.tables(tables, features, bool(tables.pool_bias) and tables.pool_bias[0].dim() == 2)
     pixels = _levels.valid_of_levels(valid, features)
     flat, heights, sizes = [x.flatten(2) for x in features], [x.shape[2] for x in features], [x.shape[2:] for x in features]

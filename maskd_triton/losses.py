@@ -116,7 +116,7 @@ class MaskedDistillLoss(Options):
         "standardize": check.standardize,
         "custom_mask": check.flag,
         "custom_mask_warmup": check.count,
-        "loss_weight": check.loss_weight,
+        "loss_weight": check.constant_loss_weight,
         "eps": check.eps,
         "mask_power": check.mask_power,
         "distance": functional.check_distance,
@@ -264,17 +264,13 @@ class MaskedDistillLoss(Options):
         if masks is None and self.num_tokens is None:
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
         levels = match(student, teacher, self.names)
-        self._check_channels(levels)
-        counts = self.training and advance
-        compiling, repeated = torch.compiler.is_compiling(), graph_task() != -1  # activation checkpointing repeats a call
-        if self.training and torch.is_grad_enabled() and not compiling:
-            self._warn_without_gradient(levels)
-            if counts and self.align is not None:
-                self._align_watch.see(self.align)
-        levels, pixels = self._prepared(levels, valid)
+        check.level_count(levels.teachers, "teacher", self.channels)
+        counts, compiling = self.training and advance, torch.compiler.is_compiling()
+        repeated = graph_task() != -1  # activation checkpointing repeats a call
+        prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(
-            tables=self._tables(levels.students[0].dtype, masks is None, mask_weights is None),
+            tables=self._tables(prepared.students[0].dtype, masks is None, mask_weights is None),
             valid=pixels,
             custom_mask=custom,
             customised=customised(self.warmup_step, self.custom_mask_warmup, counts) if custom else None,
@@ -283,13 +279,17 @@ class MaskedDistillLoss(Options):
             beta=self.beta,
             eps=self.eps,
         )
-        if not (compiling or repeated):
-            self.__dict__["_latest"] = None  # what it holds is free for this call
+        if not repeated:
+            object.__setattr__(self, "_latest", None)  # what it holds is free for this call
         loss, latest = functional.distill(
-            levels, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
+            prepared, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
         )
         if not (compiling or repeated):
             self.__dict__["_latest"] = latest
+            if self.training and torch.is_grad_enabled():
+                self._warn_without_gradient(levels)
+                if advance and self.align is not None:
+                    self._align_watch.see(self.align)
         if counts and not repeated:
             with outside_transforms():
                 self.warmup_step.add_(1)
@@ -354,26 +354,17 @@ class MaskedDistillLoss(Options):
     def _levels(self) -> list[LevelTables]:
         return list(self.mask_modules)  # type: ignore[arg-type]
 
-    def _check_channels(self, levels: Matched) -> None:
-        """Errors for levels that are not those of the criterion, before anything is done with them."""
-        own = [self._student_channels(i) for i in range(len(self.channels))]
-        check.level_count(levels.teachers, "teacher", self.channels)
-        for s, t, narrow, c, label in zip(levels.students, levels.teachers, own, self.channels, levels.labels, strict=True):
-            if narrow != c and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
+    def _check_align(self, align: nn.ModuleList, levels: Matched) -> None:
+        """Errors for student's levels that the align cannot take. A module of the user's own, or a lazy one, says so itself."""
+        for i, (s, t, label) in enumerate(zip(levels.students, levels.teachers, levels.labels, strict=True)):
+            module, c = align[i], self.channels[i]
+            narrow = (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
+            if narrow not in (None, c) and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
                 raise ValueError(
                     f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student and "
                     "teacher?"
                 )
-            check.features(t, f"teacher{label}", c)
-            aligned = "" if self.align is not None else "; give student_channels= and the criterion aligns them"
-            check.features(s, f"student{label}", narrow, aligned)
-
-    def _student_channels(self, level: int) -> int | None:
-        """What the student's level must have; None where a module of the user's own knows, or a lazy one does not yet."""
-        if self.align is None:
-            return self.channels[level]
-        module = self.align[level]
-        return (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
+            check.features(s, f"student{label}", narrow)
 
     def _warn_without_gradient(self, levels: Matched) -> None:
         without = [f"student{label}" for s, label in zip(levels.students, levels.labels, strict=True) if not s.requires_grad]
@@ -388,7 +379,11 @@ class MaskedDistillLoss(Options):
     def _prepared(self, levels: Matched, valid: Any) -> tuple[Matched, list[Tensor]]:
         """Levels aligned and resized, and their valid pixels."""
         students, teachers = levels.students, levels.teachers
+        if valid is not None or self.resize is not None:
+            check.levels(teachers, "teacher", levels.labels, self.channels)
+            check.levels(students, "student", levels.labels, [None] * len(students))
         if self.align is not None:
+            self._check_align(self.align, levels)
             if valid is not None:
                 students = _without_padding(students, valid)
             students = [_aligned(*level) for level in zip(self.align, students, self.channels, levels.labels, strict=True)]

@@ -20,6 +20,7 @@ __all__ = [
     "masked_distance",
     "masked_features_and_dice",
     "masks",
+    "resized",
     "standardised",
     "valid_box",
 ]
@@ -39,6 +40,11 @@ def standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def masks(x: Tensor, tokens: Tensor) -> Tensor:
     """``m[n, t, h, w] = sigmoid(sum_c E[t, c] x[n, c, h, w])``."""
     return torch.sigmoid(torch.einsum("tc,nchw->nthw", tokens.to(x.dtype), x))
+
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the height and width of ``like``, by bilinear interpolation."""
+    return x if x.shape[2:] == like.shape[2:] else interpolate(x, like.shape[2:], mode="bilinear")
 
 
 def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -129,7 +135,7 @@ class _Level(NamedTuple):
 
 def _loss_of_cut_images(s: Tensor, t: Tensor, level: _Level, valid: Tensor, resize: str | None, **options: Any) -> Tensor:
     """The mean over images, each alone and cut to the box around its valid pixels; 0 for one that has none."""
-    loss = s.new_zeros(())
+    loss = s[:0].sum()
     for n, own in enumerate(valid):
         s_row, s_column, s_valid = valid_box(own, *s.shape[2:])
         t_row, t_column, t_valid = valid_box(own, *t.shape[2:])
@@ -153,10 +159,12 @@ def _level_loss(
     **options: Any,
 ) -> Tensor:
     """Stage 2 of one level; pixels that are not ``valid [N, 1, H, W]`` count nothing."""
-    if resize == "student" and s.shape[2:] != t.shape[2:]:
-        s = interpolate(s, t.shape[2:], mode="bilinear")
-    if resize == "teacher" and s.shape[2:] != t.shape[2:]:
-        t = interpolate(t, s.shape[2:], mode="bilinear")
+    if resize == "student":
+        s = resized(s, t)
+    if resize == "teacher":
+        t = resized(t, s)
+    if valid is not None:
+        s, t = torch.where(valid, s, 0), torch.where(valid, t, 0)
     if level.statistics is not None:
         t = standardised(t, *level.statistics)
     m, w = level.masks, level.weights
@@ -168,7 +176,7 @@ def _level_loss(
     if w is None and level.weighting is not None:
         w = mask_weights(t, *level.weighting, valid)
     if valid is not None:
-        s, t, m = (torch.where(valid, x, 0) for x in (s, t, m))
+        m = torch.where(valid, m, 0)
     return masked_distance(s, t, m, w, **options)
 
 
@@ -218,7 +226,7 @@ def masked_features_and_dice(
     """
     if valid is None:
         return _masked_level(x, tokens, weighting, standardize, None)
-    y, total = torch.zeros_like(x), x.new_zeros(())
+    y, total = torch.zeros_like(x) + tokens[:0].sum(), tokens[:0].sum()
     for n, own in enumerate(valid):
         row, column, inside = valid_box(own, *x.shape[2:])
         if inside.numel():
@@ -232,10 +240,10 @@ def masked_features_and_dice(
 def _masked_level(
     x: Tensor, tokens: Tensor, weighting: Weighting | None, standardize: Statistics | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    x = x if valid is None else torch.where(valid, x, 0)
     seen = x if standardize is None else standardised(x, *standardize)
     m = masks(seen, tokens)
     w = m.new_ones(m.shape[:2]) if weighting is None else mask_weights(seen, *weighting, valid)
-    if valid is not None:
-        x, m = torch.where(valid, x, 0), torch.where(valid, m, 0)
+    m = m if valid is None else torch.where(valid, m, 0)
     masked = w[:, :, None, None, None] * m[:, :, None] * x[:, None]  # [N, T, C, H, W]
     return masked.sum(1), dice(m)

@@ -47,6 +47,13 @@ COMPOSED = frozenset(("pool_rows", "pool_bias", "teacher_tokens", "token_bias", 
 PUBLISHED = frozenset((*CONVOLUTIONS, "channel_mean", "channel_std", "pixels_seen"))  # of MaskModule alone
 
 
+def tokens_as_initialised(level: nn.Module | Mapping[str, Tensor]) -> bool:
+    """Whether nothing has trained a `MaskModule`, or its entries: it draws tokens of N(0, 0.01^2), and its biases are 0."""
+    entries = level.state_dict() if isinstance(level, nn.Module) else level
+    biases = [entries[name] for name in CONVOLUTIONS[1::2] if name in entries]
+    return bool((entries["mask_token"].abs() < 0.06).all()) and not any(bias.any() for bias in biases)
+
+
 def buffer_dtype() -> torch.dtype:
     """Of new statistics and tables: the default dtype, but at least float32."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -168,7 +175,7 @@ class LevelTables(MaskLevel):
 
     Buffers, in the default dtype (at least float32), zeros until they are loaded: ``mask_token [T, C]`` (``E``, which the
     student's masks use); with mask weights ``pool_rows [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``);
-    with ``standardize`` also ``teacher_tokens [T, C]`` (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean and 1 / std).
+    with ``standardize`` also ``teacher_tokens [T, C]`` (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean, 1 / std).
 
     ``load_state_dict`` takes these, and the entries of a `MaskModule` (``mask_token``, ``prob.0.weight``, ...,
     ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error. Neither a
@@ -209,12 +216,14 @@ class LevelTables(MaskLevel):
         Args:
             dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
         """
-        self.check_buffers()
-        weighting = (self.pool_rows, self.pool_bias) if self.weight_mask else None
+        buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
+        if is_narrow(buffers["mask_token"]):
+            self.check_buffers()
+        weighting = (buffers["pool_rows"], buffers["pool_bias"]) if self.weight_mask else None
         standardization = None
         if self.standardize:
-            standardization = Standardization(self.teacher_tokens, self.token_bias, self.statistics)
-        return Tables(self.mask_token, weighting, standardization)
+            standardization = Standardization(buffers["teacher_tokens"], buffers["token_bias"], buffers["statistics"])
+        return Tables(buffers["mask_token"], weighting, standardization)
 
     def _load_from_state_dict(
         self,

@@ -1,6 +1,7 @@
 """Tensors in the layouts that users bring, criteria in the precision that a test needs, the programs of the guides."""
 
 import mmap
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SEED = int(os.environ.get("MASKD_TEST_SEED", "0"))  # shifts every seed of the tests of numbers
 DOCS = Path(__file__).parents[1] / "docs"
 LAYOUTS = ("nchw", "channels_last")
 NLC = "nlc"  # strides of "channels_last", but for an axis of one image
@@ -25,6 +27,11 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     if layout == BATCH_LAST:
         return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
     return x.contiguous()
+
+
+def strides(x: Tensor) -> list[int]:
+    """Those that say where an element lies: an axis of one element has any."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def moved(x: Tensor, device: str) -> Tensor:

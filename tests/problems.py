@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from helpers import in_layout
+from tests.helpers import in_layout, strides
 from torch import Tensor
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule, reference
@@ -20,11 +20,6 @@ def close(got: Tensor, want: Tensor, bound: float, name: str = "") -> None:
         error = (got.detach().cpu().double() - want.detach().double()).abs().max().item()
         largest = want.detach().abs().max().item()
         assert error <= bound * largest, (name, error, largest)
-
-
-def strides(x: Tensor) -> list[int]:
-    """Those that say where an element lies: an axis of one element has any."""
-    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def standardised(module: MaskModule, x: Tensor) -> Tensor:

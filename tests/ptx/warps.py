@@ -72,7 +72,6 @@ class Warps(SharedMemory):
         if not len(lanes):
             return
         self.reads(at, places, 16, lanes)
-        self.count(at, places, 16, lanes)
         m = self.memory(16, 2)[places // 16].reshape(-1, count, 8, 8)
         m = np.ascontiguousarray(m.swapaxes(2, 3) if across else m)
         words = m.view(np.uint32).reshape(-1, count, 32)
@@ -88,7 +87,6 @@ class Warps(SharedMemory):
         m = m.view(np.uint16).reshape(-1, count, 8, 8)
         m = m.swapaxes(2, 3) if across else m
         self.writes(at, places, 16, lanes)
-        self.count(at, places, 16, lanes)
         self.stored(at, places, 16, lanes, np.ascontiguousarray(m).reshape(-1, 8))
 
     # tensor cores: products in float32, which is exact, and sums in float32
