@@ -12,7 +12,7 @@ from . import _checks as check
 from . import functional
 from ._eager import acc_dtype, resized_valid
 from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
-from ._ops import customised
+from ._ops import count, customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
 from ._torch import graph_task, outside_transforms
@@ -290,9 +290,9 @@ class MaskedDistillLoss(Options):
                 self._warn_without_gradient(levels)
                 if advance and self.align is not None:
                     self._align_watch.see(self.align)
-        if counts and not repeated:
+        if counts:
             with outside_transforms():
-                self.warmup_step.add_(1)
+                count(self.warmup_step)
         return loss
 
     def masks(self, features: Levels) -> Levels:
@@ -481,6 +481,8 @@ class _AlignWatch:
     def _still(self) -> bool:
         """Whether parameters with gradients are those of the first call."""
         seen = [(p, version, value) for p, version, value in self.start if p.grad is not None]
-        if not seen or any(p._version != version for p, version, _ in seen) or torch.cuda.is_current_stream_capturing():
+        if not seen or any(p._version != version for p, version, _ in seen):
+            return False
+        if seen[0][0].is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot hold a comparison
             return False
         return all(p.device == value.device and torch.equal(p, value) for p, _, value in seen)
