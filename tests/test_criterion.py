@@ -1,4 +1,4 @@
-"""The criterion: containers and orders, options, copies, state dicts, the loss weight, the warm-up, diagnostics and warnings."""
+"""The criterion: containers, orders, options, copies, state dicts, the loss weight, the warm-up, diagnostics and warnings."""
 
 import copy
 import gc
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import Problem, Target, draw_parameters, literal_losses, trained
+from problems import Problem, Target, literal_losses, trained
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
-from maskd_triton import MaskedDistillLoss, MaskLearner
+from maskd_triton import MaskedDistillLoss
 from maskd_triton import functional as F
 from maskd_triton.diagnostics import describe
 
@@ -27,6 +27,7 @@ PROBLEM = Problem([(2, 5, 6, 4), (2, 5, 3, 2)], 3, dtype=torch.float32)
 S, T = PROBLEM.student, PROBLEM.teacher
 KEYS = ("p3", "p4")
 TURNED = KEYS[::-1]
+pytestmark = pytest.mark.filterwarnings("ignore:student")  # most tests look at the loss alone
 Copied = Callable[[MaskedDistillLoss], MaskedDistillLoss]
 COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
 
@@ -320,7 +321,6 @@ def repeated(criterion: Any, reentrant: bool | None, **options: Any) -> list[Ten
 @pytest.mark.parametrize("mode", ["counted", "not advanced", "eval"])
 @pytest.mark.parametrize("step", [0, 1, 2])  # masks are customised from the third call on
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.filterwarnings("ignore:student")
 def test_checkpointed_calls_count_once(reentrant: bool, step: int, mode: str) -> None:
     results = []
     for kind in (None, reentrant):
@@ -335,7 +335,6 @@ def test_checkpointed_calls_count_once(reentrant: bool, step: int, mode: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.filterwarnings("ignore:student")
 def test_compiled_and_checkpointed_calls_count_once(reentrant: bool, step: int) -> None:
     torch._dynamo.reset()
     results = []
@@ -484,8 +483,7 @@ def test_a_student_without_gradient_warns() -> None:
     criterion.eval()(S, T)
     criterion.train()(leaves(), T)
     with pytest.warns(UserWarning, match=r"student\[0\], student\[1\]: no gradient, so the student does not learn") as caught:
-        for _ in range(3):
-            criterion(S, T)
+        [criterion(S, T) for _ in range(3)]
     assert [warning.filename for warning in caught] == [__file__]
 
 
