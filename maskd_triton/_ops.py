@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _eager
 from ._records import Distilled, DistillKept, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables
-from ._torch import graph_task
+from ._torch import graph_task, in_transforms
 
 
 @functools.cache
@@ -218,7 +218,7 @@ class _Distill(torch.autograd.Function):
             return (None,) * (3 + ctx.lengths[0])
         coefficients, *maps = ctx.saved_tensors
         student, teacher, *kept = in_lists(maps, ctx.lengths)
-        backward = distill_backward_operator if torch.compiler.is_compiling() else _distill_backward
+        backward = distill_backward_operator if torch.compiler.is_compiling() or in_transforms() else _distill_backward
         return None, None, None, *backward(student, teacher, ctx.impl, grad, coefficients, *kept, *ctx.options)
 
 
@@ -347,7 +347,7 @@ class _Learn(torch.autograd.Function):
         grad_dice = grads[levels]
         grad_dice = used_weights.new_zeros(levels) if grad_dice is None else grad_dice.resolve_neg()
         need_features = any(ctx.needs_input_grad[4 : 4 + levels])
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or in_transforms():
             results = learn_backward_operator(
                 features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks, sums,
                 need_features,
