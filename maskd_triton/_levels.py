@@ -55,7 +55,7 @@ def unpack(features: Any, name: str, names: Sequence[Any] | None = None) -> Unpa
 
     def rebuild(new: Sequence[Tensor]) -> Any:
         items = [_rewrapped(old, x) for old, x in zip(entries, new, strict=True)]
-        result = items[0] if entries and entries[0] is held else _refilled(held, keys, items)
+        result = items[0] if entries and entries[0] is held else refilled(held, keys, items)
         if held is features:
             return result
         output = copy.copy(features)
@@ -96,7 +96,7 @@ def _rewrapped(old: Any, x: Tensor) -> Any:
     return wrapper
 
 
-def _refilled(container: Any, keys: Sequence[Any] | None, items: Sequence[Any]) -> Any:
+def refilled(container: Any, keys: Sequence[Any] | None, items: Sequence[Any]) -> Any:
     """A copy of the sequence or mapping with ``items`` in it."""
     if hasattr(container, "_make"):
         return container._make(items)
@@ -142,8 +142,7 @@ def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None) 
         )
     if len(students.tensors) != len(teachers.tensors):
         raise ValueError(
-            "student and teacher: expected as many levels in both, "
-            f"got {len(students.tensors)} and {len(teachers.tensors)}"
+            f"student and teacher: expected as many levels in both, got {len(students.tensors)} and {len(teachers.tensors)}"
         )
     return Matched(students.tensors, teachers.tensors, keys)
 

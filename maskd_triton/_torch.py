@@ -20,3 +20,14 @@ def outside_transforms() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return nullcontext()
     return temporarily_clear_interpreter_stack()
+
+
+def tracing() -> bool:
+    """Whether torch.export, make_fx, torch.fx, torch.jit.trace or fake tensors run a model without computing anything.
+
+    Torch has no public way to ask for all of them. Dynamo's own trace is none of them: what it leaves behind is real.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return torch.compiler.is_exporting()
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is not None or torch.fx._symbolic_trace._is_fx_tracing_flag or torch.jit._trace.is_tracing()
