@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -210,25 +210,25 @@ class Hooked:
         self.images: tuple[int, int] | None = None
         self.inside = False
         self.children: dict[str, str] = {}
-        self.handles: list[Any] = []
+        self.stack = ExitStack()
 
     def __enter__(self) -> "Hooked":
         self.context = (graph_task(), tracing())
-        for i, module in enumerate(self.modules):
-            hook = _Hook(module, functools.partial(self._output, i))
-            self.handles.append(module.register_forward_hook(hook, prepend=self.FIRST))
-            for name, child in module.named_children():
-                ran = _Hook(child, functools.partial(self._child_ran, self.where.names[i], name))
-                self.handles.append(child.register_forward_hook(ran))
         begin, end = _Hook(self.root, self._begin), _Hook(self.root, self._end)
-        self.handles.append(self.root.register_forward_pre_hook(begin, with_kwargs=True))
-        self.handles.append(self.root.register_forward_hook(end, always_call=True))
+        with ExitStack() as stack:  # removes hooks if one cannot be set, as on TorchScript
+            for i, module in enumerate(self.modules):
+                hook = _Hook(module, functools.partial(self._output, i))
+                stack.callback(module.register_forward_hook(hook, prepend=self.FIRST).remove)
+                for name, child in module.named_children():
+                    ran = _Hook(child, functools.partial(self._child_ran, self.where.names[i], name))
+                    stack.callback(child.register_forward_hook(ran).remove)
+            stack.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(self.root.register_forward_hook(end, always_call=True).remove)
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        self.stack.close()
         self.pixels = None
 
     def act(self, i: int, result: Any, repeated: bool) -> Any:
@@ -372,29 +372,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Layers stay in eval mode although the model is switched to train mode, as torchvision's detectors must be to return losses.
     """
-    modules = _all_modules(model)
+    modules, root = _all_modules(model), looked_through(model)
     holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
     trained = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
-    training, fixed = [(m, m.training) for m in modules], [m for m in modules if changes_in_train_mode(m)]
-
-    def fix(*_: Any) -> None:
-        for layer in fixed:
-            if layer.training:  # nn.Module takes long to set anything
-                layer.training = False
-
-    def fix_one(layer: nn.Module, *_: Any) -> None:
-        if layer.training:
-            layer.training = False
-
-    handles = [layer.register_forward_pre_hook(_Hook(layer, functools.partial(fix_one, layer))) for layer in fixed]
-    root = looked_through(model)  # compiled layers do not see hooks that are added later
-    handles.append(root.register_forward_pre_hook(_Hook(root, fix)))
+    training = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has none
+    fixed = [m for m in modules if changes_in_train_mode(m)]
+    handles = []
     try:
+        for layer in fixed:
+            handles.append(layer.register_forward_pre_hook(_Hook(layer, functools.partial(_to_eval, [layer]))))
+        # also before the model runs: layers in compiled code do not see their hooks
+        handles.append(root.register_forward_pre_hook(_Hook(root, functools.partial(_to_eval, fixed))))
+        _to_eval(fixed)
         for parameter in trained:
             parameter.requires_grad_(False)
         for holder, _ in holders:
             holder.with_gradient = True
-        fix()
         yield
     finally:
         for handle in handles:
@@ -407,3 +400,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for module, flag in training:
             if module.training != flag:
                 module.training = flag
+
+
+def _to_eval(layers: Sequence[nn.Module], *_: Any) -> None:
+    for layer in layers:
+        if layer.training:  # nn.Module takes long to set anything
+            layer.training = False

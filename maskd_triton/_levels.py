@@ -102,7 +102,8 @@ def refilled(container: Any, keys: Sequence[Any] | None, items: Sequence[Any]) -
         return container._make(items)
     if isinstance(container, tuple):
         return type(container)(items)
-    refilled = copy.copy(container)
+    plain = type(container) in (list, dict)  # which torch.compile copies only like this
+    refilled = container.copy() if plain else copy.copy(container)
     for key, item in zip(range(len(items)) if keys is None else keys, items, strict=True):
         refilled[key] = item
     return refilled

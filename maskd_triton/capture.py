@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +79,8 @@ class FeatureCapture:
             ("student", student, Where(names_of(of_student), **_of_side(options, "student"))),
             ("teacher", teacher, Where(names_of(of_teacher), **_of_side(options, "teacher"))),
         ]
-        self._new_recorders()  # names that a model does not have raise at once
-        self._open: list[_Recorder] = []
+        self._recorders = self._new_recorders()
+        self._stack: ExitStack | None = None  # of a block that is entered
         self._warned = False
 
     def _new_recorders(self) -> list["_Recorder"]:
@@ -91,20 +92,22 @@ class FeatureCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not entered, and looks at the copies of the models if they are copied with it."""
-        return self.__dict__ | {"_open": []}
+        return self.__dict__ | {"_recorders": [], "_stack": None}
 
     def __enter__(self) -> "FeatureCapture":
-        if self._open:
+        if self._stack is not None:
             raise RuntimeError("capture: entered already; leave that block first")
-        self._open = self._new_recorders()
-        for side in self._open:
-            side.__enter__()
+        self._recorders = self._new_recorders()
+        with ExitStack() as stack:
+            for side in self._recorders:
+                stack.enter_context(side)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for side in self._open:
-            side.__exit__()
-        self._open = []
+        if self._stack is not None:
+            self._stack.close()
+        self._stack = None
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
         """Hand over the levels of the latest passes, and keep nothing of them.
@@ -115,14 +118,15 @@ class FeatureCapture:
             The student's levels and the teacher's, two lists of one length.
 
         Raises:
-            RuntimeError: the block is not entered; a model has not run; it is not known which calls belong together; a later
-                layer has overwritten the features in place.
+            RuntimeError: a model has not run in the block; it is not known which calls belong together; a later layer has
+                overwritten the features in place.
             ValueError: student and teacher gave different numbers of levels.
         """
-        if not self._open:
-            raise RuntimeError("capture: take() hands over what ran inside of the `with` block; run both models there")
-        teacher = self._open[1]
-        students, teachers = [side.checked(taken) for side, taken in [(s, s.forget()) for s in self._open]]
+        if not self._recorders:
+            raise RuntimeError("capture: this is a copy; enter it, and run both models inside of its `with` block")
+        student, teacher = self._recorders
+        taken, taught = student.forget(), teacher.forget()  # also where the student's raises
+        students, teachers = student.checked(taken), teacher.checked(taught)
         if len(students) != len(teachers):
             raise ValueError(f"capture: expected as many levels of both models, got {len(students)} and {len(teachers)}")
         layer = None if self._warned or teacher.only is not None else teacher.in_train_mode()

@@ -218,12 +218,11 @@ class MaskLearner(Options):
                 teacher ran without gradients although the learner is in training.
         """
         if len(self._dice) != len(self.channels):
-            if self._attached is None:
-                why = "no features seen yet in this block; run the teacher inside `with learner.attach(...)`"
-            else:
-                seen = counted(len(self._dice)) if self._dice else "no features seen yet in this block"
-                why = f"expected {counted(len(self.channels))} of the teacher, got {seen}; {self._attached.not_run(self._attached.missing())}"
-            raise RuntimeError(f"dice_loss: {why}")
+            seen = f"expected {counted(len(self.channels))} of the teacher, got {len(self._dice)}"
+            why = seen if self._dice else "no features seen yet in this block"
+            hooks = self._attached
+            where = "run the teacher inside `with learner.attach(...)`" if hooks is None else hooks.not_run(hooks.missing())
+            raise RuntimeError(f"dice_loss: {why}; {where}")
         without = [i for i, dice in self._dice.items() if not dice.requires_grad and self._trains(i)]
         if without and self._attached is not None:
             raise RuntimeError(
