@@ -29,5 +29,6 @@ def tracing() -> bool:
     """
     if torch.compiler.is_dynamo_compiling():
         return torch.compiler.is_exporting()
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    return fake is not None or torch.fx._symbolic_trace._is_fx_tracing_flag or torch.jit._trace.is_tracing()
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    jit = torch.jit._trace.is_tracing() or torch.jit._trace._trace_module_map is not None  # also while it checks its trace
+    return fake or jit or torch.fx._symbolic_trace._is_fx_tracing_flag
