@@ -12,7 +12,7 @@ from . import _checks as check
 from . import functional
 from ._eager import acc_dtype, resized_valid
 from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
-from ._ops import count, customised
+from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
 from ._torch import graph_task, outside_transforms
@@ -290,9 +290,9 @@ class MaskedDistillLoss(Options):
                 self._warn_without_gradient(levels)
                 if advance and self.align is not None:
                     self._align_watch.see(self.align)
-        if counts:
+        if counts and not repeated:
             with outside_transforms():
-                count(self.warmup_step)
+                self.warmup_step.add_(1)
         return loss
 
     def masks(self, features: Levels) -> Levels:
