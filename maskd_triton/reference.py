@@ -23,6 +23,7 @@ __all__ = [
     "resized",
     "standardised",
     "valid_box",
+    "weight_logits",
 ]
 
 Weighting = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -52,13 +53,18 @@ def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, vali
 
     Pixels that are not ``valid [N, 1, H, W]`` are padding, too: 0 for the convolution and not averaged.
     """
+    return torch.softmax(weight_logits(x, w3, b3, w1, b1, valid), dim=1)
+
+
+def weight_logits(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
+    """``[N, T]``, those of `mask_weights`."""
     w3, b3, w1, b1 = (p.to(x.dtype) for p in (w3, b3, w1, b1))
     if valid is None:
         pooled = adaptive_avg_pool2d(conv2d(x, w3, b3, padding=1), 1)
     else:
         seen = conv2d(torch.where(valid, x, 0), w3, b3, padding=1)
         pooled = torch.where(valid, seen, 0).sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True)
-    return torch.softmax(conv2d(pooled, w1, b1).flatten(1), dim=1)
+    return conv2d(pooled, w1, b1).flatten(1)
 
 
 def valid_box(valid: Tensor, height: int, width: int) -> tuple[slice, slice, Tensor]:
@@ -245,5 +251,5 @@ def _masked_level(
     m = masks(seen, tokens)
     w = m.new_ones(m.shape[:2]) if weighting is None else mask_weights(seen, *weighting, valid)
     m = m if valid is None else torch.where(valid, m, 0)
-    masked = w[:, :, None, None, None] * m[:, :, None] * x[:, None]  # [N, T, C, H, W]
-    return masked.sum(1), dice(m)
+    y = (w[:, :, None, None, None] * m[:, :, None] * x[:, None]).sum(1)  # of [N, T, C, H, W]
+    return y if valid is None else torch.where(valid, y, 0), dice(m)

@@ -62,7 +62,14 @@ class Moved:
         return x * (1 + by) if size is None else x + by * size
 
     def __enter__(self) -> "Moved":
-        for function in (self.standardised, self.resized, self.masks, self.mask_weights, self.masked_distance):
+        for function in (
+            self.standardised,
+            self.resized,
+            self.masks,
+            self.weight_logits,
+            self.mask_weights,
+            self.masked_distance,
+        ):
             name = function.__name__
             self.patch.setattr(reference, name, _with(function, getattr(reference, name)))
         return self
@@ -87,17 +94,19 @@ class Moved:
         # 1 - m, a factor of the gradient, has the error of m
         return m + (self(m) - m).detach() * (logits - logits.detach()).nan_to_num()
 
-    def mask_weights(self, formula: Callable[..., Tensor], x: Tensor, *convs: Tensor) -> Tensor:
-        (w3, b3, w1, b1), valid = (p.to(x.dtype) for p in convs[:4]), convs[4] if len(convs) > 4 else None
+    def weight_logits(self, formula: Callable[..., Tensor], x: Tensor, *convs: Any) -> Tensor:
+        (w3, b3, w1, b1), valid = (p.to(x.dtype) for p in convs[:4]), convs[4]
         inside = torch.ones_like(x[:, :1], dtype=torch.bool) if valid is None else valid
         moved, size = self(w3), torch.where(inside, self.size(x), 0)
         # the sums of all taps over all pixels, of which those outside are taken off again: their rounding stays
-        mean = size.sum((2, 3)) / inside.sum((2, 3))
-        outside = torch.einsum("oikl,ni->no", moved - w3, mean)
+        outside = torch.einsum("oikl,ni->no", moved - w3, size.sum((2, 3)) / inside.sum((2, 3)))
         x, b3, w1, b1 = self(x, size), self(b3), self(w1), self(b1)
         one = [formula(x[n : n + 1], moved, b3 + outside[n], w1, b1, inside[n : n + 1]) for n in range(len(x))]
-        w = torch.cat(one) if one else formula(x, moved, b3, w1, b1)
-        scores = w.clamp(min=1e-300).log()
+        return torch.cat(one) if one else formula(x, moved, b3, w1, b1)
+
+    def mask_weights(self, _: Callable[..., Tensor], x: Tensor, *convs: Any) -> Tensor:
+        scores = reference.weight_logits(x, *convs[:4], convs[4] if len(convs) > 4 else None)
+        w = torch.softmax(scores, 1)
         # off forward, and in the gradient, where it is a difference of the weights' gradients
         return w + (self(w) - w).detach() * (1 + scores - scores.detach())
 
