@@ -4,8 +4,7 @@ The tables of a pyramid are arguments by value: nothing is copied to the device,
 graph keeps them.
 """
 
-import ctypes
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -41,12 +40,6 @@ def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=True, **constants)
 
 
-def two_parts(name: str, value: float) -> dict[str, float]:
-    """``value`` rounded to float32, as a kernel's float argument is, and what that leaves: arguments of these names."""
-    high = ctypes.c_float(value).value
-    return {f"{name}_high": high, f"{name}_low": value - high}
-
-
 def acc_type(x: Tensor) -> tl.dtype:
     """What sums over ``x`` are taken in."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
@@ -78,16 +71,6 @@ def written_to(maps: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor
     return list(maps)
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements lie next to each other, in some order of the axes: ``empty_like`` then has the same strides."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _contiguous_along(x: Tensor, axis: int) -> bool:
     dim = 2 if axis == PIXELS else 1
     return x.stride(dim) == 1 or x.shape[dim] == 1
@@ -113,11 +96,6 @@ class Group:
     fast: tuple[int, ...]
     wide: bool
     aligns: list[int]
-
-    def of(self, levels: Container[int]) -> "Group | None":
-        """The same for those of its levels that are among ``levels``, if any."""
-        kept = [(i, align) for i, align in zip(self.levels, self.aligns, strict=True) if i in levels]
-        return Group([i for i, _ in kept], self.fast, self.wide, [align for _, align in kept]) if kept else None
 
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""

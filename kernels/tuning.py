@@ -36,11 +36,6 @@ WRITING = ("backward_kernel", "gate_kernel", "feature_gradient_kernel")  # a pro
 class Config:
     """Channels and pixels of a tile, threads of a program, stages of the load pipeline, registers of a thread.
 
-    Variants of stage 2's backward kernel, off until a measured file chooses them: ``reverse``: tiles are walked from the last
-    to the first. ``hints``: features are the first to leave L2 once they are read, and gradients. ``keep``: the
-    forward pass marks what it reads last as the last to leave, see `kept_in_l2`. ``with_loss``: it runs in the forward pass,
-    after each of the `parts_in_l2` of student, teacher and gradient; nothing is kept then.
-
     Where ``registers`` is 0, NVIDIA's assembler chooses how many. For one more program per multiprocessor it then spills a few
     of them, which Triton's versions do in different kernels; where it is told how many there may be, it does not.
     """
@@ -50,10 +45,6 @@ class Config:
     threads: int
     num_stages: int = 1
     registers: int = 0
-    reverse: bool = False
-    hints: bool = False
-    keep: bool = False
-    with_loss: bool = False
 
     @property
     def program(self) -> dict[str, int]:
@@ -99,59 +90,6 @@ def token_rows(num_tokens: int) -> int:
 def warp_size() -> int:
     """Threads in a warp: 64 on AMD's CDNA GPUs."""
     return 64 if torch.version.hip else 32
-
-
-Part = tuple[Sequence[int], int, int]
-"""Levels, the first image, and how many images."""
-
-
-def parts_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> list[Part]:
-    """All levels of ``n`` images, in parts whose ``maps`` half of the L2 cache holds, or of one image of one level."""
-    sizes = [sum(x.nbytes for x in level) // n for level in zip(*maps, strict=True)]
-    return parts(n, sizes, _l2_bytes(maps[0][0].device) // 2)
-
-
-def kept_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> tuple[list[Part], list[Part]]:
-    """All levels of ``n`` images in order, cut where three quarters of the L2 cache hold the rest, which is the second list."""
-    sizes = [sum(x.nbytes for x in level) // n for level in zip(*maps, strict=True)]
-    return cut(n, sizes, _l2_bytes(maps[0][0].device) * 3 // 4)
-
-
-def cut(n: int, sizes: Sequence[int], most: int) -> tuple[list[Part], list[Part]]:
-    """The last levels, and the last images of the level before them, that fit into ``most`` bytes; what comes before, first."""
-    level, left = len(sizes), most
-    while level and n * sizes[level - 1] <= left:
-        level -= 1
-        left -= n * sizes[level]
-    images = left // sizes[level - 1] if level else 0
-    before: list[Part] = [(range(level - 1), 0, n), (range(level - 1, level), 0, n - images)] if level else []
-    last: list[Part] = [(range(level - 1, level), n - images, images)] if images else []
-    last.append((range(level, len(sizes)), 0, n))
-    return [part for part in before if part[0]], [part for part in last if part[0]]
-
-
-def parts(n: int, sizes: Sequence[int], most: int) -> list[Part]:
-    """All levels of ``n`` images in parts of at most ``most`` bytes, or of one image of one level; ``sizes``: of an image."""
-    found: list[Part] = []
-    whole: list[int] = []  # levels whose images all go together
-    left = most
-    for level, size in enumerate(sizes):
-        if n * size > most:
-            images = max(1, most // size)
-            found += [([level], start, min(images, n - start)) for start in range(0, n, images)]
-            continue
-        if n * size > left:
-            found.append((whole, 0, n))
-            whole, left = [], most
-        whole.append(level)
-        left -= n * size
-    return [*found, (whole, 0, n)] if whole else found
-
-
-@functools.cache
-def _l2_bytes(device: torch.device) -> int:
-    """Of a GPU; the interpreter is given that of an H100."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 * 2**20
 
 
 def most_registers(registers: int) -> dict[str, int]:
@@ -280,12 +218,6 @@ def _default_registers(key: Key) -> int:
     if key.kernel == "mask_kernel":
         return 128 if (key.bits, key.layout, key.tokens) == (16, "nchw", 8) else 168
     return 168 if _default_tile(key).threads == 128 else 128
-
-
-def rescale_config(maps: Sequence[torch.Tensor], axis: int) -> Config:
-    """That of the kernel which multiplies gradients: it is not searched for, as it ends at once where the factor is 1."""
-    bits, channels = 8 * maps[0].dtype.itemsize, max(x.shape[1] for x in maps)
-    return default(Key("backward_kernel", bits, "nhwc" if axis == CHANNELS else "nchw", channels, 8, 0))
 
 
 def choose(key: Key, gpu: str) -> Config:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._levels import FIELD, Levels, as_list, is_record, labels, mapping_like, pixels_in, sequence_like, tensor_of
-from ._ops.library import graph_task
+from ._levels_old import FIELD, Levels, as_list, is_record, labels, mapping_like, pixels_in, sequence_like, tensor_of
+from ._torch import graph_task
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher, named_paths
 

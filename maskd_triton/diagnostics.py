@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._eager import DICE_EPS, acc_dtype, gram
-from ._levels import Levels, as_list
+from ._levels import Levels, unpack
 
 __all__ = ["DistillDiagnostics", "LevelDiagnostics", "collapsed", "describe", "gradient_ratio", "suggest_loss_weight"]
 
@@ -199,7 +199,7 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
         >>> gradient_ratio(s.sum(), (3 * s).sum(), s)
         tensor(3.)
     """
-    levels = as_list(features, "features")[0]
+    levels = unpack(features, "features").tensors
     for i, x in enumerate(levels):
         if not x.requires_grad:
             raise ValueError(f"features[{i}]: expected the student's features with gradient, got a tensor without")

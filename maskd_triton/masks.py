@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._distributed import is_dtensor
+
 from ._eager import acc_dtype
 from ._hooks import UNREAD, Hooked, Output, Target, Valid, Where, frozen, names_of
-from ._levels import Levels, as_list, container, labels, like, members, named, usual, valid_of_levels
+from ._levels_old import Levels, as_list, container, labels, like, members, named, usual, valid_of_levels
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
-from .functional import IMPLS, OnThisRank, learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, compose, fitting, of_shapes
+from ._checks import IMPLS
+from .functional import learn
+from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose, fitting
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -85,8 +86,8 @@ class MaskModule(MaskLevel):
                 nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             self.prob = nn.Sequential(conv3, nn.AdaptiveAvgPool2d(1), conv1)
         if standardize:
-            self.register_buffer("channel_mean", torch.zeros(channels))
-            self.register_buffer("channel_std", torch.ones(channels))
+            self.register_buffer("channel_mean", torch.zeros(channels, dtype=buffer_dtype()))
+            self.register_buffer("channel_std", torch.ones(channels, dtype=buffer_dtype()))
             self.register_buffer("pixels_seen", torch.zeros((), dtype=torch.int64))
 
     def weighting(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,22 +97,15 @@ class MaskModule(MaskLevel):
         conv3, conv1 = self.prob[0], self.prob[2]
         return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
 
-    def tables(self, dtype: torch.dtype, on_this_rank: OnThisRank | None = None) -> Tables:
-        """The tables that the operators take, composed of the present parameters and differentiable in them.
-
-        Args:
-            dtype: of the composition.
-            on_this_rank: called with every parameter and its name, gives it as a plain tensor on this rank. None: all of them
-                are plain tensors.
-        """
+    def tables(self, dtype: torch.dtype) -> Tables:
+        """The tables that the operators take, composed in ``dtype`` of the present parameters and differentiable in them."""
+        self.check_buffers()
         level: dict[str, Tensor] = {"mask_token": self.mask_token}
         if self.weight_mask:
             level |= dict(zip(CONVOLUTIONS, self.weighting(), strict=True))
         if self.standardize:
             level |= {"channel_mean": self.channel_mean, "channel_std": self.channel_std}
-        if on_this_rank is not None:
-            level = {name: on_this_rank(x, name) for name, x in level.items()}
-        return compose(of_shapes(level, self.published_shapes()), dtype)
+        return compose(level, dtype)
 
     def forward(self, x: Tensor, valid: Any = None) -> tuple[Tensor, Tensor]:
         check.features(x, "x", self.channels)
@@ -124,16 +118,14 @@ def _learn(
 ) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """`functional.learn` with the parameters of every level's module."""
 
-    def tables(on_this_rank: OnThisRank) -> LearnTables:
-        levels = [module.tables(acc_dtype(features[0].dtype), on_this_rank) for module in modules]
-        standards = [level.standardization for level in levels if level.standardization is not None]
-        weightings = [level.weighting for level in levels if level.weighting is not None]
-        return LearnTables(
-            [s.tokens for s in standards] or [level.tokens for level in levels],
-            [s.token_bias for s in standards],
-            *(zip(*weightings, strict=True) if weightings else ((), ())),
-        )
-
+    levels = [module.tables(acc_dtype(features[0].dtype)) for module in modules]
+    standards = [level.standardization for level in levels if level.standardization is not None]
+    weightings = [level.weighting for level in levels if level.weighting is not None]
+    tables = LearnTables(
+        [s.tokens for s in standards] or [level.tokens for level in levels],
+        [s.token_bias for s in standards],
+        *(zip(*weightings, strict=True) if weightings else ((), ())),
+    )
     return learn(features, tables, valid, impl)
 
 
@@ -479,8 +471,6 @@ class MaskLearner(nn.Module):
         statistics = [ChannelStatistics() for _ in self.channels]
 
         def watch(first: int, tensors: list[Tensor], valid: Any) -> None:
-            if any(map(is_dtensor, tensors)):
-                raise TypeError("calibrate: expected plain features, got DTensors; calibrate before the teacher is distributed")
             pixels = valid_of_levels(valid, tensors)
             for i, x in enumerate(tensors):
                 statistics[first + i].add(x, pixels[i] if pixels else None)

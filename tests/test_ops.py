@@ -34,9 +34,8 @@ def problem(
     options = DistillOptions(
         DistillTables([frozen(3, 5), frozen(3, 7)]),
         valid=[(frozen(2, p) > 0).byte() for p in (12, 6)] if "valid" in kind else [],
-        step=torch.tensor(5, device=device),
+        customised=torch.tensor(True, device=device),
         custom_mask=True,
-        warmup=3,
     )
     tables = options.tables
     if kind.split()[0] in DISTANCES:

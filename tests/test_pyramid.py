@@ -127,6 +127,6 @@ def test_stage_1(levels: int, weighted: bool, need_x: bool, target: Target, laun
 def test_500_image_sizes_compile_few_variants(dtype: str, layout: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/programs/variants.py", dtype, layout]
+    command = [sys.executable, "tests/programs/sizes.py", dtype, layout]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

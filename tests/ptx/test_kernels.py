@@ -4,14 +4,12 @@ The cases are a choice, not a product: each value of each option with several of
 outside of the views that are passed, and as uninitialised until a kernel or the host has written it.
 """
 
-import contextlib
 import copy
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, kernels
-from maskd_triton.kernels import tuning
 from tests.ptx.driver import ARCHS, virtual_gpu
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -32,7 +29,7 @@ class Case:
     """``dtype`` and ``layout`` are the teacher's; ``other`` are the student's, in stage 1 those of the upstream gradient.
 
     ``place``: a slice of channels or columns of larger maps, or a storage offset of 3 elements; ``given``: masks come with the
-    call; ``inputs``: the features' gradient is wanted; ``variants``: stage 2's backward kernel in all of its variants.
+    call; ``inputs``: the features' gradient is wanted.
     """
 
     dtype: str = "fp32"
@@ -51,13 +48,10 @@ class Case:
     distance: str = "squared"
     inputs: bool = True
     same_channels: int = 0
-    variants: bool = False
 
     def __str__(self) -> str:
         other = f"-of-{self.other_dtype or self.dtype}-{self.other_layout or self.layout}"
-        flags = [
-            name for name in ("weighted", "standard", "valid", "given", "custom", "inputs", "variants") if getattr(self, name)
-        ]
+        flags = [name for name in ("weighted", "standard", "valid", "given", "custom", "inputs") if getattr(self, name)]
         maps = self.layout + (other if self.other_dtype or self.other_layout else "")
         return "-".join([self.dtype, maps, f"{self.tokens}x{self.levels}", *flags, self.distance, self.place or "whole"])
 
@@ -187,8 +181,8 @@ CASES = {
         Case("fp32", "channels_last", distance="cosine", standard=True, levels=3),
         Case("bf16", "nchw", other_dtype="fp32", distance="cosine", valid=True, power=1),
         Case("fp64", "nchw", distance="cosine", tokens=3, given=True),
-        Case("bf16", "channels_last", variants=True),
-        Case("fp32", "nchw", distance="cosine", valid=True, variants=True),
+        Case("bf16", "channels_last"),
+        Case("fp32", "nchw", distance="cosine", valid=True),
     ],
     1: [
         Case("fp32", "nchw", tokens=6, levels=2),
@@ -223,20 +217,11 @@ def error(got: Tensor, want: Tensor) -> float:
     return off if off == off else float("inf")
 
 
-@contextlib.contextmanager
-def all_variants() -> Iterator[None]:
-    """Tiles in reverse, hints for L2, the gradient with the loss, level by level and image by image."""
-    config = tuning.Config(32, 64, 128, reverse=True, hints=True, with_loss=True)
-    with mock.patch.object(tuning, "_l2_bytes", return_value=0), tuning.forced("backward_kernel", config):
-        yield
-
-
 def launched(stage: int, case: Case) -> set[str]:
     """The kernels that a step takes."""
     pooled = {"pool.pool_kernel"} if case.valid and case.weighted and not case.given else set()
     if stage == 2:
-        later = {"distill.rescale_kernel"} if case.variants else set()
-        return pooled | later | {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
+        return pooled | {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
     always = {"learn.mask_kernel", "learn.finish_kernel", "learn.token_gradient_kernel", "learn.add_shares_kernel"}
     gated = {"learn.gate_kernel"} if case.weighted and not case.valid else set()
     return pooled | always | gated | ({"learn.feature_gradient_kernel"} if case.inputs else set())
@@ -247,7 +232,7 @@ def launched(stage: int, case: Case) -> set[str]:
 def test_as_eager_float64(stage: int, case: Case, arch: int) -> None:
     torch.manual_seed(0)
     measured = (stage_1 if stage == 1 else stage_2)(case)
-    with virtual_gpu(arch) as gpu, gpu.initcheck(), all_variants() if case.variants else contextlib.nullcontext():
+    with virtual_gpu(arch) as gpu, gpu.initcheck():
         got = measured("triton", None)
     assert gpu.launches.keys() == launched(stage, case)
     want, eager = measured("eager", torch.float64), measured("eager", None)
@@ -255,41 +240,6 @@ def test_as_eager_float64(stage: int, case: Case, arch: int) -> None:
         floor = (CANCELLING if name == "parameters" else FLOORS)[case.dtype]
         for i, exact in enumerate(values):
             assert error(got[name][i], exact) <= 2 * error(eager[name][i], exact) + floor, (name, i)
-
-
-@pytest.mark.parametrize("upstream", [1.0, 2.0])
-def test_rescaling_reads_nothing_where_the_factor_is_1(upstream: float) -> None:
-    x, y = (torch.randn(2, 16, 4, 8, dtype=torch.bfloat16) for _ in range(2))
-    criterion = MaskedDistillLoss(16, None, impl="triton")
-    with virtual_gpu(90) as gpu, gpu.counting() as found, all_variants():
-        loss = criterion(x.requires_grad_(), y, masks=torch.rand(2, 3, 4, 8))
-        torch.autograd.grad(loss, x, torch.tensor(upstream))
-    counts = found[-1]
-    assert counts.kernel == "distill.rescale_kernel"
-    assert counts.asked["g_ptrs"] == (0 if upstream == 1 else 2 * 2 * x.numel())
-
-
-def test_variants_are_in_the_code() -> None:
-    """Reversed, the last program takes the first tile; hints are policies of L2."""
-    x, y, masks = torch.randn(2, 64, 4, 8), torch.randn(2, 64, 4, 8), torch.rand(2, 3, 4, 8)
-    criterion = MaskedDistillLoss(64, None, impl="triton")
-    tiles, policies, kept = [], [], []
-    for changes in ({}, {"reverse": True, "hints": True, "keep": True}):
-        with (
-            virtual_gpu(90) as gpu,
-            gpu.recording() as records,
-            gpu.counting() as counts,
-            tuning.forced("backward_kernel", tuning.Config(32, 64, 128, **changes)),
-        ):
-            torch.autograd.grad(criterion(x.requires_grad_(), y, masks=masks), x)
-        written = records[-1].written
-        tiles.append([written[program, "g_ptrs"].nonzero()[0].min() for program in range(len(written))])
-        policies.append(counts[-1].operations["createpolicy"])
-        kept.append(counts[0].operations["createpolicy"])
-    assert len(tiles[0]) == 4
-    assert tiles[0] == sorted(tiles[0]) == tiles[1][::-1]
-    assert policies[0] == kept[0] == 0
-    assert min(policies[1], kept[1]) > 0
 
 
 def test_every_kernel_is_launched() -> None:
