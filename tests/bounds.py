@@ -85,8 +85,9 @@ class Moved:
         self.sizes[id(y)] = y, (x.abs() + mean.abs()[:, None, None]) / std[:, None, None]
         return y
 
-    def resized(self, formula: Callable[..., Tensor], x: Tensor, like: Tensor) -> Tensor:
-        return self(formula(self(x), like), units=2 * self.rounded / self.unit)
+    def resized(self, formula: Callable[..., Any], x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, near = formula(self(x), *others)
+        return self(y, units=2 * self.rounded / self.unit), near
 
     def masks(self, formula: Callable[..., Tensor], x: Tensor, tokens: Tensor) -> Tensor:
         m = self(formula(self(x, self.size(x)), self(tokens.to(x.dtype))))
@@ -130,5 +131,5 @@ class Moved:
         return self(conv2d(x, weight, bias), units=own / self.unit)
 
 
-def _with(function: Callable[..., Tensor], formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _with(function: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **options: function(formula, *args, **options)

@@ -189,8 +189,6 @@ def sound(case: Case) -> Case:
         case = replace(case, cast="")
     elif case.align:  # a convolution takes one dtype
         case = replace(case, student=replace(case.student, dtype=case.cast))
-    if case.resize and case.valid == "pixels":
-        case = replace(case, valid="rectangles")
     case = replace(case, own_align=case.own_align and case.align > 0, sizes=case.sizes if case.resize else ())
     values = case.student.values
     if case.distance == "cosine" and values == "tiny":  # below a length of 1e-8 torch has another gradient
