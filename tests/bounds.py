@@ -61,6 +61,11 @@ class Moved:
         by = units * self.unit * (2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1)
         return x * (1 + by) if size is None else x + by * size
 
+    def gradient(self, y: Tensor, units: float) -> Tensor:
+        """``y`` as it is, whose gradient is moved."""
+        moved = self(y, units=units)
+        return moved - (moved - y).detach()
+
     def __enter__(self) -> "Moved":
         for function in (
             self.standardised,
@@ -86,8 +91,8 @@ class Moved:
         return y
 
     def resized(self, formula: Callable[..., Any], x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor | None]:
-        y, near = formula(self(x), *others)
-        return self(y, units=2 * self.rounded / self.unit), near
+        (y, near), half = formula(self(x), *others), 2 * self.rounded / self.unit
+        return self.gradient(self(y, units=half), half), near
 
     def masks(self, formula: Callable[..., Tensor], x: Tensor, tokens: Tensor) -> Tensor:
         m = self(formula(self(x, self.size(x)), self(tokens.to(x.dtype))))
@@ -126,9 +131,9 @@ class Moved:
 
     def aligned(self, x: Tensor, weight: Tensor, bias: Tensor, half: float) -> Tensor:
         """A 1x1 convolution; ``half``: relative error of what is rounded to half precision, its parameters and its output."""
-        own = UNITS_OF_TERMS * self.unit + 2 * half
-        weight, bias = (self(p, units=own / self.unit) for p in (weight, bias))
-        return self(conv2d(x, weight, bias), units=own / self.unit)
+        units = UNITS_OF_TERMS + 2 * half / self.unit
+        y = conv2d(x, self(weight, units=units), self(bias, units=units))
+        return self.gradient(self(y, units=units), units)
 
 
 def _with(function: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from maskd_triton import MaskLearner
 from tests.cases import DTYPES, Case
-from tests.helpers import SEED, in_layout, moved
-from tests.problems import draw_parameters
+from tests.helpers import SEED, draw_parameters, in_layout, moved
 
 # Decimal exponents of "huge" and "tiny" features: from those whose squares a dtype's sums can still hold to those they cannot.
 _EXPONENTS = {"fp16": (2, 4), "bf16": (5, 20), "fp32": (5, 20), "fp64": (5, 160)}
