@@ -84,8 +84,9 @@ class MaskedDistillLoss(Options):
         float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
     Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
-    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds their tables, a
-    `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens are loaded.
+    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds their
+    tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens
+    are loaded.
     They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading also takes a
     learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing it with the
     warm-up never waits for the GPU. A call that activation checkpointing repeats in the backward pass counts once.
@@ -200,8 +201,8 @@ class MaskedDistillLoss(Options):
 
     def _draw_tokens(self) -> None:
         warnings.warn(
-            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the loss "
-            "is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
+            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the "
+            "loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
             stacklevel=3,
         )
         for level in self._levels:
