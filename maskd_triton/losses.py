@@ -84,7 +84,7 @@ class MaskedDistillLoss(Options):
         float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
     Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
-    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds their
+    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules``
     tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens
     are loaded.
     They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading also takes a
