@@ -127,8 +127,8 @@ def _prepared(key: Key, device: torch.device) -> Callable[[], object]:
     student, teacher = features(), features()
     tokens, rows, bias = parameters(t, c), parameters(9, t, c), parameters(t)
     if key.kernel in ("forward_kernel", "backward_kernel"):
-        counter = torch.zeros((), dtype=torch.int64, device=device)
-        distill_options = DistillOptions(DistillTables(tokens, rows, bias), step=counter, custom_mask=True)
+        customised = torch.ones((), dtype=torch.bool, device=device)
+        distill_options = DistillOptions(DistillTables(tokens, rows, bias), customised=customised, custom_mask=True)
 
         def forward() -> Distilled:
             outputs = Distilled.empty(student, distill_options, acc_dtype(dtype))

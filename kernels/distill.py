@@ -39,10 +39,10 @@ from .tiles import (
 
 @triton.jit
 def _forward_tile(
-    n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, given_ptr, valid_ptr, step_ptr,
-    mask_ptr, cosine_ptr, part_ptr, warmup, beta_high, beta_low, C, P, s_row, t_row,
-    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
-    CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, given_ptr, valid_ptr, customised_ptr,
+    mask_ptr, cosine_ptr, part_ptr, C, P, s_row, t_row,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
+    CUSTOM: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
@@ -56,7 +56,6 @@ def _forward_tile(
     sums = tl.zeros((BLOCK_C, BLOCK_P), ACC)  # of the distance, or of the products for the cosine
     own_squares = sums
     other_squares = sums
-    beta = tl.full((1, 1), beta_high, ACC) + beta_low
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
@@ -77,8 +76,9 @@ def _forward_tile(
             own_squares += value * value
             other_squares += target * target
         elif DISTANCE == "smooth_l1":
-            sums += smooth_l1(value - target, beta)
+            sums += smooth_l1(value - target, BETA)
         else:
+            tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
             sums += (value - target) * (value - target)
     token = tl.arange(0, TP)
     real = token < T
@@ -93,8 +93,8 @@ def _forward_tile(
         m = sigmoid(scores)
     if CUSTOM:
         followed = m * sigmoid(join_split(own, TP, S_SPLIT, BLOCK_P))
-        if WARMUP:
-            m = tl.where(tl.load(step_ptr) >= warmup, followed, m)
+        if CHOSEN:
+            m = tl.where(tl.load(customised_ptr) != 0, followed, m)
         else:
             m = followed
     d = sum_rows(sums, T_FAST == 0)
@@ -175,7 +175,7 @@ def _partials(H, W, WEIGHTED: tl.constexpr, BLOCK_P: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "warmup", "step_ptr"])
+@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "customised_ptr"])
 def forward_kernel(
     # of every level
     s_ptrs,  # [N, C, P] by strides
@@ -191,13 +191,12 @@ def forward_kernel(
     cosine_ptrs,  # [N, 2, P], written for the cosine
     first, aligns, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
     # of all
-    step_ptr,  # int64 scalar
+    customised_ptr,  # bool scalar where CHOSEN: whether masks follow the student
     part_ptr,  # [programs, 3, T], written
-    warmup, beta_high, beta_low,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
-    CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
+    CUSTOM: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
@@ -227,10 +226,10 @@ def forward_kernel(
                 _forward_tile(
                     n, block, image, target, pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS),
                     pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr,
-                    pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS), step_ptr,
+                    pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS), customised_ptr,
                     pick(mask_ptrs, level, LEVELS), pick(cosine_ptrs, level, LEVELS), part_ptr,
-                    warmup, beta_high, beta_low, C, P, s_row, t_row, GIVEN, VALID, POWER, DISTANCE,
-                    CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC,
+                    C, P, s_row, t_row, GIVEN, VALID, POWER, DISTANCE, BETA,
+                    CUSTOM, CHOSEN, WEIGHTED, STANDARD, ACC,
                     T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
                 )  # fmt: skip
             elif WEIGHTED:
@@ -254,8 +253,8 @@ def finish_kernel(
     weight_ptr,  # [levels, N, T], written unless WEIGHTS
     loss_ptr,  # [levels, N], written
     coefficient_ptr,  # [levels, N, T], written
-    N, eps_high, eps_low,
-    LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr, DISTANCE: tl.constexpr,
+    N,
+    LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr, DISTANCE: tl.constexpr, EPS: tl.constexpr,
     WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -297,10 +296,10 @@ def finish_kernel(
         weight = tl.full((TP,), 1.0, ACC) / T
     if not WEIGHTS:
         tl.store(weight_ptr + out * T + token, weight, mask=real)
-    # a float argument arrives as float32: float64 takes it in two parts
-    area = tl.sum(b, axis=0) + eps_high + eps_low
+    area = tl.sum(b, axis=0) + EPS
     share = weight / N
     if DISTANCE != "cosine":
+        tl.static_assert((DISTANCE == "squared") | (DISTANCE == "smooth_l1"), "a distance without a branch here")
         share = share / C
     share = tl.where(real, share / area, 0.0)
     if EMPTY:  # an image without valid pixels, or a box that is on no pixel, counts nothing also without eps
@@ -329,10 +328,10 @@ def backward_kernel(
     up_ptr,  # [levels, N] by strides
     coefficient_ptr,  # [levels, N, T]
     up_level, up_n,
-    N, beta_high, beta_low,
+    N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
     C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
+    VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
     STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -377,9 +376,10 @@ def backward_kernel(
                 v = tl.load(cosine_ptr + n * 2 * P + P + p, mask=p < P, other=0.0)
                 slope = u[None, :] * value - v[None, :] * target
             elif DISTANCE == "smooth_l1":
-                slope = (value - target) / (tl.full((1, 1), beta_high, ACC) + beta_low)
+                slope = (value - target) / BETA
                 slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
             else:
+                tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
                 slope = value - target
             g = slope * scale[None, :]
             if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:
@@ -418,7 +418,7 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
                     *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
                     *(options.masks, options.valid, masks, cosines),
                 ),
-                *tables, loss if options.customised is None else options.customised.view(torch.uint8), part, 1, **constants,
+                *tables, loss if options.customised is None else options.customised, part, **constants,
             )  # fmt: skip
             launch.run(
                 finish_kernel, images,
@@ -433,7 +433,7 @@ class _Variant(NamedTuple):
     weighted: bool
     standard: bool
     custom_mask: bool
-    warmup: bool
+    chosen: bool
     given: bool
     valid: bool
     weights: bool
@@ -481,20 +481,20 @@ def _forward_numbers(
         *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws), *group.strides(student, teacher),
     ]  # fmt: skip
     constants = {
-        "CUSTOM": variant.custom_mask, "WARMUP": variant.warmup, "STANDARD": variant.standard,
+        "CUSTOM": variant.custom_mask, "CHOSEN": variant.chosen, "STANDARD": variant.standard,
         "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "DISTANCE": variant.distance,
         "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
         "BLOCK_C": block_c, "STAGES": config.num_stages,
         **config.program, **group.constants, **common,
-        **launch.two_parts("beta", variant.beta),
+        "BETA": variant.beta,
     }  # fmt: skip
     finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
     finish_constants = {
         "LEVELS": len(s), "STANDARD": weighted and variant.standard, "WEIGHTS": variant.weights,
         "EMPTY": variant.given or variant.valid, "DISTANCE": variant.distance,
         "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common, "N": n,
-        **launch.two_parts("eps", variant.eps),
+        "EPS": variant.eps,
     }  # fmt: skip
     return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
 
@@ -575,6 +575,6 @@ def _backward_numbers(
         "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
         "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
         "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **registers, **group.constants,
-        "N": s[0].shape[0], **launch.two_parts("beta", beta),
+        "N": s[0].shape[0], "BETA": beta,
     }  # fmt: skip
     return programs, tables, constants

@@ -4,7 +4,6 @@ The tables of a pyramid are arguments by value: nothing is copied to the device,
 graph keeps them.
 """
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,12 +38,6 @@ def device_of(x: Tensor) -> torch.cuda.device:
 def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Launch ``kernel`` on ``programs`` programs, with fused multiply-adds, which Triton 3.10 no longer makes by default."""
     kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=True, **constants)
-
-
-def two_parts(name: str, value: float) -> dict[str, float]:
-    """``value`` rounded to float32, as a kernel's float argument is, and what that leaves: arguments of these names."""
-    high = ctypes.c_float(value).value
-    return {f"{name}_high": high, f"{name}_low": value - high}
 
 
 def acc_type(x: Tensor) -> tl.dtype:

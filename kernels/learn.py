@@ -187,9 +187,9 @@ def finish_kernel(
     weight_ptr,  # [levels, N, T], written unless WEIGHTS
     pair_ptr,  # [levels, N, T, T], written: the gradient of the Dice loss for the masks is pairs @ m
     dice_ptr,  # [levels, N], written
-    N, eps_high, eps_low,
+    N,
     LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, WEIGHTS: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
-    T: tl.constexpr, TP: tl.constexpr, TILE: tl.constexpr, BORDER: tl.constexpr,
+    EPS: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, TILE: tl.constexpr, BORDER: tl.constexpr,
     ROWS: tl.constexpr, PAIR_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mask weights, Dice losses and their gradients from the sums of one image; TILE is BLOCK_P of the mask kernel."""
@@ -215,7 +215,7 @@ def finish_kernel(
     same = token[:, None] == token[None, :]
     others = real[:, None] & real[None, :] & (token[:, None] != token[None, :])
     area = tl.sum(tl.where(same, gram, 0.0), axis=0)  # the Gram sums are symmetric
-    areas = tl.sum(tl.where(same, gram, 0.0), axis=1)[:, None] + area[None, :] + eps_high + eps_low
+    areas = tl.sum(tl.where(same, gram, 0.0), axis=1)[:, None] + area[None, :] + EPS
     share = tl.where(others, 1.0 / areas, 0.0)
     if T > 1:
         share = share / (N * T * (T - 1))
@@ -653,7 +653,7 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
                 finish_kernel, len(x) * n,
                 launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias),
                 *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
-                grams, weights, pairs, dice, n, **launch.two_parts("eps", DICE_EPS),
+                grams, weights, pairs, dice, n, EPS=DICE_EPS,
                 LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=tuning.power_of_2(t),
                 TILE=config.block_p, **tuning.add_blocks(tuning.power_of_2(t), dice.dtype.itemsize), **common,
             )  # fmt: skip

@@ -1,9 +1,7 @@
 """Sentences for wrong arguments: each names the argument, what was expected and what was given."""
 
-import math
 import numbers
 import operator
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ Weighting = tuple[Tensor, Tensor]
 
 IMPLS = ("auto", "triton", "eager")
 MOST_TOKENS = 32  # the kernels keep a sum for each of them in registers; published are 6 and 8
+MOST_FLOAT = 3.4e38  # of float32
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -39,12 +38,10 @@ def resize(value: Any, name: str = "resize") -> str | None:
 
 
 def flag(value: Any, name: str) -> bool:
-    """TypeError unless it is a bool, numpy's, 0 or 1."""
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    if getattr(getattr(value, "dtype", None), "kind", "") != "b" or value.ndim != 0:  # numpy's
+    """TypeError unless it is a bool."""
+    if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return bool(value)
+    return value
 
 
 def integer(value: Any) -> int | None:
@@ -89,20 +86,17 @@ def mask_power(value: Any, name: str = "mask_power") -> int:
     return power
 
 
-def number(value: Any, name: str, least: float = 0.0, most: float = sys.float_info.max) -> float:
+def number(value: Any, name: str, least: float, most: float) -> float:
     """TypeError or ValueError unless it is a number, also numpy's, from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    found = float(value)
-    if not least <= found <= most or math.isinf(found):
-        limits = f"from {least:g} to {most:g}" if most < sys.float_info.max else f"of at least {least:g}, and finite"
-        raise ValueError(f"{name}: expected a number {limits}, got {value!r}")
-    return found
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not least <= value <= most:
+        raise (ValueError if real else TypeError)(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+    return float(value)
 
 
 def eps(value: Any, name: str = "eps") -> float:
     """TypeError or ValueError unless it is a number from 0 to 1e30."""
-    return number(value, name, most=1e30)
+    return number(value, name, 0, 1e30)
 
 
 def positive(value: Any, name: str) -> float:
@@ -113,10 +107,18 @@ def positive(value: Any, name: str) -> float:
 def loss_weight(value: Any, name: str = "loss_weight") -> float | Tensor:
     """A number of at least 0; or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
     if not isinstance(value, Tensor):
-        return number(value, name)
+        return number(value, name, 0, MOST_FLOAT)
     if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
         raise ValueError(f"{name}: expected a number or a scalar tensor, got {value.dtype} of shape {list(value.shape)}")
     return value
+
+
+def constant_loss_weight(value: Any, name: str) -> float | Tensor:
+    """`loss_weight`; ValueError for one that is to be learned."""
+    weight = loss_weight(value, name)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(f"{name}: expected a number or a scalar tensor without gradient; to learn it, multiply the loss by it")
+    return weight
 
 
 def standardize(value: Any, name: str = "standardize") -> str | bool:
@@ -136,6 +138,11 @@ def listed(value: Any) -> Any:
 # Tensors
 
 
+def counted(levels: int) -> str:
+    """``"1 level"``, ``"3 levels"``."""
+    return "1 level" if levels == 1 else f"{levels} levels"
+
+
 def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     """TypeError or ValueError unless ``given`` is None or has one entry for each level."""
     if given is None:
@@ -143,18 +150,17 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     if isinstance(given, Tensor) or not isinstance(given, Sequence):
         raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(given).__name__}")
     if len(given) != levels:
-        raise ValueError(f"{name}: expected one entry for each of the {levels} levels, got {len(given)}")
+        raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(given)}")
 
 
-def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int]) -> None:
+def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int | None]) -> None:
     """ValueError unless there are as many levels as ``channels``."""
     if len(levels) != len(channels):
-        expected = "1 level" if len(channels) == 1 else f"{len(channels)} levels"
-        raise ValueError(f"{name}: expected {expected}, got {len(levels)}")
+        raise ValueError(f"{name}: expected {counted(len(channels))}, got {len(levels)}")
 
 
-def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int]) -> None:
-    """TypeError or ValueError unless ``maps`` are features of these channels, one per level."""
+def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int | None]) -> None:
+    """TypeError or ValueError unless ``maps`` are features of these channels, one per level; None: any."""
     level_count(maps, name, channels)
     for x, label, c in zip(maps, labels, channels, strict=True):
         features(x, f"{name}{label}", c)
@@ -186,17 +192,21 @@ def dense(x: Tensor, name: str) -> None:
     """TypeError or ValueError unless the numbers of ``x`` lie in memory as they are."""
     if x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it, and give valid=")
-    if x.layout != torch.strided:
+    if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call to_dense()")
     if type(x) not in _PLAIN and hasattr(x, "to_local"):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name.partition('[')[0]}.to_local()")
-    if not torch.compiler.is_compiling() and x.is_neg():
+
+
+def readable(x: Tensor, name: str) -> None:
+    """ValueError for a view that says of its numbers that they are negative."""
+    if x.is_neg():
         raise ValueError(f"{name}: a view with the negative bit, as of a conjugate's imaginary part; call resolve_neg()")
 
 
 def recordable(x: Tensor, name: str, made: str = "it") -> None:
     """ValueError where a backward pass cannot keep ``x``."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
+    if x.is_inference() and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: an inference tensor cannot be kept for the backward pass; compute {made} under "
             f"torch.no_grad() instead of torch.inference_mode(), or pass {name.partition('[')[0]}.clone()"
@@ -268,6 +278,21 @@ def weighting(
         )
 
 
+def tables(given: Any, maps: Sequence[Tensor], standard: bool) -> None:
+    """TypeError or ValueError unless every level's tables fit its features: kernels read as many numbers as these say.
+
+    ``given``: a `DistillTables` or a `LearnTables`; ``standard``: whether the weighting is one of standardised features.
+    """
+    t = len(given.tokens[0]) if given.tokens else 0
+    for i, x in enumerate(maps):
+        c = x.shape[1]
+        shapes = {"tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": (5, t) if standard else (t,)}
+        shapes |= {"teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c)}
+        for name, levels in zip(given._fields, given, strict=True):
+            if levels and (levels[i].shape != shapes[name] or levels[i].device != x.device):
+                parameter(levels[i], f"{name}[{i}]", shapes[name], x.device)  # says which
+
+
 def frozen(x: Tensor, name: str) -> None:
     """ValueError if ``x`` requires grad: in stage 2 only the student gets gradients."""
     if x.requires_grad:
@@ -278,21 +303,25 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
     """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
     student, teacher = names
     features(t, teacher, channels)
-    features(s, student, channels)
+    features(s, student, channels, "; give student_channels= and the criterion aligns them")
     if s.shape != t.shape:
         raise ValueError(
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
             "(different channels: give student_channels; different sizes: give resize='student' or 'teacher')"
         )
-    for x, name in ((s, student), (t, teacher)):
-        alike(x, name, first, first_name)
+    alike(t, teacher, first, first_name)
+    if s is not first:
+        alike(s, student, first, first_name)
     if t.requires_grad:
         swapped = "" if s.requires_grad else " (did you swap student and teacher?)"
         raise ValueError(
             f"{teacher}: requires grad, but the loss is differentiable in the student only{swapped}; "
             "compute the teacher under torch.no_grad() or pass teacher.detach()"
         )
-    recordable(t, teacher, "the teacher")
+    if not torch.compiler.is_compiling():  # dynamo asks no such questions
+        readable(s, student)
+        readable(t, teacher)
+        recordable(t, teacher, "the teacher")
 
 
 def step(x: Tensor | None, name: str, device: torch.device) -> None:

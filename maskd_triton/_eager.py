@@ -318,9 +318,10 @@ def _distances(
     difference = _difference(student, teacher, statistics, buffer)
     if options.distance == "squared":
         return difference.mul_(difference).sum(1)
-    return smooth_l1_loss(difference, difference.new_zeros(()).expand_as(difference), reduction="none", beta=options.beta).sum(
-        1
-    )
+    if options.distance == "smooth_l1":
+        zeros = difference.new_zeros(()).expand_as(difference)
+        return smooth_l1_loss(difference, zeros, reduction="none", beta=options.beta).sum(1)
+    raise NotImplementedError(f"distance {options.distance!r}")
 
 
 @_full_precision
@@ -350,7 +351,11 @@ def _slope(
         own, other = cosines.unflatten(2, student.shape[2:]).unbind(1)
         return _reconstructed(teacher, affine, out).mul_(-other[:, None]).addcmul_(student.to(out.dtype), own[:, None])
     difference = _difference(student, teacher, affine, out)
-    return difference if kept.distance == "squared" else difference.div_(kept.beta).clamp_(-1, 1)
+    if kept.distance == "squared":
+        return difference
+    if kept.distance == "smooth_l1":
+        return difference.div_(kept.beta).clamp_(-1, 1)
+    raise NotImplementedError(f"distance {kept.distance!r}")
 
 
 def _reconstructed(teacher: Tensor, affine: Tensor | None, out: Tensor) -> Tensor:

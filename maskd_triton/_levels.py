@@ -153,11 +153,6 @@ def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
     return [f"[{key!r}]" for key in (keys or range(levels))]
 
 
-def counted(levels: int) -> str:
-    """``"1 level"``, ``"3 levels"``."""
-    return "1 level" if levels == 1 else f"{levels} levels"
-
-
 def named(channels: Any) -> tuple[list[int], list[Any] | None]:
     """``channels=`` as one int per level, and the names of the levels, if it is a mapping."""
     if isinstance(channels, Mapping):
@@ -172,8 +167,10 @@ def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
         found = [check.positive_int(v, f"{name}[{i}]") for i, v in enumerate(value)]
     else:
         found = [check.positive_int(value, name)] * (levels or 1)
-    if not found or (levels is not None and len(found) != levels):
-        raise ValueError(f"{name}: expected one value for each of the {counted(levels or 1)}, got {value!r}")
+    if not found:
+        raise ValueError(f"{name}: expected a positive int or one per level, got {value!r}")
+    if levels is not None and len(found) != levels:
+        raise ValueError(f"{name}: expected one value for each of the {check.counted(levels)}, got {value!r}")
     return found
 
 
@@ -188,7 +185,7 @@ def in_order(value: Any, name: str, names: Sequence[Any] | None, levels: int) ->
     if isinstance(value, str | Tensor) or not isinstance(value, Sequence | nn.ModuleList):
         raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(value).__name__}")
     if len(value) != levels:
-        raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(value)}")
+        raise ValueError(f"{name}: expected one entry for each of the {check.counted(levels)}, got {len(value)}")
     return list(value)
 
 
@@ -239,5 +236,5 @@ def _given(value: Levels, name: str, levels: Matched) -> list[Tensor]:
         raise TypeError(f"{name}: got a mapping, but teacher is none; give a sequence in its order")
     found = unpack(value, name, levels.keys).tensors
     if len(found) != len(levels.teachers):
-        raise ValueError(f"{name}: expected one entry for each of the {counted(len(levels.teachers))}, got {len(found)}")
+        raise ValueError(f"{name}: expected one entry for each of the {check.counted(len(levels.teachers))}, got {len(found)}")
     return found

@@ -6,6 +6,7 @@ configuration are those of eager mode. Otherwise its function is called as it is
 
 import functools
 import importlib
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from . import _eager
 from ._records import Distilled, DistillKept, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables
+from ._torch import graph_task, in_transforms
 
 
 @functools.cache
@@ -58,6 +60,12 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("maskd_triton: the losses can be differentiated once only, their gradients have no derivative")
 
 
+def bound_once(forward: Any) -> Any:
+    """For a ``forward(*inputs)``, whose signature torch would work out anew in every call, which takes 20 us."""
+    forward.__signature__ = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+    return forward
+
+
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -86,6 +94,26 @@ def _apply(function: type[torch.autograd.Function], wanted: Iterable[Tensor], *a
 
 
 # Stage 2
+
+
+def _customised(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    return step >= warmup + (counts and graph_task() != -1)
+
+
+@torch.library.custom_op("maskd_triton::customised", mutates_args=())
+def customised_operator(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    """`customised` in compiled code, where an activation checkpoint repeats the graph, not Python."""
+    return _customised(step, warmup, counts)
+
+
+@customised_operator.register_fake
+def _(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    return step.new_empty((), dtype=torch.bool)
+
+
+def customised(step: Tensor, warmup: int, counts: bool) -> Tensor:
+    """Whether ``step`` calls before this one are a whole warm-up; a call that a backward pass repeats finds itself counted."""
+    return (customised_operator if torch.compiler.is_compiling() else _customised)(step, warmup, counts)
 
 
 def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
@@ -145,9 +173,11 @@ class _Distill(torch.autograd.Function):
     """The losses ``[levels, N]``, and the other outputs of a `Distilled`, which have no gradient."""
 
     @staticmethod
-    def forward(impl: str, teacher: list[Tensor], options: DistillOptions, *student: Tensor) -> tuple[Tensor, ...]:
+    @bound_once
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        impl, teacher, options, *student = inputs
         if torch.compiler.is_compiling():
-            outputs = Distilled(*distill_operator(list(student), teacher, impl, *options.tables, *options[1:]))
+            outputs = Distilled(*distill_operator(student, teacher, impl, *options.tables, *options[1:]))
         else:
             outputs = _distill(student, teacher, impl, options)
         return outputs.per_image, outputs.weights, outputs.coefficients, *outputs.masks, *outputs.cosines
@@ -169,13 +199,14 @@ class _Distill(torch.autograd.Function):
             return (None,) * (3 + ctx.lengths[0])
         coefficients, *maps = ctx.saved_tensors
         student, teacher, *kept = in_lists(maps, ctx.lengths)
-        backward = distill_backward_operator if torch.compiler.is_compiling() else _distill_backward
+        backward = distill_backward_operator if torch.compiler.is_compiling() or in_transforms() else _distill_backward
         return None, None, None, *backward(student, teacher, ctx.impl, grad, coefficients, *kept, *ctx.options)
 
 
 def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
     """What `_Distill` gives, as a record."""
-    return Distilled(*outputs[:3], outputs[3 : 3 + levels], outputs[3 + levels :])
+    per_image, weights, coefficients = outputs[:3]
+    return Distilled(per_image, weights, coefficients, outputs[3 : 3 + levels], outputs[3 + levels :])
 
 
 def distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:
@@ -266,9 +297,9 @@ class _Learn(torch.autograd.Function):
     """Masked features and Dice losses; a `LearnKept`, which has no gradient, follows."""
 
     @staticmethod
-    def forward(
-        impl: str, lengths: tuple[int, ...], valid: list[Tensor], heights: list[int], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    @bound_once
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        impl, lengths, valid, heights, *tensors = inputs
         features, *tables, weights = in_lists(tensors, lengths)
         if torch.compiler.is_compiling():
             masked, dice, *kept = learn_operator(features, impl, *tables, weights, valid, heights)
@@ -297,7 +328,7 @@ class _Learn(torch.autograd.Function):
         grad_dice = grads[levels]
         grad_dice = used_weights.new_zeros(levels) if grad_dice is None else grad_dice.resolve_neg()
         need_features = any(ctx.needs_input_grad[4 : 4 + levels])
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or in_transforms():
             results = learn_backward_operator(
                 features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks, sums,
                 need_features,

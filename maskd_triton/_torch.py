@@ -15,11 +15,14 @@ def graph_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
+def in_transforms() -> bool:
+    """Whether a transform of torch.func runs, whose tensors have no memory that a kernel could read: operators unwrap them."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def outside_transforms() -> AbstractContextManager[Any]:
     """Out of torch.func's transforms: inside of one, nobody may count calls in a module's buffer."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return nullcontext()
-    return temporarily_clear_interpreter_stack()
+    return temporarily_clear_interpreter_stack() if in_transforms() else nullcontext()
 
 
 def tracing() -> bool:

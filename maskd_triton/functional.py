@@ -123,17 +123,24 @@ def masked_distill_loss(
         raise ValueError("mask_weights and weighting: expected at most one of them")
     for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
         check.per_level(given, name, len(levels.teachers))
-    first = levels.students[0]
-    check.features(first, f"student{levels.labels[0]}")
+    first, any_channels = levels.students[0], [None] * len(levels.teachers)
+    check.levels(levels.students[:1], "student", levels.labels[:1], any_channels[:1])
+    check.levels(levels.teachers, "teacher", levels.labels, any_channels)
     _check_frozen_tables(tokens or (), weighting, standardize, levels, first.device)
     check.step(warmup_step, "warmup_step", first.device)
     warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
-    pool = zip(*weighting, strict=True) if weighting else ((), ())
-    standard = zip(*standardize, strict=True) if standardize else ((), (), ())
-    if masks is not None and standardize:
-        standard = (), (), [level.affine for level in standardize]
+    tables = DistillTables(statistics=[level.affine for level in standardize or ()])
+    if tokens is not None:
+        tables = DistillTables(
+            tokens,
+            [rows for rows, _ in weighting or ()],
+            [bias for _, bias in weighting or ()],
+            [level.tokens for level in standardize or ()],
+            [level.token_bias for level in standardize or ()],
+            tables.statistics,
+        )
     options = DistillOptions(
-        tables=DistillTables(tokens or (), *pool, *standard),
+        tables=tables,
         valid=_levels.valid_of_levels(valid, levels.teachers),
         custom_mask=check.flag(custom_mask, "custom_mask"),
         customised=None if warmup_step is None else warmup_step >= warmup,
@@ -166,8 +173,7 @@ def distill(
     for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
         names = f"student{label}", f"teacher{label}"
         check.pair(s, t, names, channels[i] if channels else None, students[0], f"student{labels[0]}")
-    for token in options.tables.tokens:
-        check.on_device(token, "tokens", students[0].device)
+    check.tables(options.tables, teachers, bool(options.tables.statistics))
     loss_weight = check.loss_weight(loss_weight)
     weighted = bool(options.tables.pool_rows) or mask_weights is not None
     impl = resolve_impl(impl, students[0].device)
@@ -180,9 +186,7 @@ def distill(
     return loss, Latest(seen, [t.shape for t in teachers], levels.keys, options.valid, weighted)
 
 
-def _with_given(
-    levels: Matched, options: DistillOptions, masks: Levels | None, mask_weights: Levels | None
-) -> DistillOptions:
+def _with_given(levels: Matched, options: DistillOptions, masks: Levels | None, mask_weights: Levels | None) -> DistillOptions:
     """``options`` with masks and weights that come with the call, or that valid pixels have."""
     teachers, tables = levels.teachers, options.tables
     if masks is not None:
@@ -397,18 +401,17 @@ def masked_features_and_dice(
     return learn(features, tables, valid, impl)[:2]
 
 
-def learn(
-    features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
-) -> tuple[list[Tensor], Tensor, list[Seen]]:
+def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of."""
     first = features[0]
     learns = any(x.requires_grad for field in tables for x in field)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
-        if learns:
-            check.recordable(x, f"features[{i}]")
-    for token in tables.tokens:
-        check.on_device(token, "tokens", first.device)
+        if not torch.compiler.is_compiling():
+            check.readable(x, f"features[{i}]")
+            if learns:
+                check.recordable(x, f"features[{i}]")
+    check.tables(tables, features, bool(tables.pool_bias) and tables.pool_bias[0].dim() == 2)
     pixels = _levels.valid_of_levels(valid, features)
     flat, heights, sizes = [x.flatten(2) for x in features], [x.shape[2] for x in features], [x.shape[2:] for x in features]
     weights: list[Tensor] = []

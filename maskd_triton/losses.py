@@ -12,6 +12,7 @@ from . import _checks as check
 from . import functional
 from ._eager import acc_dtype, resized_valid
 from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
+from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
 from ._torch import graph_task, outside_transforms
@@ -115,7 +116,7 @@ class MaskedDistillLoss(Options):
         "standardize": check.standardize,
         "custom_mask": check.flag,
         "custom_mask_warmup": check.count,
-        "loss_weight": check.loss_weight,
+        "loss_weight": check.constant_loss_weight,
         "eps": check.eps,
         "mask_power": check.mask_power,
         "distance": functional.check_distance,
@@ -203,7 +204,7 @@ class MaskedDistillLoss(Options):
             "half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
             stacklevel=3,
         )
-        for level in self.mask_modules:
+        for level in self._levels:
             learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
             if not learned.mask_token.is_meta:
                 level.load_state_dict(learned.state_dict())
@@ -263,33 +264,32 @@ class MaskedDistillLoss(Options):
         if masks is None and self.num_tokens is None:
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
         levels = match(student, teacher, self.names)
-        self._check_channels(levels)
-        counts = self.training and advance
-        compiling, repeated = torch.compiler.is_compiling(), graph_task() != -1  # activation checkpointing repeats a call
-        if self.training and torch.is_grad_enabled() and not compiling:
-            self._warn_without_gradient(levels)
-            if counts and self.align is not None:
-                self._align_watch.see(self.align)
-        levels, pixels = self._prepared(levels, valid)
+        check.level_count(levels.teachers, "teacher", self.channels)
+        counts, compiling = self.training and advance, torch.compiler.is_compiling()
+        repeated = graph_task() != -1  # activation checkpointing repeats a call
+        prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(
-            tables=self._tables(levels.students[0].dtype, masks is None, mask_weights is None),
+            tables=self._tables(prepared.students[0].dtype, masks is None, mask_weights is None),
             valid=pixels,
             custom_mask=custom,
-            # a repeated call finds itself counted
-            customised=self.warmup_step >= self.custom_mask_warmup + (counts and repeated) if custom else None,
+            customised=customised(self.warmup_step, self.custom_mask_warmup, counts) if custom else None,
             mask_power=self.mask_power,
             distance=self.distance,
             beta=self.beta,
             eps=self.eps,
         )
-        if not (compiling or repeated):
-            self.__dict__["_latest"] = None  # what it holds is free for this call
+        if not repeated:
+            object.__setattr__(self, "_latest", None)  # what it holds is free for this call
         loss, latest = functional.distill(
-            levels, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
+            prepared, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
         )
         if not (compiling or repeated):
             self.__dict__["_latest"] = latest
+            if self.training and torch.is_grad_enabled():
+                self._warn_without_gradient(levels)
+                if advance and self.align is not None:
+                    self._align_watch.see(self.align)
         if counts and not repeated:
             with outside_transforms():
                 self.warmup_step.add_(1)
@@ -320,7 +320,7 @@ class MaskedDistillLoss(Options):
         levels = unpack(features, "features", self.names)
         check.levels(levels.tensors, "features", labels(len(levels.tensors), levels.keys), self.channels)
         with torch.no_grad():
-            return levels.rebuild([m.masks(x) for m, x in zip(self.mask_modules, levels.tensors, strict=True)])
+            return levels.rebuild([level.masks(x) for level, x in zip(self._levels, levels.tensors, strict=True)])
 
     def diagnostics(self) -> dict[Any, DistillDiagnostics]:
         """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights and their entropy.
@@ -350,26 +350,21 @@ class MaskedDistillLoss(Options):
             for (name, seen), loss in zip(self._latest.levels().items(), losses, strict=True)
         }
 
-    def _check_channels(self, levels: Matched) -> None:
-        """Errors for levels that are not those of the criterion, before anything is done with them."""
-        own = [self._student_channels(i) for i in range(len(self.channels))]
-        check.level_count(levels.teachers, "teacher", self.channels)
-        for s, t, narrow, c, label in zip(levels.students, levels.teachers, own, self.channels, levels.labels, strict=True):
-            if narrow != c and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
+    @property
+    def _levels(self) -> list[LevelTables]:
+        return list(self.mask_modules)  # type: ignore[arg-type]
+
+    def _check_align(self, align: nn.ModuleList, levels: Matched) -> None:
+        """Errors for student's levels that the align cannot take. A module of the user's own, or a lazy one, says so itself."""
+        for i, (s, t, label) in enumerate(zip(levels.students, levels.teachers, levels.labels, strict=True)):
+            module, c = align[i], self.channels[i]
+            narrow = (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
+            if narrow not in (None, c) and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
                 raise ValueError(
                     f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student and "
                     "teacher?"
                 )
-            check.features(t, f"teacher{label}", c)
-            aligned = "" if self.align is not None else "; give student_channels= and the criterion aligns them"
-            check.features(s, f"student{label}", narrow, aligned)
-
-    def _student_channels(self, level: int) -> int | None:
-        """What the student's level must have; None where a module of the user's own knows, or a lazy one does not yet."""
-        if self.align is None:
-            return self.channels[level]
-        module = self.align[level]
-        return (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
+            check.features(s, f"student{label}", narrow)
 
     def _warn_without_gradient(self, levels: Matched) -> None:
         without = [f"student{label}" for s, label in zip(levels.students, levels.labels, strict=True) if not s.requires_grad]
@@ -384,7 +379,11 @@ class MaskedDistillLoss(Options):
     def _prepared(self, levels: Matched, valid: Any) -> tuple[Matched, list[Tensor]]:
         """Levels aligned and resized, and their valid pixels."""
         students, teachers = levels.students, levels.teachers
+        if valid is not None or self.resize is not None:
+            check.levels(teachers, "teacher", levels.labels, self.channels)
+            check.levels(students, "student", levels.labels, [None] * len(students))
         if self.align is not None:
+            self._check_align(self.align, levels)
             if valid is not None:
                 students = _without_padding(students, valid)
             students = [_aligned(*level) for level in zip(self.align, students, self.channels, levels.labels, strict=True)]
@@ -398,7 +397,7 @@ class MaskedDistillLoss(Options):
 
     def _tables(self, dtype: torch.dtype, with_tokens: bool, weighted: bool) -> DistillTables:
         """Every level's: with given masks the statistics alone, which the target needs."""
-        tables = [level.tables(acc_dtype(dtype)) for level in self.mask_modules]
+        tables = [level.tables(acc_dtype(dtype)) for level in self._levels]
         standards = [level.standardization for level in tables if level.standardization is not None]
         statistics = [standard.affine for standard in standards]
         if not with_tokens:
@@ -455,26 +454,35 @@ def _resized(levels: Sequence[Tensor], like: Sequence[Tensor], valid: Any) -> tu
 
 
 class _AlignWatch:
-    """Warns once of an align that gets gradients, but that no optimizer moves. Versions are counted on the host."""
+    """Warns once of an align that gets gradients, but that no optimizer moves.
+
+    Versions are counted on the host, so nothing waits for the device. Fused optimizers and those that write to ``.data`` leave
+    them as they are: only then numbers are compared, once.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
-        self.versions: list[int] = []
+        self.start: list[tuple[nn.Parameter, int, Tensor]] = []  # parameters, their versions and values at the first call
 
     def see(self, align: nn.Module) -> None:
         """A training call of the criterion."""
         self.calls += 1
         if self.calls == 1:
-            self.versions = self._versions(align)
+            self.start = [(p, p._version, p.detach().clone()) for p in align.parameters() if p.requires_grad]
         elif self.calls == STILL + 1:
-            with_gradient = any(p.grad is not None for p in align.parameters())
-            if with_gradient and self.versions and self.versions == self._versions(align):
+            if self._still():
                 warnings.warn(
                     f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is held "
                     "against a random projection; give criterion.parameters() to the optimizer",
                     stacklevel=5,  # through nn.Module's two functions
                 )
+            self.start = []
 
-    @staticmethod
-    def _versions(align: nn.Module) -> list[int]:
-        return [p._version for p in align.parameters() if p.requires_grad]
+    def _still(self) -> bool:
+        """Whether parameters with gradients are those of the first call."""
+        seen = [(p, version, value) for p, version, value in self.start if p.grad is not None]
+        if not seen or any(p._version != version for p, version, _ in seen):
+            return False
+        if seen[0][0].is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot hold a comparison
+            return False
+        return all(p.device == value.device and torch.equal(p, value) for p, _, value in seen)

@@ -19,7 +19,7 @@ from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
 from .functional import learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, compose
+from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -87,8 +87,8 @@ class MaskModule(MaskLevel, Options):
                 nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             self.prob = nn.Sequential(conv3, nn.AdaptiveAvgPool2d(1), conv1)
         if standardize:
-            self.register_buffer("channel_mean", torch.zeros(channels))
-            self.register_buffer("channel_std", torch.ones(channels))
+            self.register_buffer("channel_mean", torch.zeros(channels, dtype=buffer_dtype()))
+            self.register_buffer("channel_std", torch.ones(channels, dtype=buffer_dtype()))
             self.register_buffer("pixels_seen", torch.zeros((), dtype=torch.int64))
 
     def weighting(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,6 +100,7 @@ class MaskModule(MaskLevel, Options):
 
     def tables(self, dtype: torch.dtype) -> Tables:
         """The tables that the operators take, composed in ``dtype`` of the present parameters and differentiable in them."""
+        self.check_buffers()
         level: dict[str, Tensor] = {"mask_token": self.mask_token}
         if self.weight_mask:
             level |= dict(zip(CONVOLUTIONS, self.weighting(), strict=True))

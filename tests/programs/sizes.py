@@ -24,10 +24,10 @@ def main(dtype_name: str, layout: str) -> None:
             maps = [torch.empty(n, 16, a * b, dtype=dtype) for a, b in sizes]
             if layout == "nhwc":
                 maps = [torch.empty(n, a * b, 16, dtype=dtype).transpose(1, 2) for a, b in sizes]
-            heights, step = [a for a, _ in sizes], torch.zeros((), dtype=torch.int64)
+            heights, customised = [a for a, _ in sizes], torch.ones((), dtype=torch.bool)
             student = [m.unflatten(2, size) for m, size in zip(maps, sizes, strict=True)]
             teacher = [torch.empty_like(m) for m in student]
-            options = DistillOptions(DistillTables(tokens, rows, bias), step=step, custom_mask=True, warmup=1000)
+            options = DistillOptions(DistillTables(tokens, rows, bias), customised=customised, custom_mask=True)
             outputs = masked_distill(student, teacher, options, "triton")
             distill_backward(student, teacher, "triton", outputs.per_image, *outputs.kept(options))
             tables = LearnTables(tokens, pool_rows=rows, pool_bias=bias)
