@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from ._eager import acc_dtype
 from ._hooks import Hooked, Output, Valid, Where, frozen, names_of
-from ._levels import Levels, counted, labels, named, unpack, valid_of_levels
+from ._levels import Levels, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
@@ -219,7 +219,7 @@ class MaskLearner(Options):
                 teacher ran without gradients although the learner is in training.
         """
         if len(self._dice) != len(self.channels):
-            seen = f"expected {counted(len(self.channels))} of the teacher, got {len(self._dice)}"
+            seen = f"expected {check.counted(len(self.channels))} of the teacher, got {len(self._dice)}"
             why = seen if self._dice else "no features seen yet in this block"
             hooks = self._attached
             where = "run the teacher inside `with learner.attach(...)`" if hooks is None else hooks.not_run(hooks.missing())
@@ -480,7 +480,7 @@ class _Attached(Hooked):
         levels, modules = len(learner.channels), len(self.modules)
         self.each, rest = divmod(levels, modules)
         if rest:
-            raise ValueError(f"{caller}: {counted(levels)} cannot be divided among {modules} modules, {list(where.names)}")
+            raise ValueError(f"{caller}: {check.counted(levels)} cannot be divided among {modules} modules, {list(where.names)}")
         self.shapes: list[list[torch.Size]] = [[] for _ in self.modules]
         self.ran, self.taught = False, False  # whether tokens could learn from any call
         self.unrepeated, self.repeated = 0, False
@@ -497,7 +497,7 @@ class _Attached(Hooked):
         super().end(result)
         for label, shapes in zip(self.labels, self.shapes, strict=True):
             if result is not None and 0 < len(shapes) < self.each:
-                raise ValueError(f"{label}: expected {counted(self.each)}, got {len(shapes)} in one pass")
+                raise ValueError(f"{label}: expected {check.counted(self.each)}, got {len(shapes)} in one pass")
 
     def missing(self) -> list[str]:
         """Modules that have given no levels in this pass."""
@@ -532,7 +532,7 @@ class _Attached(Hooked):
             before.clear()  # a call of the module itself begins anew where the levels are complete
         before.extend(shapes)
         if len(before) > self.each:
-            raise ValueError(f"{self.labels[i]}: expected {counted(self.each)}, got {len(before)} in one pass")
+            raise ValueError(f"{self.labels[i]}: expected {check.counted(self.each)}, got {len(before)} in one pass")
         return len(before) - len(shapes)
 
     def _place_of_repeated(self, i: int, shapes: list[torch.Size]) -> int:
