@@ -1,4 +1,5 @@
-"""A pyramid is one job: one launch per pass for the levels whose rows are aligned and one for the others, features read once per pass, few compiled variants."""
+"""A pyramid is one job: a pass launches once for aligned levels and once for others, reads features once, and is compiled in few
+variants."""
 
 import os
 import subprocess
