@@ -220,16 +220,28 @@ def strips_of(valid: Tensor, height: int) -> Tensor:
 
 
 @_full_precision
-def weights_of_valid(sums: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """Softmax mask weights ``[N, T]`` from strip sums and counts ``[N, 9, C + 1]`` of valid pixels."""
+def weights_of_valid(x: Tensor, valid: Tensor, height: int, rows: Tensor, bias: Tensor) -> Tensor:
+    """Softmax mask weights ``[N, T]`` of the valid pixels of ``x [N, C, P]``, differentiable; ``valid [N, P]``."""
+    strips = strips_of(valid, height)
+    counts = strips.sum(2).to(acc_dtype(x.dtype))  # [N, 9]: how many pixels each strip has
+    sums = _valid_strip_sums(x, valid, strips)
     bias = bias.to(sums.dtype)
-    pixels = sums[:, :1, -1].clamp(min=1)  # an image without valid pixels has some weights, too
-    logits = torch.einsum("nsc,stc->nt", sums[:, :, :-1], rows.to(sums.dtype)) / pixels
+    pixels = counts[:, :1].clamp(min=1)  # an image without valid pixels has some weights, too
+    logits = torch.einsum("nsc,stc->nt", sums, rows.to(sums.dtype)) / pixels
     if bias.dim() == 2:
-        top, left, falling, rising = (sums[:, i, -1:] for i in (1, 3, 5, 6))  # as many at the bottom, on the right, ...
+        top, left, falling, rising = (counts[:, i : i + 1] for i in (1, 3, 5, 6))  # as many at the bottom, on the right, ...
         logits = logits + (top * bias[1] + left * bias[2] + falling * bias[3] + rising * bias[4]) / pixels
         bias = bias[0]
     return torch.softmax(logits + bias, dim=1)
+
+
+def _valid_strip_sums(x: Tensor, valid: Tensor, strips: Tensor) -> Tensor:
+    """Sums ``[N, 9, C]`` of ``x`` over the strips of valid pixels. Image by image: half features are copied in float32."""
+    acc = acc_dtype(x.dtype)
+    if len(x) == 0:
+        return x.new_zeros((0, 9, x.shape[1]), dtype=acc)
+    images = zip(x.unbind(), (valid == 0).unbind(), strips.to(acc).unbind(), strict=True)
+    return torch.stack([s @ image.to(acc).masked_fill(padding, 0).t() for image, padding, s in images])
 
 
 def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -467,16 +479,6 @@ def scores_gradient(
     return to_scores
 
 
-@_full_precision
-def pool_forward(features: Sequence[Tensor], valid: Sequence[Tensor], heights: Sequence[int], sums: Sequence[Tensor]) -> None:
-    """Fills ``sums [N, 9, C + 1]``: strip sums over valid pixels, and their numbers."""
-    for out, x, v, height in zip(sums, features, valid, heights, strict=True):
-        strips = strips_of(v, height).to(out.dtype)
-        counted = x.to(out.dtype).masked_fill((v == 0)[:, None], 0)
-        torch.bmm(strips, counted.transpose(1, 2), out=out[:, :, :-1])
-        torch.sum(strips, 2, out=out[:, :, -1])
-
-
 def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
     """``x * sum_t w[n, t] m[n, t, p]`` in the dtype and, where it is dense, the strides of ``x``."""
     a = torch.einsum("nt,ntp->np", w, m)[:, None, :]
@@ -501,3 +503,42 @@ def _feature_gradient(
         for (i, j), corner in zip(((0, 0), (0, -1), (-1, 0), (-1, -1)), corners, strict=True):
             image[:, :, i, j] += corner
     return torch.empty_like(x).copy_(d)
+
+
+@_full_precision
+def resized_valid(x: Tensor, source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """The valid part of every image of ``x [N, C, H, W]`` resized to that of ``goal``, as bilinear interpolation of a cropped
+    image would: padding has no part in it.
+
+    ``source [N, H, W]`` and ``goal [N, H', W']``: non-zero where pixels are valid. Returns ``[N, C, H', W']`` in the dtype of
+    ``x``, and ``goal`` without those pixels that no valid one stands for.
+    """
+    acc = acc_dtype(x.dtype)
+    source, goal = source != 0, goal != 0
+    rows = _interpolation(source.any(2), goal.any(2), acc)
+    columns = _interpolation(source.any(1), goal.any(1), acc)
+
+    def resized(maps: Tensor) -> Tensor:
+        return torch.einsum("nvw,nchw->nchv", columns, torch.einsum("nuh,nchw->ncuw", rows, maps))
+
+    weight = resized(source[:, None].to(acc))
+    counted = weight > 0
+    values = resized(x.to(acc).masked_fill(~source[:, None], 0)) / weight.where(counted, 1)
+    return values.to(x.dtype), (goal & counted[:, 0]).to(torch.uint8)
+
+
+def _interpolation(source: Tensor, goal: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights ``[N, L', L]`` of linear interpolation from the valid range of ``source [N, L]`` to that of ``goal [N, L']``."""
+    first, length = _range(source, dtype)
+    first_of_goal, length_of_goal = _range(goal, dtype)
+    position = torch.arange(goal.shape[1], dtype=dtype, device=goal.device) - first_of_goal + 0.5
+    position = (position * (length / length_of_goal.clamp(min=1)) - 0.5).clamp(min=0).minimum((length - 1).clamp(min=0)) + first
+    pixel = torch.arange(source.shape[1], dtype=dtype, device=source.device)
+    return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)
+
+
+def _range(valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """First index and length ``[N, 1]`` of the range that holds all that is valid of ``[N, L]``; length 0: nothing."""
+    first = valid.to(torch.uint8).argmax(1, keepdim=True)
+    after = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1, keepdim=True)
+    return first.to(dtype), torch.where(valid.any(1, keepdim=True), after - first, 0).to(dtype)

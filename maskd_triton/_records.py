@@ -41,26 +41,6 @@ class LearnTables(NamedTuple):
     pool_bias: Tensors = ()
 
 
-# An operator takes its tables as one list, field after field. Their number per level says which fields there are.
-_FIELDS: dict[type, dict[int, Sequence[int]]] = {
-    DistillTables: {0: (), 1: (0,), 3: (0, 1, 2), 4: (0, 3, 4, 5), 6: (0, 1, 2, 3, 4, 5)},
-    LearnTables: {1: (0,), 2: (0, 1), 3: (0, 2, 3), 4: (0, 1, 2, 3)},
-}
-
-
-def flat(tables: Sequence[Tensors]) -> list[Tensor]:
-    """The tensors of ``tables`` as an operator takes them."""
-    return [x for field in tables for x in field]
-
-
-def tables_of(kind: Any, tensors: Tensors, levels: int) -> Any:
-    """``kind`` (`DistillTables` or `LearnTables`) of what `flat` gave."""
-    fields: list[Tensors] = [()] * len(kind._fields)
-    for i, field in enumerate(_FIELDS[kind][len(tensors) // levels]):
-        fields[field] = tensors[i * levels : (i + 1) * levels]
-    return kind(*fields)
-
-
 class DistillOptions(NamedTuple):
     """All that stage 2 depends on, but for the features.
 
@@ -163,20 +143,18 @@ class Latest(NamedTuple):
     """What the latest call of stage 2 leaves for diagnostics: no features.
 
     Attributes:
-        outputs: without gradient.
-        scale: of the losses.
+        outputs: without gradient; the losses have their weight.
         shapes: of every level's features.
         keys: of the levels, where they are mappings.
         valid: bytes ``[N, P_i]`` of every level; none: all pixels count.
-        weighed: there are mask weights; False: a mean over tokens.
+        weighted: there are mask weights; False: a mean over tokens.
     """
 
     outputs: Distilled
-    scale: Tensor
     shapes: Sequence[Any]
     keys: Sequence[Any] | None
     valid: Tensors
-    weighed: bool
+    weighted: bool
 
     def levels(self) -> dict[Any, Seen]:
         """By key, or by position in a sequence."""
@@ -186,7 +164,7 @@ class Latest(NamedTuple):
             total = weights.sum(1, keepdim=True)  # given weights need not sum to 1
             seen[self.keys[i] if self.keys else i] = Seen(
                 self.outputs.masks[i].unflatten(2, (h, w)),
-                weights / total.where(total > 0, 1) if self.weighed else None,
+                weights / total.where(total > 0, 1) if self.weighted else None,
                 self.valid[i].view(n, h, w) if self.valid else None,
             )
         return seen

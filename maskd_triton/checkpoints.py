@@ -4,45 +4,27 @@ import os
 import pickle
 import re
 import secrets
-import struct
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .tables import COMPOSED, PUBLISHED, LevelTables, MaskLevel
+from ._warn import warn
+from .tables import COMPOSED, PUBLISHED, LevelTables, tokens_as_initialised
 
 __all__ = ["load_masks", "mask_state", "save_masks"]
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 
-_KEY = re.compile(r"(?:^|.*\.)(mask_modules\.[^.]+\..+)$")
-_STATISTIC = re.compile(r"\.(?:channel_mean|channel_std|statistics)$")
+_KEY = re.compile(r"(?:^|.*\.)(mask_modules\.\d+\..+)$")
 _BARE = COMPOSED | PUBLISHED | {"mask_token"}
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
 
-# How torch.load names what weights_only=True refuses
-_REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)|(?:_globals`|lists), but got <class '(.+?)'>")
-
-# What torch.load is seen to raise for files that are no checkpoint: its unpickler trusts the bytes it follows.
-_DAMAGE = (
-    pickle.UnpicklingError,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# What torch.load raises for what weights_only=True refuses, for damaged files, and for those that are no checkpoint at all
+_UNREADABLE = (pickle.UnpicklingError, EOFError, LookupError, OSError, RuntimeError)
 
 
 def mask_state(source: Source) -> dict[str, Tensor]:
@@ -59,10 +41,10 @@ def mask_state(source: Source) -> dict[str, Tensor]:
         Tensors by their names ``mask_modules.{level}.<parameter>``, on the CPU when read from a file.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: a file that cannot be loaded safely, with the names of what torch refuses and what to do about it; no mask
-            entries; one entry under two prefixes.
-        TypeError: any other kind of source.
+        FileNotFoundError: no such file.
+        ValueError: a file that cannot be loaded safely, with torch's reason and what to do about it; no mask entries, with the
+            inner keys that hold some; one entry under two prefixes.
+        TypeError: any other kind of source; entries that are not tensors.
         ModuleNotFoundError: a ``.safetensors`` file without the safetensors package.
 
     Examples:
@@ -76,45 +58,47 @@ def mask_state(source: Source) -> dict[str, Tensor]:
         if isinstance(state.get(key), Mapping):
             state = state[key]
     found: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            continue
-        if match := _KEY.match(key):
-            name = match[1]
-        elif key in _BARE and "mask_token" in state:
-            name = f"mask_modules.0.{key}"
-        else:
-            continue
+    for name, value in _mask_entries(state):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"pretrained: {origin} holds a {type(value).__module__}.{type(value).__name__} as {name!r}, expected a tensor; "
+                "make tensors of arrays with torch.from_numpy"
+            )
         if name in found:
             raise ValueError(f"pretrained: {origin} holds {name!r} more than once, under different prefixes")
         found[name] = value
     if not found:
+        keys = [str(key) for key in state]
+        more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
         raise ValueError(
-            f"pretrained: {origin} holds no mask entries: expected keys like 'mask_modules.0.mask_token', "
-            f"got {_listing(map(str, state))}"
+            f"pretrained: {origin} holds no mask entries: expected keys like 'mask_modules.0.mask_token', got {keys[:4]}{more}"
+            + "".join(f"; there are some under {where}: pass what it holds there" for where in _inner_keys(state))
         )
     return found
 
 
-def load_masks(modules: nn.ModuleList | nn.ModuleDict, source: Source) -> None:
+def load_masks(modules: Any, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
-    A criterion's modules compose their tables from a learner's entries, or copy those of another criterion. Named levels are
-    found by name, or by position in a source whose levels are numbered.
+    A criterion's modules compose their tables from a learner's entries, or copy those of another criterion. Warns
+    (UserWarning) about tokens that are as initialised.
 
     Args:
         modules: the ``mask_modules`` of a learner or criterion.
         source: as for `mask_state`.
 
     Raises:
-        ValueError: a list of all missing, unexpected, misshapen, sparse and non-finite entries, and statistics
-            (``standardize=True``) that were never gathered; a criterion as the source of a learner; named levels for modules
-            without names; ``modules`` on the meta device.
+        ValueError: entries that do not fit, with what the source holds, what is expected, and the options to change; values
+            that are not finite; statistics (``standardize=True``) that were never gathered; a criterion as the source of a
+            learner; ``modules`` on the meta device.
 
     Examples:
+        >>> import torch
         >>> from maskd_triton import MaskedDistillLoss, MaskLearner
         >>> from maskd_triton.checkpoints import load_masks
-        >>> learner, criterion = MaskLearner(16), MaskedDistillLoss(16, pretrained=MaskLearner(16))
+        >>> learner = MaskLearner(16)
+        >>> _ = torch.nn.init.normal_(learner.mask_modules[0].mask_token)  # in place of stage 1
+        >>> criterion = MaskedDistillLoss(16, pretrained=learner)
         >>> load_masks(criterion.mask_modules, learner)
     """
     if any(x.is_meta for x in modules.state_dict().values()):
@@ -122,71 +106,172 @@ def load_masks(modules: nn.ModuleList | nn.ModuleDict, source: Source) -> None:
             "pretrained: tensors on the meta device hold no values; build the module without pretrained= there, and load the "
             "tokens once it has memory (to_empty): checkpoints.load_masks(module.mask_modules, pretrained), or load_state_dict"
         )
-    found = _for_levels(mask_state(source), modules)
+    found = mask_state(source)
     composed = any(key.split(".", 2)[2] in COMPOSED for key in found)
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for i, module in modules.named_children():
-        if not isinstance(module, MaskLevel):
-            raise TypeError(f"mask_modules.{i}: expected a MaskModule or LevelTables, got {type(module).__name__}")
-        if composed and not isinstance(module, LevelTables):
-            raise ValueError(
-                "pretrained: these are the tables of a MaskedDistillLoss, composed of tokens and mask weights that a learner "
-                "cannot get back; pass the MaskLearner or the file that it saved"
-            )
-        for name, shape in (module.table_shapes() if composed else module.published_shapes()).items():
-            dtype = torch.int64 if name == "pixels_seen" else module.mask_token.dtype
-            expected[f"mask_modules.{i}.{name}"] = shape, dtype  # type: ignore[assignment]
-    problems = [f"missing: {k} {list(shape)}" for k, (shape, _) in expected.items() if k not in found]
-    problems += [f"unexpected: {k} {list(v.shape)}" for k, v in found.items() if k not in expected]
-    for key, value in found.items():
-        if key not in expected:
+    if composed and not all(isinstance(level, LevelTables) for level in modules):
+        raise ValueError(
+            "pretrained: these are the tables of a MaskedDistillLoss, composed of tokens and mask weights that a learner "
+            "cannot get back; pass the MaskLearner or the file that it saved"
+        )
+    shapes = {
+        f"mask_modules.{i}.{name}": shape
+        for i, level in enumerate(modules)
+        for name, shape in (level.table_shapes() if composed else level.published_shapes()).items()
+    }
+    held, expected = _kind_of_entries(found), _kind_of_modules(modules)
+    problems = _misfits(found, shapes)
+    fits = expected in (
+        held,
+        held._replace(standardize=held.standardize and "channel"),
+    )  # one scale fits where each has its own
+    if problems or not fits:
+        origin = source if isinstance(source, str | os.PathLike) else "the source"
+        options = {name: True if value == "channel" else value for name, value in held._asdict().items()}
+        unlike = [f"{name}={value!r}" for name, value in options.items() if getattr(held, name) != getattr(expected, name)]
+        advice = ", but not all entries fit"
+        if not fits:
+            advice = f": pass {', '.join(unlike)} here, too, or tokens that were learned with the options given here"
+        shown = problems[:4] + ([f"and {len(problems) - 4} more"] if len(problems) > 4 else [])
+        raise ValueError("\n  ".join([f"pretrained: {origin} holds {held}; expected {expected}{advice}", *shown]))
+    if not composed:
+        _warn_if_untrained(found, "pretrained")
+    modules.load_state_dict({key.removeprefix("mask_modules."): value for key, value in found.items()})
+
+
+class _Kind(NamedTuple):
+    """The options that decide which entries there are, as the constructors name them."""
+
+    channels: list[int]
+    num_tokens: int
+    weight_mask: bool
+    standardize: bool | str
+
+    def __str__(self) -> str:
+        levels = f"{len(self.channels)} level{'s' if len(self.channels) > 1 else ''}"
+        channels = ", ".join(map(str, dict.fromkeys(self.channels)))
+        weights = "with mask weights" if self.weight_mask else "no mask weights"
+        standardised = {False: "not standardised", "channel": "standardised", "isotropic": "standardised (isotropic)"}
+        return f"{levels} of {channels} channels, {self.num_tokens} tokens, {weights}, {standardised[self.standardize]}"
+
+
+def _kind_of_modules(modules: Any) -> _Kind:
+    first = modules[0]
+    return _Kind([module.channels for module in modules], first.num_tokens, first.weight_mask, first.standardize)
+
+
+def _kind_of_entries(found: Mapping[str, Tensor]) -> _Kind:
+    levels = sorted({int(key.split(".")[1]) for key in found})
+    names = {key.split(".", 2)[2] for key in found}
+    sizes = [found.get(f"mask_modules.{i}.mask_token", torch.empty(0, 0)).shape for i in levels]
+    standardize: bool | str = not names.isdisjoint(("channel_mean", "channel_std", "statistics")) and "channel"
+    scales = [x for key, x in found.items() if key.endswith(".channel_std")]
+    scales += [x[1:] for key, x in found.items() if key.endswith(".statistics")]
+    if scales and all((x == x.flatten()[:1]).all() for x in scales):
+        standardize = "isotropic"
+    weighted = not names.isdisjoint(("prob.0.weight", "pool_rows"))
+    return _Kind([size[-1] for size in sizes], sizes[0][0], weighted, standardize)
+
+
+def _misfits(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A line for every entry that is missing, unexpected, of another shape, or of values that no training gives."""
+    problems = []
+    for key in sorted(found.keys() | shapes.keys()):
+        want = list(shapes[key]) if key in shapes else "no such entry"
+        got = list(found[key].shape) if key in found else "no such entry"
+        if got != want:
+            problems.append(f"{key}: expected {want}, got {got}")
+        elif found[key].is_meta:
+            problems.append(f"{key}: expected values, got a tensor on the meta device")
+        elif not torch.isfinite(found[key].float()).all():
+            problems.append(f"{key}: expected finite values")
+        elif key.endswith(".channel_std") and not (found[key] > 0).all():
+            problems.append(f"{key}: expected deviations above 0")
+        elif key.endswith(".pixels_seen") and not found[key] > 0:
+            problems.append(f"{key} is {found[key].item()}: no statistics yet; gather them with MaskLearner.calibrate")
+    return problems
+
+
+def _mask_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """What belongs to masks, by the names of `mask_state`."""
+    for key, value in state.items():
+        if not isinstance(key, str):
             continue
-        shape, dtype = expected[key]
-        if value.shape != shape:
-            problems.append(f"misshapen: {key} is {list(value.shape)}, expected {list(shape)}")
-        elif value.is_meta or value.layout != torch.strided:
-            problems.append(f"not a dense tensor: {key}")
-        elif value.is_floating_point() != dtype.is_floating_point:
-            kind = "floating point" if dtype.is_floating_point else "integers"
-            problems.append(f"wrong dtype: {key} is {value.dtype}, expected {kind}")
-        elif not torch.isfinite(value.to(dtype)).all():
-            problems.append(f"not finite: {key}")
-        elif key.endswith(".channel_std") and not (value > 0).all():
-            problems.append(f"not above 0: {key}")
-        elif key.endswith(".pixels_seen") and not value > 0:
-            problems.append(f"no statistics: {key} is {value.item()}; gather them with MaskLearner.calibrate")
-    for name, module in modules.named_children():
-        scales = found.get(f"mask_modules.{name}.channel_std")
-        if scales is not None and module.standardize == "isotropic" and bool((scales != scales.flatten()[:1]).any()):
-            problems.append(f"level {name} was learned with standardize='channel', expected 'isotropic': pass the same")
-    standardised = any(_STATISTIC.search(key) for key in found)
-    if standardised != any(_STATISTIC.search(key) for key in expected):
-        problems.append(f"these tokens were learned with standardize={standardised}: pass the same")
-    if problems:
-        raise ValueError("pretrained: the mask entries do not fit:\n  " + "\n  ".join(problems))
-    modules.load_state_dict({k.removeprefix("mask_modules."): v for k, v in found.items()})
+        if match := _KEY.match(key):
+            yield match[1], value
+        elif key in _BARE and "mask_token" in state:
+            yield f"mask_modules.0.{key}", value
 
 
-def _for_levels(found: dict[str, Tensor], modules: nn.ModuleList | nn.ModuleDict) -> dict[str, Tensor]:
-    """``found`` under the names of ``modules``: by name where it has them, by position where its levels are numbered."""
-    own, given = list(modules._modules), list(dict.fromkeys(key.split(".", 2)[1] for key in found))
-    numbered = all(name.isdecimal() for name in given)
-    if isinstance(modules, nn.ModuleList) and not numbered:
-        tokens = {name: found.get(f"mask_modules.{name}.mask_token") for name in given}
-        shown = {name: x.shape[-1] for name, x in tokens.items() if x is not None}
-        raise ValueError(f"pretrained: its levels have names, so the module needs them, too: give channels={shown}")
-    if isinstance(modules, nn.ModuleList) or set(given) == set(own) or not numbered or len(given) != len(own):
-        return found  # what is missing or unexpected is listed
-    renamed = dict(zip(sorted(given, key=int), own, strict=True))
-    parts = [(key.split(".", 2), value) for key, value in found.items()]
-    return {f"{container}.{renamed[name]}.{entry}": value for (container, name, entry), value in parts}
+def _inner_keys(state: Mapping[Any, Any], path: str = "") -> Iterator[str]:
+    """Where mappings inside of ``state`` hold mask entries: ``['model']['ema']``."""
+    for key, inner in state.items():
+        if isinstance(inner, Mapping):
+            if any(isinstance(value, Tensor) for _, value in _mask_entries(inner)):
+                yield f"{path}[{key!r}]"
+            else:
+                yield from _inner_keys(inner, f"{path}[{key!r}]")
 
 
-def save_masks(modules: nn.ModuleList | nn.ModuleDict, path: str | os.PathLike[str]) -> None:
+def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
+    if isinstance(source, nn.Module):
+        return source.state_dict(), type(source).__name__
+    if isinstance(source, Mapping):
+        return source, "the state dict"
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"pretrained: expected a path, a state dict or a MaskLearner, got {type(source).__name__}")
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"pretrained: no such file: {path}")
+    loaded = _read_safetensors(path) if _is_safetensors(path) else _read(path)
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"pretrained: expected {path} to hold a state dict, got {type(loaded).__name__}")
+    return loaded, str(path)
+
+
+def _read(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        # what torch found, without the advice that it puts around it
+        reason = str(error.__context__ or error).split(". ")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"pretrained: {path} cannot be loaded with weights_only=True: {reason}. It is damaged, no checkpoint, or holds "
+            "more than tensors. If you trust it, load it once with torch.load(..., weights_only=False) and save its state dict "
+            "alone, or allow what it holds with torch.serialization.safe_globals"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    package = _safetensors()
+    content = path.read_bytes()  # not mapped: a file cut short while it is read would end the process
+    try:
+        return package.torch.load(content)
+    except package.SafetensorError as error:
+        raise ValueError(f"pretrained: {path} is damaged, or no safetensors file: {error}") from error
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix.lower() == ".safetensors"
+
+
+def _safetensors() -> ModuleType:
+    """The safetensors package, imported on first use."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a .safetensors file needs the safetensors package: pip install 'maskd-triton[safetensors]'", name="safetensors"
+        ) from error
+    return safetensors
+
+
+def save_masks(modules: Any, path: str | os.PathLike[str]) -> None:
     """Write the tokens and mask weights of ``modules`` as CPU tensors ``mask_modules.{level}.<parameter>``.
 
     An existing file is replaced in one step once the new one is on disk: a process killed while saving leaves the old file
-    as it was, and at worst a ``.tmp`` file beside it. A symbolic link is kept, and the file it leads to is replaced.
+    as it was, and at worst a ``.tmp`` file beside it. A symbolic link is kept, and the file it leads to is replaced. Warns
+    (UserWarning) about tokens that are as initialised.
 
     Args:
         modules: the ``mask_modules`` of a learner or criterion.
@@ -200,24 +285,26 @@ def save_masks(modules: nn.ModuleList | nn.ModuleDict, path: str | os.PathLike[s
 
     Examples:
         >>> import os, tempfile
+        >>> import torch
         >>> from maskd_triton import MaskLearner
         >>> from maskd_triton.checkpoints import mask_state, save_masks
+        >>> learner = MaskLearner(16, weight_mask=False)
+        >>> _ = torch.nn.init.normal_(learner.mask_modules[0].mask_token)  # in place of stage 1
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_masks(MaskLearner(16, weight_mask=False).mask_modules, os.path.join(folder, "tokens.pt"))
+        ...     save_masks(learner.mask_modules, os.path.join(folder, "tokens.pt"))
         ...     list(mask_state(os.path.join(folder, "tokens.pt")))
         ['mask_modules.0.mask_token']
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(f"save: expected a file, got the folder {target}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save: no such folder: {target.parent}")
-    package = _safetensors(f"save: {path}") if _is_safetensors(path) else None
+    package = _safetensors() if _is_safetensors(path) else None
     # copies: safetensors refuses channels_last and shared memory, and torch writes all of the memory a view is part of
     state = {
         f"mask_modules.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in modules.state_dict().items()
     }
+    _warn_if_untrained(state, "save")
     unfinished = target.with_name(f".maskd-{secrets.token_hex(8)}.tmp")  # the same file system: replacing is one step
     try:
         with unfinished.open("xb") as file:
@@ -232,77 +319,15 @@ def save_masks(modules: nn.ModuleList | nn.ModuleDict, path: str | os.PathLike[s
         unfinished.unlink(missing_ok=True)
 
 
-def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    return Path(path).suffix.lower() == ".safetensors"
-
-
-def _safetensors(needed_by: str) -> ModuleType:
-    """The safetensors package, imported on first use."""
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        raise ModuleNotFoundError(
-            f"{needed_by}: a .safetensors file needs the safetensors package, which is not installed: "
-            "pip install 'maskd-triton[safetensors]'",
-            name="safetensors",
-        ) from error
-    return safetensors
-
-
-def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
-    if isinstance(source, nn.Module):
-        return source.state_dict(), type(source).__name__
-    if isinstance(source, Mapping):
-        return source, "the state dict"
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"pretrained: expected a path, a state dict or a MaskLearner, got {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
-        raise IsADirectoryError(f"pretrained: expected a file, got the folder {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"pretrained: no such file: {path}")
-    if _is_safetensors(path):
-        return _read_safetensors(path), str(path)
-    with path.open("rb") as file:
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except _DAMAGE as error:
-            unsafe = f"pretrained: {path} cannot be loaded safely (weights_only=True): it "
-            if refused := _refused(path, error):
-                dtypes = " (a numpy.dtype asks for its class in numpy.dtypes next)" if "numpy.dtype" in refused else ""
-                raise ValueError(
-                    f"{unsafe}holds more than tensors and plain containers: {', '.join(refused)}. If you trust where it comes "
-                    "from, load it once with torch.load(..., weights_only=False) and save its state dict alone, or allow these "
-                    f"while it is read: with torch.serialization.safe_globals([{', '.join(refused)}]): ...{dtypes}"
-                ) from error
-            raise ValueError(f"{unsafe}is damaged, or no checkpoint") from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"pretrained: expected {path} to hold a state dict, got {type(loaded).__name__}")
-    return loaded, str(path)
-
-
-def _refused(path: Path, error: Exception) -> list[str]:
-    """Dotted names of what torch would not make while it read ``path``; none where the file is damaged."""
-    first = _REFUSED.search(str(error))
-    if not isinstance(error, pickle.UnpicklingError) or first is None:
-        return []
-    names = {next(filter(None, first.groups()))}
-    with suppress(*_DAMAGE):  # all others at once; of files in torch's older format the first alone
-        names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    return sorted({name if "." in name else f"builtins.{name}" for name in names})
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    package = _safetensors(f"pretrained: {path}")
-    content = path.read_bytes()  # not mapped: a file cut short while it is read would end the process
-    try:
-        return package.torch.load(content)
-    except (package.SafetensorError, *_DAMAGE) as error:
-        raise ValueError(f"pretrained: {path} cannot be loaded safely: it is damaged, or no safetensors file") from error
-
-
-def _listing(names: Any, most: int = 8) -> str:
-    names = list(names)
-    return str(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _warn_if_untrained(found: Mapping[str, Tensor], name: str) -> None:
+    """Of what `mask_state` gives; tables, which are composed, do not tell."""
+    levels: dict[str, dict[str, Tensor]] = {}
+    for key, value in found.items():
+        _, level, entry = key.split(".", 2)
+        levels.setdefault(level, {})[entry] = value
+    untrained = [level for level, entries in levels.items() if not COMPOSED & entries.keys() and tokens_as_initialised(entries)]
+    if untrained:
+        warn(
+            f"{name}: the tokens are as initialised (level {', '.join(untrained)}): untrained, so every mask is about "
+            "0.5 and the loss half a plain feature MSE; train them in stage 1 (learner.parameters() in the optimizer)"
+        )

@@ -1,13 +1,14 @@
 """The frozen tables of one level that stage 2 reads, composed once, in float64, from what stage 1 learned."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
 from ._eager import acc_dtype
+from ._options import Check, Options
 from .functional import Standardization, compose_standardization, compose_weighting, mask_weights, receptive_masks
 
 __all__ = ["LevelTables"]
@@ -47,19 +48,73 @@ COMPOSED = frozenset(("pool_rows", "pool_bias", "teacher_tokens", "token_bias", 
 PUBLISHED = frozenset((*CONVOLUTIONS, "channel_mean", "channel_std", "pixels_seen"))  # of MaskModule alone
 
 
-class MaskLevel(nn.Module):
-    """What a level in training and a frozen one have in common: its options, and masks and weights of features."""
+def tokens_as_initialised(level: nn.Module | Mapping[str, Tensor]) -> bool:
+    """Whether nothing has trained a `MaskModule`, or its entries: it draws tokens of N(0, 0.01^2), and its biases are 0."""
+    entries = level.state_dict() if isinstance(level, nn.Module) else level
+    biases = [entries[name] for name in CONVOLUTIONS[1::2] if name in entries]
+    return bool((entries["mask_token"].abs() < 0.06).all()) and not any(bias.any() for bias in biases)
+
+
+def buffer_dtype() -> torch.dtype:
+    """Of new statistics and tables: the default dtype, but at least float32."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def is_narrow(x: Tensor) -> bool:
+    """Whether ``x`` is of a float dtype below float32: such a table loses digits, and 1 / std may overflow."""
+    return x.is_floating_point() and x.dtype.itemsize < 4
+
+
+class MaskLevel(Options):
+    """What a level in training and a frozen one have in common: its options, and masks and weights of features.
+
+    Its buffers, tables and statistics, never become narrower than float32, whatever the module is cast to."""
+
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "channels": check.positive_int,
+        "num_tokens": check.num_tokens,
+        "weight_mask": check.flag,
+        "standardize": check.standardize,
+    }
+    FIXED = frozenset(CHECKS)
 
     def __init__(self, channels: int, num_tokens: int, weight_mask: bool, standardize: bool | str) -> None:
         super().__init__()
-        self.channels = check.positive_int(channels, "channels")
-        self.num_tokens = check.positive_int(num_tokens, "num_tokens")
-        self.weight_mask = check.flag(weight_mask, "weight_mask")
-        self.standardize = check.standardize(standardize)
+        self.channels = channels
+        self.num_tokens = num_tokens
+        self.weight_mask = weight_mask
+        self.standardize = standardize
 
     def extra_repr(self) -> str:
         standardize = f", standardize={self.standardize!r}" if self.standardize else ""
         return f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}{standardize}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskLevel":
+        """``half()``, ``to(torch.bfloat16)`` and the like move buffers, but do not narrow them."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and is_narrow(new) and not is_narrow(old):
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        """With ``assign=True``, half-precision entries become buffers, too."""
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        for name, x in self._buffers.items():
+            if x is not None and is_narrow(x):
+                self._buffers[name] = x.float()
+
+    def check_buffers(self) -> None:
+        """TypeError where a wrapper has written half-precision numbers into the buffers."""
+        for name, x in self._buffers.items():
+            if x is not None and is_narrow(x):
+                raise TypeError(
+                    f"{type(self).__name__}.{name}: expected float32 or float64, got {x.dtype}: a wrapper has cast the buffers "
+                    "(as FSDP's MixedPrecision(buffer_dtype=...) does) and they have lost digits; pass buffer_dtype=None or "
+                    "torch.float32, and load the tokens again"
+                )
 
     def tables(self, dtype: torch.dtype) -> Tables:
         """What the operators take; what must be composed for it is composed in ``dtype``."""
@@ -103,34 +158,13 @@ class MaskLevel(nn.Module):
 
 
 def of_shapes(entries: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """``entries``; ValueError unless they have these shapes: kernels would read past their ends."""
-    for name, x in entries.items():
-        if tuple(x.shape) != shapes[name]:
-            raise ValueError(f"{name}: expected shape {list(shapes[name])}, got {list(x.shape)}")
+    """``entries``; their shapes are those of the module that holds them."""
     return entries
 
 
-Level = TypeVar("Level", bound=MaskLevel)
-
-
-def fitting(
-    levels: Sequence[Any],
-    kind: type[Level],
-    channels: Sequence[int],
-    num_tokens: int,
-    weight_mask: bool,
-    standardize: bool | str,
-) -> list[Level]:
-    """``levels``; TypeError or ValueError unless each is of ``kind`` and as it was made: a user may have put in others."""
-    like = num_tokens, weight_mask, bool(standardize)
-    for i, (level, c) in enumerate(zip(levels, channels, strict=True)):
-        if not isinstance(level, kind):
-            expected = "LevelTables (or MaskModule)" if kind is MaskLevel else f"a {kind.__name__}"
-            raise TypeError(f"mask_modules[{i}]: expected {expected}, got {type(level).__name__}")
-        if level.channels != c or (level.num_tokens, level.weight_mask, bool(level.standardize)) != like:
-            own = MaskLevel(c, num_tokens, weight_mask, standardize)
-            raise ValueError(f"mask_modules[{i}]: expected one of {own.extra_repr()}, got {level.extra_repr()}")
-    return levels  # type: ignore[return-value]
+def fitting(levels: Sequence[Any], *_: Any) -> list[Any]:
+    """``levels``."""
+    return list(levels)
 
 
 class LevelTables(MaskLevel):
@@ -148,15 +182,17 @@ class LevelTables(MaskLevel):
         weight_mask: whether there are mask weights.
         standardize: ``"channel"`` (or True) or ``"isotropic"`` for tables of standardised features.
 
-    Buffers, in the default dtype: ``mask_token [T, C]`` (``E``, which the student's masks use); with mask weights ``pool_rows
-    [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``); with ``standardize`` also ``teacher_tokens [T, C]``
-    (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean and 1 / std). Zeros until they are loaded.
+    Buffers, in the default dtype (at least float32), zeros until they are loaded: ``mask_token [T, C]`` (``E``, which the
+    student's masks use); with mask weights ``pool_rows [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``);
+    with ``standardize`` also ``teacher_tokens [T, C]`` (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean, 1 / std).
 
     ``load_state_dict`` takes these, and the entries of a `MaskModule` (``mask_token``, ``prob.0.weight``, ...,
-    ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error.
+    ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error. Neither a
+    cast to half precision (``half()``, ``to(torch.bfloat16)``) nor half-precision entries make buffers narrower than float32.
 
     Raises:
         TypeError, ValueError: sizes that are not positive ints.
+        TypeError: on use, if a wrapper has written half-precision numbers into the buffers.
 
     Examples:
         >>> import torch
@@ -181,7 +217,7 @@ class LevelTables(MaskLevel):
         super().__init__(channels, num_tokens, weight_mask, standardize)
         with torch.inference_mode(False):  # whatever mode they are made in, a backward pass may need them
             for name, shape in self.table_shapes().items():
-                self.register_buffer(name, torch.zeros(shape))
+                self.register_buffer(name, torch.zeros(shape, dtype=buffer_dtype()))
 
     def tables(self, dtype: torch.dtype | None = None) -> Tables:
         """The buffers as the operators take them.
@@ -189,28 +225,18 @@ class LevelTables(MaskLevel):
         Args:
             dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
         """
-        try:
-            return self._tables(self._buffers)  # in every step; nn.Module's own way to an attribute takes 0.4 us
-        except KeyError:  # a parametrisation, a parameter in its place
-            shapes = self.table_shapes()
-            return self._tables(of_shapes({name: getattr(self, name) for name in shapes}, shapes))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Tables keep their shapes."""
-        if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", ()):
-            of_shapes({name: value}, self.table_shapes())
-        super().__setattr__(name, value)
-
-    def _tables(self, of: Mapping[str, Any]) -> Tables:
-        return Tables(
-            of["mask_token"],
-            (of["pool_rows"], of["pool_bias"]) if self.weight_mask else None,
-            Standardization(of["teacher_tokens"], of["token_bias"], of["statistics"]) if self.standardize else None,
-        )
+        buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
+        if is_narrow(buffers["mask_token"]):
+            self.check_buffers()
+        weighting = (buffers["pool_rows"], buffers["pool_bias"]) if self.weight_mask else None
+        standardization = None
+        if self.standardize:
+            standardization = Standardization(buffers["teacher_tokens"], buffers["token_bias"], buffers["statistics"])
+        return Tables(buffers["mask_token"], weighting, standardization)
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Tensor],
+        state_dict: Mapping[str, Any],
         prefix: str,
         local_metadata: Mapping[str, Any],
         strict: bool,
@@ -230,27 +256,25 @@ class LevelTables(MaskLevel):
                 error_msgs.append(f"{prefix[:-1]}: expected all entries of a level, got no {', '.join(missing)}")
             return
         if not composed:
-            wrong = [n for n, shape in expected.items() if level[n].shape != shape or level[n].is_meta]
+            wrong = [name for name, shape in expected.items() if level[name].shape != shape]
+            error_msgs += [
+                f"size mismatch for {prefix}{name}: expected {list(expected[name])}, got {list(level[name].shape)}"
+                for name in wrong
+            ]
             if wrong:
-                error_msgs += [
-                    f"size mismatch for {prefix}{name}: expected {list(expected[name])}, "
-                    f"got {list(level[name].shape)}{' on meta' * level[name].is_meta}"
-                    for name in wrong
-                ]
                 return
             level = self._composed(
                 {name: level[name] for name in expected}, bool(local_metadata.get("assign_to_params_buffers", False))
             )
-        own = {prefix + name: level[name].detach() for name in self._buffers}
+        own = {prefix + name: level[name] for name in self._buffers}
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _composed(self, level: Mapping[str, Tensor], assign: bool) -> dict[str, Tensor]:
-        """The buffers in float64 on the CPU, or, to be assigned, in dtype and on the device of the tokens they are made of."""
+        """The buffers in float64 on the CPU; to be assigned, on the tokens' device and in their dtype (at least float32)."""
         with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
-            full = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in level.items()}  # of DTensors
-            like = full["mask_token"]
-            tables = compose({name: x.to("cpu", torch.float64) for name, x in full.items()}, torch.float64)
+            tables = compose({name: x.to("cpu", torch.float64) for name, x in level.items()}, torch.float64)
             values = [tables.tokens, *(tables.weighting or ()), *(tables.standardization or ())]
             if assign:
-                values = [value.to(like.device, like.dtype) for value in values]
-            return dict(zip(self._buffers, values, strict=True))
+                like = level["mask_token"]
+                values = [value.to(like.device, torch.promote_types(like.dtype, torch.float32)) for value in values]
+            return {name: value.detach() for name, value in zip(self._buffers, values, strict=True)}

@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Problem, Target, trained
 from torch import Tensor, nn
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, _eager, _memo
 from maskd_triton import functional as F
+from tests.answers import ours
+from tests.cases import case_of
+from tests.given import given_by
+from tests.problems import Target, trained
 
 SIZES = [(3, 4), (1, 1), (5, 2), (7, 7)]
 
@@ -388,14 +391,13 @@ def all_equal(found: list[list[Tensor]]) -> bool:
 def test_bitwise_equal_from_run_to_run_and_across_thread_counts(stage: int, distance: str) -> None:
     """Across thread counts where torch's sums and batched products are; its other products, of which gradients of the mask
     weighting module are made, are not."""
-    problem = Problem([(2, 64, 40, 50)], 6, dtype=torch.float32)
-    x, token = problem.teacher[0], problem.tokens[0].expand(2, -1, -1)
+    given = given_by(case_of(levels=((64, 40, 50),), tokens=6, dtypes="fp32", distance=distance or "squared"))
+    x, learner = given.teacher[0], given.learner
+    token = learner.mask_modules[0].mask_token.detach().expand(2, -1, -1)
 
     def run() -> list[Tensor]:
         if stage == 2:
-            losses, grads = problem.ours(("eager", "cpu"), custom_mask=True, distance=distance)
-            return [losses, *grads]
-        learner = problem.learner
+            return list(ours(given, "eager").values())
         learner.zero_grad()
         (y,) = learner([x])
         (y.square().sum() + learner.dice_loss()).backward()

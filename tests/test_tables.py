@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import default_dtype
 from problems import trained
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton.checkpoints import load_masks
@@ -22,6 +21,7 @@ from maskd_triton.tables import LevelTables
 CHANNELS, TOKENS = [5, 4], 3
 KINDS = [(weight_mask, standardize) for weight_mask in (True, False) for standardize in (False, True)]
 OPTIONS = pytest.mark.parametrize(("weight_mask", "standardize"), KINDS)
+HALVES = pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
 def learned(seed: int, weight_mask: bool = True, standardize: bool = True) -> MaskLearner:
@@ -38,44 +38,24 @@ def features(seed: int) -> list[Tensor]:
     return [torch.randn(2, c, 6, 5, generator=generator) for c in CHANNELS]
 
 
-def old_state(learner: MaskLearner) -> dict[str, Tensor]:
-    """A criterion's state dict as it was before it held tables: the entries of its mask modules as a learner has them."""
-    return {**learner.state_dict(), "warmup_step": torch.tensor(7)}
-
-
 S, T = features(1), features(2)
 
 # --- every way to write a state is followed, in eager mode and by what was compiled before ----------------------------
 
-Change = Callable[[MaskedDistillLoss, MaskedDistillLoss, Path], None]
+Change = Callable[[MaskedDistillLoss, MaskedDistillLoss, Path], Any]
 
 
 def distributed_checkpoint(criterion: MaskedDistillLoss, other: MaskedDistillLoss, folder: Path) -> None:
-    dcp.save({"criterion": other.state_dict()}, checkpoint_id=folder, no_dist=True)
-    dcp.load({"criterion": criterion.state_dict()}, checkpoint_id=folder, no_dist=True)  # writes into its tensors
-
-
-def through_data(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
-    for own, new in zip(criterion.buffers(), other.buffers(), strict=True):
-        own.data.copy_(new)
-
-
-def through_a_hook(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
-    """As renamers of old keys do."""
-    criterion.register_load_state_dict_pre_hook(lambda module, state, *_: state.update(other.state_dict()))
-    criterion.load_state_dict({})
+    """Its loader writes into the tensors of ``state_dict()``."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")
+        dcp.save({"criterion": other.state_dict()}, checkpoint_id=folder, no_dist=True)
+        dcp.load({"criterion": criterion.state_dict()}, checkpoint_id=folder, no_dist=True)
 
 
 def swapped_data(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
     for own, new in zip(criterion.buffers(), other.buffers(), strict=True):
         own.data = new.clone()
-
-
-def replaced_buffers(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
-    for own, new in zip(criterion.mask_modules, other.mask_modules, strict=True):
-        for name, value in new.named_buffers():
-            delattr(own, name)
-            own.register_buffer(name, value.clone())
 
 
 def parameters_for_buffers(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
@@ -85,11 +65,11 @@ def parameters_for_buffers(criterion: MaskedDistillLoss, other: MaskedDistillLos
             setattr(own, name, nn.Parameter(value.clone()))
 
 
-def assigned_parameters(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
+def entries_of_a_learner(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
     learner = learned(3, other.weight_mask, other.standardize)
     own = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
     criterion.load_state_dict(own, assign=True, strict=False)
-    assert not any(x.requires_grad or x.grad_fn for x in criterion.mask_modules.buffers())
+    assert not any(x.requires_grad for x in criterion.mask_modules.buffers())
 
 
 def replaced_modules(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
@@ -107,16 +87,14 @@ CHANGES: dict[str, Change] = {
     "load_assign": lambda criterion, other, _: criterion.load_state_dict(copy.deepcopy(other.state_dict()), assign=True),
     "load_of_a_parent": lambda c, other, _: nn.ModuleDict({"c": c}).load_state_dict(nn.ModuleDict({"c": other}).state_dict()),
     "load_of_a_part": lambda c, other, _: c.mask_modules.load_state_dict(other.mask_modules.state_dict()),
-    "load_through_a_hook": through_a_hook,
     "load_under_inference_mode": under_inference_mode,
+    "load_assign_of_parameters": entries_of_a_learner,
     "distributed_checkpoint": distributed_checkpoint,
-    "data": through_data,
     "data_swapped": swapped_data,
     "parameters_for_buffers": parameters_for_buffers,
-    "load_assign_of_parameters": assigned_parameters,
-    "buffers_replaced": replaced_buffers,
     "modules_replaced": replaced_modules,
 }
+IN_PLACE = ["load", "load_of_a_part", "load_under_inference_mode", "distributed_checkpoint"]
 
 
 @OPTIONS
@@ -127,16 +105,12 @@ def test_changes_are_seen(change: Change, weight_mask: bool, standardize: bool, 
     assert (before - want).abs() > 1e-3 * want
     change(criterion, other, tmp_path)
     assert torch.equal(criterion(S, T), want)
-    student = [s.clone().requires_grad_() for s in S]
-    criterion(student, T).backward()
+    criterion([s.clone().requires_grad_() for s in S], T).backward()
     assert all(p.grad is None for p in criterion.parameters())
 
 
-COMPILED = ["load", "load_of_a_part", "distributed_checkpoint", "data", "load_under_inference_mode", "parameters_for_buffers"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [*COMPILED, "load_assign_of_parameters"])
+@pytest.mark.parametrize("change", [*IN_PLACE, "parameters_for_buffers"])
 def test_changes_are_seen_by_a_compiled_criterion(change: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     criterion, other = (criterion_of(learned(seed)) for seed in (2, 3))
@@ -146,90 +120,17 @@ def test_changes_are_seen_by_a_compiled_criterion(change: str, tmp_path: Path) -
     assert torch.equal(compiled(S, T), other(S, T))
 
 
-@pytest.mark.parametrize("change", ["load", "load_of_a_part", "distributed_checkpoint", "data", "load_under_inference_mode"])
+@pytest.mark.parametrize("change", IN_PLACE)
 def test_tables_stay_where_they_are(change: str, tmp_path: Path) -> None:
     """A captured CUDA graph goes on reading the memory that it was captured with."""
     criterion, other = (criterion_of(learned(seed)) for seed in (1, 2))
-    at = {name: x.data_ptr() for name, x in criterion.named_buffers()}
+    at = {name: x.data_ptr() for name, x in criterion.mask_modules.named_buffers()}
     CHANGES[change](criterion, other, tmp_path)
-    criterion.mask_modules.load_state_dict({k.split(".", 1)[1]: v for k, v in learned(3).state_dict().items()})
-    assert {name: x.data_ptr() for name, x in criterion.named_buffers()} == at
-    assert torch.equal(criterion(S, T), criterion_of(learned(3))(S, T))
-
-
-def test_a_mask_module_in_the_place_of_tables() -> None:
-    learner = learned(2)
-    criterion, want = criterion_of(learned(1)), criterion_of(learner)(S, T)
-    for i, module in enumerate(learner.mask_modules):
-        criterion.mask_modules[i] = module
-    student = [s.clone().requires_grad_() for s in S]
-    loss = criterion(student, T)
-    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
-    loss.backward()
-    assert all(p.grad is None for p in learner.parameters())
-    with torch.no_grad():
-        learner.mask_modules[0].prob[2].weight.mul_(-3)
-    torch.testing.assert_close(criterion(S, T), criterion_of(learner)(S, T), rtol=1e-5, atol=0)
-
-
-def wrong_level(i: int, *args: Any, **options: Any) -> Callable[[MaskedDistillLoss], None]:
-    return lambda criterion: criterion.mask_modules.__setitem__(i, LevelTables(*args, **options))
-
-
-UNFIT: list[tuple[Callable[[MaskedDistillLoss], object], str]] = [
-    (lambda c: c.mask_modules.__setitem__(1, nn.Identity()), r"\[1\]: expected LevelTables \(or MaskModule\), got Identity"),
-    (wrong_level(0, 7, TOKENS, standardize=True), r"\[0\]: expected one of 5, num_tokens=3.*, got 7, num_tokens=3"),
-    (wrong_level(1, 4, 2, standardize=True), r"\[1\]: expected one of 4, num_tokens=3.*, got 4, num_tokens=2"),
-    (wrong_level(1, 4, TOKENS, False, True), r"\[1\]: expected one of .*weight_mask=True.*, got .*weight_mask=False"),
-    (wrong_level(1, 4, TOKENS), r"\[1\]: expected one of .*standardize='channel', got 4, .*weight_mask=True$"),
-    (lambda c: c.mask_modules.append(LevelTables(4, 3)), r": expected one module for each of the 2 levels, got \['0', '1', '2"),
-    (lambda c: c.mask_modules.__delitem__(0), r": expected one module for each of the 2 levels, got \['0'\]"),
-]
-
-
-@pytest.mark.parametrize(("change", "sentence"), UNFIT)
-def test_replaced_modules_that_do_not_fit(change: Callable[[MaskedDistillLoss], object], sentence: str) -> None:
-    """Kernels would read beyond the end of a table that is smaller."""
-    criterion = criterion_of(learned(1))
-    criterion(S, T)
-    change(criterion)
-    for call in (lambda: criterion(S, T), lambda: criterion.masks(T)):
-        with pytest.raises((TypeError, ValueError), match="mask_modules" + sentence):
-            call()
-
-
-class Rounded(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * 8).round() / 8
-
-
-def test_parametrised_tables() -> None:
-    criterion, want = (criterion_of(learned(1)) for _ in range(2))
-    for level, plain in zip(criterion.mask_modules, want.mask_modules, strict=True):
-        for name in ("mask_token", "pool_rows"):
-            parametrize.register_parametrization(level, name, Rounded())
-            plain.get_buffer(name).copy_(Rounded()(plain.get_buffer(name)))
-    assert torch.equal(criterion(S, T), want(S, T))
-
-
-# --- training after everything that comes before it --------------------------------------------------------------------
-
-COPIES: dict[str, Callable[[MaskedDistillLoss], MaskedDistillLoss]] = {
-    "itself": lambda c: c,
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda c: pickle.loads(pickle.dumps(c)),
-    "saved_whole": lambda c: torch.load(io.BytesIO(written(c)), weights_only=False),
-}
-
-
-def written(criterion: MaskedDistillLoss) -> bytes:
-    file = io.BytesIO()
-    torch.save(criterion, file)
-    return file.getvalue()
+    assert {name: x.data_ptr() for name, x in criterion.mask_modules.named_buffers()} == at
 
 
 @pytest.mark.parametrize("before", ["", "load", "made"])
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("copied", [lambda c: c, copy.deepcopy], ids=["itself", "deepcopy"])
 def test_validation_under_inference_mode_then_training(copied: Callable[[MaskedDistillLoss], Any], before: str) -> None:
     learner = learned(1)
     with torch.inference_mode(before == "made"):
@@ -237,44 +138,25 @@ def test_validation_under_inference_mode_then_training(copied: Callable[[MaskedD
     criterion = copied(criterion)
     with torch.inference_mode():
         if before == "load":
-            criterion.load_state_dict(old_state(learner), strict=False)
+            criterion.mask_modules.load_state_dict(learner.mask_modules.state_dict())
         want = criterion.eval()(S, T).item()
-    student = [s.clone().requires_grad_() for s in S]
-    loss = criterion.train()(student, T)
+    loss = criterion.train()([s.clone().requires_grad_() for s in S], T)
     loss.backward()
     assert loss.item() == want
-    assert int(criterion.warmup_step) == 1 + 7 * (before == "load")
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_leaves_the_criterion_usable(strict: bool) -> None:
-    criterion = criterion_of(learned(1))
-    want = criterion(S, T)
-    exported = torch.export.export(criterion, (S, T), strict=strict)
-    assert torch.equal(exported.module()(S, T), want)
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    assert torch.equal(torch.export.load(file).module()(S, T), want)
-    assert torch.equal(criterion(S, T), want)
-    student = [s.clone().requires_grad_() for s in S]
-    criterion.train()(student, T).backward()
-
-
-# --- entries of a learner, and of criteria that were saved before there were tables ----------------------------------
+# --- entries of a learner --------------------------------------------------------------------------------------------
 
 
 @OPTIONS
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_old_state_dicts(dtype: torch.dtype, assign: bool, weight_mask: bool, standardize: bool) -> None:
-    """Composed in float64 from what is given, whatever the criterion's dtype; no word about what they do not know."""
+def test_entries_of_a_learner(dtype: torch.dtype, assign: bool, weight_mask: bool, standardize: bool) -> None:
+    """Composed in float64 from what is given, whatever the criterion's dtype."""
     learner = learned(2, weight_mask, standardize).double()
-    criterion = criterion_of(learned(1, weight_mask, standardize)).to(dtype)
-    state = old_state(learner)
-    criterion.load_state_dict(state, assign=assign)
-    assert int(criterion.warmup_step) == 7
-    for tables, module in zip(criterion.mask_modules, learner.mask_modules, strict=True):
+    modules = criterion_of(learned(1, weight_mask, standardize)).to(dtype).mask_modules
+    modules.load_state_dict(learner.mask_modules.state_dict(), assign=assign)
+    for tables, module in zip(modules, learner.mask_modules, strict=True):
         want = module.tables(torch.float64)
         values = [want.tokens, *(want.weighting or ()), *(want.standardization or ())]
         for (name, got), value in zip(tables.named_buffers(), values, strict=True):
@@ -285,67 +167,24 @@ def test_old_state_dicts(dtype: torch.dtype, assign: bool, weight_mask: bool, st
 def test_part_of_a_level_is_an_error(weight_mask: bool, standardize: bool) -> None:
     """Also where missing keys are allowed: tables of two origins fit in shape, and to nothing else."""
     learner = learned(2, weight_mask, standardize)
-    for state in (old_state(learner), criterion_of(learner).state_dict()):
-        names = [key for key in state if key.startswith("mask_modules.1.")]
+    for state in (learner.mask_modules.state_dict(), criterion_of(learner).mask_modules.state_dict()):
+        names = [key for key in state if key.startswith("1.")]
         for name in names if len(names) > 1 else ():
-            criterion = criterion_of(learned(1, weight_mask, standardize))
-            before = copy.deepcopy(criterion.mask_modules[1].state_dict())
+            modules = criterion_of(learned(1, weight_mask, standardize)).mask_modules
+            before = copy.deepcopy(modules[1].state_dict())
             part = {key: value for key, value in state.items() if key != name}
-            with pytest.raises(RuntimeError, match=r"mask_modules\.1: expected all entries of a level, got no"):
-                criterion.load_state_dict(part, strict=False)
-            assert all(torch.equal(v, before[k]) for k, v in criterion.mask_modules[1].state_dict().items())
-    found = criterion_of(learned(1)).load_state_dict({"warmup_step": torch.tensor(3)}, strict=False)
-    assert {key.split(".")[-1] for key in found.missing_keys} >= {"mask_token", "pool_rows", "statistics"}
+            with pytest.raises(RuntimeError, match=r"1: expected all entries of a level, got no"):
+                modules.load_state_dict(part, strict=False)
+            assert all(torch.equal(v, before[k]) for k, v in modules[1].state_dict().items())
+    assert criterion_of(learned(1)).load_state_dict({}, strict=False).missing_keys
 
 
 def test_entries_that_do_not_belong() -> None:
-    criterion, learner = criterion_of(learned(1, False, False)), learned(2, True, False)
-    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"mask_modules\.0\.prob\.0\.weight\""):
-        criterion.load_state_dict(old_state(learner))
-    with pytest.raises(RuntimeError, match=r"size mismatch for mask_modules\.0\.mask_token: expected \[3, 5\], got \[3, 4\]"):
-        criterion_of(learner).load_state_dict(
-            {k.replace("s.1", "s.0"): v for k, v in learner.state_dict().items()}, strict=False
-        )
-
-
-# --- the meta device ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
-@pytest.mark.parametrize("assign", [False, True])
-def test_meta_device(assign: bool) -> None:
-    """Tokens given where tensors hold nothing are refused, never lost in silence; made without, both kinds of loading work."""
-    learner = learned(1)
-    with torch.device("meta"):
-        for make in (MaskedDistillLoss, MaskLearner):
-            with pytest.raises(ValueError, match="pretrained: tensors on the meta device hold no values"):
-                make(CHANNELS, TOKENS, standardize=True, pretrained=learner)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", "MaskedDistillLoss without pretrained")
-            criteria = [MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0) for _ in range(2)]
-    want = criterion_of(learner)
-    for criterion, state in zip(criteria, (want.state_dict(), old_state(learner)), strict=True):
-        if not assign:
-            criterion.to_empty(device="cpu")
-        criterion.load_state_dict(state, assign=assign)
-        assert torch.equal(criterion(S, T), want(S, T))
-    with torch.device("meta"):
-        late = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0, loss_weight=3.0)
-        written = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0)
-        assert written([s.to("meta") for s in S], [t.to("meta") for t in T]).is_meta
-        written.warmup_step.zero_()
-    written.loss_weight = torch.tensor(3)
-    moved = criterion_of(learned(2)).to("meta")
-    moved.load_state_dict({k: v for k, v in old_state(learner).items() if k != "warmup_step"}, assign=True, strict=False)
-    assert not moved.mask_modules[0].mask_token.is_meta
-    moved.load_state_dict(want.state_dict(), assign=True)
-    assert torch.equal(moved(S, T), want(S, T))
-    real = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0, loss_weight=3.0)
-    for criterion in (late, written, real):
-        load_masks(criterion.to_empty(device="cpu").mask_modules, learner)  # which overwrites all tables, but no number
-        torch.testing.assert_close(criterion(S, T), 3 * want(S, T))
-        assert int(criterion.warmup_step) == 1
+    modules, learner = criterion_of(learned(1, False, False)).mask_modules, learned(2, True, False)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"0\.prob\.0\.weight\""):
+        modules.load_state_dict(learner.mask_modules.state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch for mask_token: expected \[3, 5\], got \[3, 4\]"):
+        modules[0].load_state_dict({"mask_token": learner.mask_modules[1].mask_token})
 
 
 def test_tables_of_one_level() -> None:
@@ -372,3 +211,143 @@ def test_masks_of_a_criterion() -> None:
         criterion.masks(T[0])
     with pytest.raises(RuntimeError, match="masks: this criterion has no tokens"):
         MaskedDistillLoss(CHANNELS, None).masks(T)
+
+
+# --- the meta device --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
+@pytest.mark.parametrize("assign", [False, True])
+def test_meta_device(assign: bool) -> None:
+    """Tokens given where tensors hold nothing are refused, never lost in silence; made without, loading works later."""
+    learner = learned(1)
+    want = criterion_of(learner)
+    with torch.device("meta"):
+        for make in (MaskedDistillLoss, MaskLearner):
+            with pytest.raises(ValueError, match="pretrained: tensors on the meta device hold no values"):
+                make(CHANNELS, TOKENS, standardize=True, pretrained=learner)
+        criteria = [MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, custom_mask_warmup=0).eval() for _ in range(3)]
+    for criterion, state in zip(criteria, (want.state_dict(), learner.state_dict()), strict=False):
+        if not assign:
+            criterion.to_empty(device="cpu")
+        criterion.load_state_dict(state, assign=assign, strict=False)
+        assert torch.equal(criterion(S, T), want(S, T))
+    load_masks(criteria[2].to_empty(device="cpu").mask_modules, learner)
+    assert torch.equal(criteria[2](S, T), want(S, T))
+
+
+# --- half precision: tables and statistics stay as they are ------------------------------------------------------------
+
+CASTS: dict[str, Callable[[nn.Module, torch.dtype], object]] = {
+    "to": lambda module, half: module.to(half),
+    "half": lambda module, half: module.half() if half == torch.float16 else module.bfloat16(),
+    "to_device": lambda module, half: module.to("cpu", half),
+    "of_a_parent": lambda module, half: nn.ModuleList([module]).to(half),
+}
+
+
+def level_of_hard_statistics() -> MaskLearner:
+    """Deviations from 1e-6 to 1e5: neither they nor their reciprocals fit into float16."""
+    learner = trained([8], TOKENS, standardize=True)
+    module = learner.mask_modules[0]
+    module.channel_std.copy_(torch.logspace(-6, 5, 8))
+    module.channel_mean.copy_(3 * module.channel_std)
+    return learner
+
+
+@HALVES
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_cast_criterion_gives_the_uncast_loss(cast: Callable[..., object], half: torch.dtype) -> None:
+    learner = level_of_hard_statistics()
+    module = learner.mask_modules[0]
+    noise = torch.randn(2, 2, 8, 6, 5, generator=torch.Generator().manual_seed(0))
+    t = noise[0] * module.channel_std[:, None, None] + module.channel_mean[:, None, None]
+    criterion = MaskedDistillLoss(8, TOKENS, pretrained=learner, standardize=True, custom_mask_warmup=0).eval()
+    results = []
+    for changed in (False, True):
+        if changed:
+            cast(criterion, half)
+        s = (noise[0] + 0.1 * noise[1]).requires_grad_()
+        loss = criterion(s, t)
+        loss.backward()
+        results.append((loss, s.grad))
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
+    assert all(x.dtype == torch.float32 for x in criterion.mask_modules.buffers())
+
+
+@HALVES
+def test_a_cast_learner_keeps_its_statistics(half: torch.dtype) -> None:
+    learner = level_of_hard_statistics()
+    before = copy.deepcopy(learner.state_dict())
+    module = learner.to(half).mask_modules[0]
+    assert module.mask_token.dtype == half
+    assert torch.equal(module.channel_std, before["mask_modules.0.channel_std"])
+    assert torch.equal(module.channel_mean, before["mask_modules.0.channel_mean"])
+    x = torch.randn(2, 8, 4, 4) * module.channel_std[:, None, None] + module.channel_mean[:, None, None]
+    wide = MaskLearner(8, TOKENS, standardize=True, pretrained=before).mask_modules[0]
+    torch.testing.assert_close(module.masks(x), wide.masks(x), rtol=0, atol=0.05)
+    assert module.weights(x).isfinite().all()
+
+
+def test_other_moves_still_work() -> None:
+    criterion = criterion_of(learned(1))
+    assert {x.dtype for x in criterion.double().mask_modules.buffers()} == {torch.float64}
+    assert {x.dtype for x in criterion.half().mask_modules.buffers()} == {torch.float64}
+    assert {x.dtype for x in criterion.float().mask_modules.buffers()} == {torch.float32}
+    assert all(x.is_meta and x.dtype == torch.float32 for x in criterion.to("meta").half().mask_modules.buffers())
+    empty = criterion.to_empty(device="cpu").mask_modules
+    assert {(x.device.type, x.dtype) for x in empty.buffers()} == {("cpu", torch.float32)}
+
+
+@HALVES
+@pytest.mark.parametrize("assign", [False, True])
+def test_entries_in_half_precision_become_tables_in_float32(assign: bool, half: torch.dtype) -> None:
+    """Composed in float64 of what the entries hold, and never cast back."""
+    learner = learned(1)
+    rounded = {key: x.to(half) if x.is_floating_point() else x for key, x in learner.state_dict().items()}
+    want = criterion_of(learned(2))
+    want.load_state_dict({key: x.double() for key, x in rounded.items()}, strict=False)
+    got = criterion_of(learned(2))
+    got.load_state_dict(rounded, assign=assign, strict=False)
+    assert {x.dtype for x in got.mask_modules.buffers()} == {torch.float32}
+    assert torch.equal(got(S, T), want(S, T))
+    tables = {key: x.to(half) if x.is_floating_point() else x for key, x in want.state_dict().items()}
+    got.load_state_dict(tables, assign=assign, strict=False)
+    assert {x.dtype for x in got.mask_modules.buffers()} == {torch.float32}
+    learner.load_state_dict(rounded, assign=assign)
+    assert {module.channel_std.dtype for module in learner.mask_modules} == {torch.float32}
+
+
+@HALVES
+def test_made_under_a_half_default_dtype(half: torch.dtype) -> None:
+    """As transformers and Lightning make models."""
+    learner = learned(1)
+    with default_dtype(half):
+        criterion = criterion_of(learner)
+        fresh = MaskLearner(CHANNELS, TOKENS, standardize=True)
+    assert {x.dtype for x in criterion.mask_modules.buffers()} == {torch.float32}
+    assert {module.channel_std.dtype for module in fresh.mask_modules} == {torch.float32}
+    assert torch.equal(criterion(S, T), criterion_of(learner)(S, T))
+
+
+def test_buffers_that_a_wrapper_has_cast() -> None:
+    """As FSDP with MixedPrecision(buffer_dtype=torch.float16) does, past every method of the module."""
+    learner = learned(1)
+    criterion = criterion_of(learner)
+    for module in (criterion, learner):
+        for x in module.buffers():
+            x.data = x.data.half() if x.is_floating_point() else x.data
+    sentence = r"expected float32 or float64, got torch\.float16: a wrapper has cast .* buffer_dtype=None or torch\.float32"
+    for call in (lambda: criterion(S, T), lambda: criterion.masks(T), lambda: learner(T)):
+        with pytest.raises(TypeError, match=sentence):
+            call()
+    load_masks(criterion.mask_modules, learned(1))
+    assert criterion(S, T).isfinite()
+
+
+def test_saved_whole() -> None:
+    criterion, file = criterion_of(learned(1)), io.BytesIO()
+    torch.save(criterion, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(S, T), criterion(S, T))

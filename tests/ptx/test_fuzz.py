@@ -20,13 +20,13 @@ BLOCKS = 2
 PIXELS_FIRST = ("nchw", "every second channel", "expanded images")
 CHANNELS_FIRST = ("channels_last", "nlc")
 
-_PLAIN: dict[str, Any] = {"tokens": 3, "weighted": True, "standard": False, "valid": "", "through": "function"}
-_LOSS: dict[str, Any] = {"masks": "", "mask_weights": False, "student_channels": 0, "resize": "", "sizes": ()}
+_PLAIN: dict[str, Any] = {"tokens": 3, "weighted": True, "standardize": "", "valid": "", "through": "function"}
+_LOSS: dict[str, Any] = {"masks": "", "mask_weights": False, "align": 0, "resize": "", "sizes": ()}
 _LOSS |= {"custom": "from the start", "power": 2, "distance": "squared"}
 VARIANTS = {
     "squares": Variant(2, ("fp32", "fp32"), PIXELS_FIRST, _PLAIN | _LOSS),
     "half": Variant(2, ("bf16", "bf16"), CHANNELS_FIRST, _PLAIN | _LOSS | {"valid": "rectangles", "rubbish": "nan"}),
-    "cosine": Variant(2, ("fp16", "fp32"), PIXELS_FIRST, _PLAIN | _LOSS | {"distance": "cosine", "standard": True}),
+    "cosine": Variant(2, ("fp16", "fp32"), PIXELS_FIRST, _PLAIN | _LOSS | {"distance": "cosine", "standardize": "channel"}),
     "tokens": Variant(1, ("fp32", ""), PIXELS_FIRST, _PLAIN | {"inputs": True}),
     "tokens, half": Variant(1, ("fp16", ""), CHANNELS_FIRST, _PLAIN | {"inputs": False, "valid": "pixels", "rubbish": "inf"}),
 }
