@@ -34,8 +34,7 @@ TARGETS = {
 }
 KERNELS = (
     *(distill.forward_kernel, distill.finish_kernel, distill.backward_kernel),
-    *(learn.mask_kernel, learn.finish_kernel, learn.gate_kernel),
-    *(learn.token_gradient_kernel, learn.add_shares_kernel, learn.feature_gradient_kernel),
+    *(learn.mask_kernel, learn.gate_kernel, learn.token_gradient_kernel, learn.feature_gradient_kernel),
     pool.pool_kernel,
 )
 # Feature maps that a kernel reads, each of which must come 16 bytes at a time; the token gradient reads one of two twice
@@ -208,11 +207,6 @@ def compiling_for(target: GPUTarget) -> Iterator[Collection[Facts]]:
         yield found.values()
 
 
-def kernel_name(kernel: Any) -> str:
-    """Both stages have a finishing kernel."""
-    return "learn_finish_kernel" if kernel is learn.finish_kernel else kernel.fn.__name__
-
-
 def _facts(kernel: Any, binary: Any, wide: float) -> Facts:
     if binary.metadata.target.backend == "hip":
         code = binary.asm["amdgcn"]
@@ -224,7 +218,7 @@ def _facts(kernel: Any, binary: Any, wide: float) -> Facts:
         usage = _resource_usage(binary.asm["cubin"])
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
         loads = _ptx_loads(binary.asm["ptx"])
-    return Facts(kernel_name(kernel), registers, spills, binary.metadata.shared, tuple(sorted(loads.items())), wide)
+    return Facts(kernel.fn.__name__, registers, spills, binary.metadata.shared, tuple(sorted(loads.items())), wide)
 
 
 def _ptx_loads(code: str) -> Counter[int]:

@@ -90,8 +90,8 @@ def test_launches_of_stage_1(weighted: bool, inputs: bool, target: Target, launc
     launches.clear()
     masked = learner(features)
     torch.autograd.backward([*masked, learner.dice_loss()], [*map(torch.ones_like, masked), torch.ones((), device=target[1])])
-    forward = ["mask_kernel", "finish_kernel", *["gate_kernel"] * weighted]
-    backward = ["token_gradient_kernel", "add_shares_kernel", *["feature_gradient_kernel"] * inputs]
+    forward = ["mask_kernel", *["gate_kernel"] * weighted]
+    backward = ["token_gradient_kernel", *["feature_gradient_kernel"] * inputs]
     assert launches == ([*forward * 2, *backward * 2] if target[0] == "triton" else [])
 
 
