@@ -10,7 +10,9 @@ kernel adds the shares. Another kernel writes the gradient of x where it is want
 order, no atomics.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,7 +34,6 @@ from .tiles import (
     pick_int,
     pick_row,
     sigmoid,
-    sum_rows,
     tile_of,
     tile_offsets,
 )
@@ -59,7 +60,7 @@ def _mask_tile(
         x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
         logits = add_projection(logits, load_rows(token_ptr, c, C, x.dtype, T, TP, SPLIT), x, ACC, UPCAST)
         if WEIGHTED:
-            tl.store(total_ptr + c, sum_rows(tl.trans(x.to(ACC)), FAST == 1, 16), mask=c < C)
+            tl.store(total_ptr + c, tl.sum(x.to(ACC), axis=1), mask=c < C)
     token = tl.arange(0, TP)
     real = token < T
     scores = join_split(logits, TP, SPLIT, BLOCK_P)
@@ -70,10 +71,8 @@ def _mask_tile(
         counted = load_valid(valid_ptr, n, p, P)
     m = tl.where(counted[None, :], sigmoid(scores), 0.0)
     tl.store(mask_ptr + n * T * P + token[:, None].to(tl.int64) * P + p[None, :], m, mask=real[:, None] & inside[None, :])
-    for distance in range(TP):  # every pair of masks, by rows that threads of a warp hand to each other
-        partner = token ^ distance
-        other = tl.gather(m, tl.broadcast_to(partner[:, None], (TP, BLOCK_P)), axis=0)
-        tl.store(gram_ptr + partner * T + token, tl.sum(m * other, axis=1), mask=real & (partner < T))
+    for j in range(T):
+        tl.store(gram_ptr + j * T + token, tl.sum(m * pick_row(m, j, TP)[None, :], axis=1), mask=real)
     if not WEIGHTED:
         if WEIGHTS:
             weighed = m * tl.load(weight_ptr + token, mask=real, other=0.0)[:, None]
@@ -114,9 +113,7 @@ def _border_sum(
         tl.store(sum_ptr + strip * C + c, tl.sum(total, axis=1), mask=c < C)
 
 
-@triton.jit(
-    do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "Ws", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"]
-)
+@triton.jit(do_not_specialize=["first", "indices", "Cs", "Ps", "Ws", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
 def mask_kernel(
     # of every level
     x_ptrs,  # [N, C, P] by strides
@@ -127,13 +124,12 @@ def mask_kernel(
     total_ptrs,  # [N, tiles, C], written where WEIGHTED
     sum_ptrs,  # [N, 9, C], strips 1 to 8 are written where WEIGHTED
     y_ptrs,  # [N, C, P] by strides, written where not WEIGHTED
-    first, aligns, indices, Cs, Ps, Ws, x_ns, x_rows, y_ns, y_rows,
+    first, Cs, Ps, x_ns, x_rows, y_ns, y_rows, indices, Ws,
     # of all
     weight_ptr,  # [levels, N, T] where WEIGHTS
     gram_ptr,  # [programs, T, T], written
     N,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr, WEIGHTS: tl.constexpr, VALID: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, BORDER: tl.constexpr,
@@ -142,36 +138,33 @@ def mask_kernel(
     gram_ptr += program.to(tl.int64) * T * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     W = pick_int(Ws, level, LEVELS)
     x_ptr = pick(x_ptrs, level, LEVELS)
     y_ptr = pick(y_ptrs, level, LEVELS)
     sum_ptr = pick(sum_ptrs, level, LEVELS)
     x_row = pick_int(x_rows, level, LEVELS)
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            tiles = tl.cdiv(P, BLOCK_P)
-            blocks = tiles + BORDER
-            n = (program // blocks).to(tl.int64)
-            block = program % blocks
-            image = x_ptr + n * pick_int(x_ns, level, LEVELS) * align
-            if block < tiles:
-                _mask_tile(
-                    n, block, tiles, image, pick(token_ptrs, level, LEVELS), pick(bias_ptrs, level, LEVELS),
-                    pick(valid_ptrs, level, LEVELS), weight_ptr + (index * N + n) * T,
-                    pick(mask_ptrs, level, LEVELS), pick(total_ptrs, level, LEVELS), gram_ptr,
-                    y_ptr + n * pick_int(y_ns, level, LEVELS) * align, C, P, x_row, pick_int(y_rows, level, LEVELS),
-                    WEIGHTED, WEIGHTS, VALID, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, align, WIDE, UPCAST,
-                    BLOCK_C, BLOCK_P, STAGES,
-                )  # fmt: skip
-            elif WEIGHTED:
-                _border_sum(
-                    block - tiles + 1, image, sum_ptr + n * 9 * C, P // W, W, C, x_row,
-                    ACC, FAST, align, WIDE, BLOCK_C, BLOCK_P,
-                )  # fmt: skip
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
+    tiles = tl.cdiv(P, BLOCK_P)
+    blocks = tiles + BORDER
+    n = (program // blocks).to(tl.int64)
+    block = program % blocks
+    image = x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGN
+    if block < tiles:
+        _mask_tile(
+            n, block, tiles, image, pick(token_ptrs, level, LEVELS), pick(bias_ptrs, level, LEVELS),
+            pick(valid_ptrs, level, LEVELS), weight_ptr + (index * N + n) * T,
+            pick(mask_ptrs, level, LEVELS), pick(total_ptrs, level, LEVELS), gram_ptr,
+            y_ptr + n * pick_int(y_ns, level, LEVELS) * ALIGN, C, P, x_row, pick_int(y_rows, level, LEVELS),
+            WEIGHTED, WEIGHTS, VALID, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, ALIGN, WIDE, UPCAST,
+            BLOCK_C, BLOCK_P, STAGES,
+        )  # fmt: skip
+    elif WEIGHTED:
+        _border_sum(
+            block - tiles + 1, image, sum_ptr + n * 9 * C, P // W, W, C, x_row,
+            ACC, FAST, ALIGN, WIDE, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "Cs", "Hs", "Ws", "indices", "N", "weight_ptr", "pair_ptr", "dice_ptr"])
@@ -265,18 +258,17 @@ def finish_kernel(
         tl.store(weight_ptr + out * T + token, weight, mask=real)
 
 
-@triton.jit(do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
+@triton.jit(do_not_specialize=["first", "indices", "Cs", "Ps", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
 def gate_kernel(
     # of every level
     x_ptrs,  # [N, C, P] by strides
     mask_ptrs,  # [N, T, P]
     y_ptrs,  # [N, C, P] by strides, written
-    first, aligns, indices, Cs, Ps, x_ns, x_rows, y_ns, y_rows,
+    first, Cs, Ps, x_ns, x_rows, y_ns, y_rows, indices,
     # of all
     weight_ptr,  # [levels, N, T]
     N,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, FAST: tl.constexpr, Y_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +276,6 @@ def gate_kernel(
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     x_ptr = pick(x_ptrs, level, LEVELS)
     y_ptr = pick(y_ptrs, level, LEVELS)
@@ -293,21 +284,19 @@ def gate_kernel(
     y_row = pick_int(y_rows, level, LEVELS)
     token = tl.arange(0, TP)
     real = token < T
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
-            inside = p < P
-            mask = (c < C)[:, None] & inside[None, :]
-            x_at = x_ptr + n * pick_int(x_ns, level, LEVELS) * align + tile_offsets(c, p, x_row, FAST, align, WIDE)
-            y_at = y_ptr + n * pick_int(y_ns, level, LEVELS) * align + tile_offsets(c, p, y_row, Y_FAST, align, WIDE)
-            x = tl.load(x_at, mask=mask, other=0.0)
-            m = load_masks(mask_ptr, n, p, P, T, TP)
-            weight = tl.load(weight_ptr + (index * N + n) * T + token, mask=real, other=0.0)
-            gate = sum_rows(m * weight[:, None], P_UNIT)
-            y = x.to(gate.dtype) * gate[None, :]
-            tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
+    n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+    inside = p < P
+    mask = (c < C)[:, None] & inside[None, :]
+    x_at = x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGN + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE)
+    y_at = y_ptr + n * pick_int(y_ns, level, LEVELS) * ALIGN + tile_offsets(c, p, y_row, Y_FAST, ALIGN, WIDE)
+    x = tl.load(x_at, mask=mask, other=0.0)
+    m = load_masks(mask_ptr, n, p, P, T, TP)
+    weight = tl.load(weight_ptr + (index * N + n) * T + token, mask=real, other=0.0)
+    gate = tl.sum(m * weight[:, None], axis=0)
+    y = x.to(gate.dtype) * gate[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -327,7 +316,7 @@ def _token_gradient_tile(
         x = tl.load(x_ptr + tile_offsets(c, p, x_row, FAST, ALIGN, WIDE), mask=mask, other=0.0)
         g = tl.load(g_ptr + tile_offsets(c, p, g_row, G_FAST, ALIGN, WIDE), mask=mask, other=0.0)
         products += g.to(ACC) * x.to(ACC)
-    gx = sum_rows(products, FAST == 0)
+    gx = tl.sum(products, axis=0)
     counted = inside
     if VALID:
         counted = load_valid(valid_ptr, n, p, P)
@@ -338,7 +327,7 @@ def _token_gradient_tile(
     real = token < T
     m = load_masks(mask_ptr, n, p, P, T, TP)
     tl.store(share_ptr + token, tl.sum(m * gx[None, :], axis=1), mask=real)
-    dl = mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T, TP, FAST == 0)
+    dl = mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T, TP)
     tl.store(share_ptr + T + token, tl.sum(dl, axis=1), mask=real)
     # rows scaled to 1, in two parts for half features: a half-precision product must not lose small gradients
     largest = tl.max(tl.abs(dl), axis=1)
@@ -362,7 +351,7 @@ def _token_gradient_tile(
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "aligns", "indices", "Cs", "Ps", "x_ns", "x_rows", "g_ns", "g_rows"),
+        *("first", "indices", "Cs", "Ps", "x_ns", "x_rows", "g_ns", "g_rows"),
         *("weight_ptr", "pair_ptr", "dice_ptr", "dice_stride", "N"),
     ]
 )
@@ -374,15 +363,14 @@ def token_gradient_kernel(
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     gx_ptrs,  # [N, P], written where X_GRAD
     token_ptrs,  # [N, tiles, T, C], written: each tile's share of the token gradient
-    first, aligns, indices, Cs, Ps, x_ns, x_rows, g_ns, g_rows,
+    first, Cs, Ps, x_ns, x_rows, g_ns, g_rows, indices,
     # of all
     weight_ptr,  # [levels, N, T]
     pair_ptr,  # [levels, N, T, T]
     dice_ptr,  # [levels] by stride: the gradient of the Dice losses
     share_ptr,  # [programs, 2, T], written: each tile's share of the gradients of mask weights and token biases
     dice_stride, N,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     VALID: tl.constexpr, X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
     FAST: tl.constexpr, G_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
@@ -391,26 +379,23 @@ def token_gradient_kernel(
     share_ptr += program.to(tl.int64) * 2 * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     x_ptr = pick(x_ptrs, level, LEVELS)
     g_ptr = pick(g_ptrs, level, LEVELS)
     dice = tl.load(dice_ptr + index * dice_stride)
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            tiles = tl.cdiv(P, BLOCK_P)
-            n = (program // tiles).to(tl.int64)
-            _token_gradient_tile(
-                n, program % tiles, tiles, g_ptr + n * pick_int(g_ns, level, LEVELS) * align,
-                x_ptr + n * pick_int(x_ns, level, LEVELS) * align, pick(mask_ptrs, level, LEVELS),
-                pick(valid_ptrs, level, LEVELS),
-                weight_ptr + (index * N + n) * T, pair_ptr + (index * N + n) * T * T, dice, pick(gx_ptrs, level, LEVELS),
-                share_ptr, pick(token_ptrs, level, LEVELS), C, P,
-                pick_int(x_rows, level, LEVELS), pick_int(g_rows, level, LEVELS),
-                VALID, X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
-            )  # fmt: skip
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
+    tiles = tl.cdiv(P, BLOCK_P)
+    n = (program // tiles).to(tl.int64)
+    _token_gradient_tile(
+        n, program % tiles, tiles, g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGN,
+        x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGN, pick(mask_ptrs, level, LEVELS),
+        pick(valid_ptrs, level, LEVELS),
+        weight_ptr + (index * N + n) * T, pair_ptr + (index * N + n) * T * T, dice, pick(gx_ptrs, level, LEVELS),
+        share_ptr, pick(token_ptrs, level, LEVELS), C, P,
+        pick_int(x_rows, level, LEVELS), pick_int(g_rows, level, LEVELS),
+        VALID, X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, ALIGN, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -529,7 +514,7 @@ def add_shares_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "aligns", "indices", "Cs", "Ps", "Ws", "g_ns", "g_rows", "d_ns", "d_rows"),
+        *("first", "indices", "Cs", "Ps", "Ws", "g_ns", "g_rows", "d_ns", "d_rows"),
         *("weight_ptr", "pair_ptr", "dice_ptr", "dice_stride", "N"),
     ]
 )
@@ -542,14 +527,13 @@ def feature_gradient_kernel(
     token_ptrs,  # [T, C]
     to_sum_ptrs,  # [N, 9, C]: the gradients of the strip sums
     d_ptrs,  # [N, C, P] by strides, written
-    first, aligns, indices, Cs, Ps, Ws, g_ns, g_rows, d_ns, d_rows,
+    first, Cs, Ps, g_ns, g_rows, d_ns, d_rows, indices, Ws,
     # of all
     weight_ptr,  # [levels, N, T]
     pair_ptr,  # [levels, N, T, T]
     dice_ptr,  # [levels] by stride: the gradient of the Dice losses
     dice_stride, N,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     VALID: tl.constexpr, WEIGHTED: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, G_FAST: tl.constexpr, D_FAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -557,7 +541,6 @@ def feature_gradient_kernel(
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
     W = pick_int(Ws, level, LEVELS)
     g_ptr = pick(g_ptrs, level, LEVELS)
@@ -572,111 +555,165 @@ def feature_gradient_kernel(
     dice = tl.load(dice_ptr + index * dice_stride)
     token = tl.arange(0, TP)
     real = token < T
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
-            inside = p < P
-            mask = (c < C)[:, None] & inside[None, :]
-            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
-            d_at = d_ptr + n * pick_int(d_ns, level, LEVELS) * align + tile_offsets(c, p, d_row, D_FAST, align, WIDE)
-            g = tl.load(g_at, mask=mask, other=0.0)
-            gx = tl.load(gx_ptr + n * P + p, mask=inside, other=0.0)
-            m = load_masks(mask_ptr, n, p, P, T, TP)
-            image = index * N + n
-            gate = sum_rows(m * tl.load(weight_ptr + image * T + token, mask=real, other=0.0)[:, None], P_UNIT)
-            dl = mask_gradient(m, gx, dice, weight_ptr + image * T, pair_ptr + image * T * T, T, TP, P_UNIT)
-            d = g.to(gate.dtype) * gate[None, :]
-            for j in range(T):
-                row = tl.load(token_ptr + j * C + c, mask=c < C, other=0.0).to(gate.dtype)
-                d += row[:, None] * pick_row(dl, j, TP, P_UNIT)[None, :]
-            if WEIGHTED:
-                strip_ptr = to_sum_ptr + n * 9 * C
-                h = p // W
-                w = p % W
-                H = P // W
-                for strip in range(9):  # a loop: nine rows at a time would not fit into registers
-                    top = (strip == 1) | (strip == 5) | (strip == 6)
-                    bottom = (strip == 2) | (strip == 7) | (strip == 8)
-                    left = (strip == 3) | (strip == 5) | (strip == 7)
-                    right = (strip == 4) | (strip == 6) | (strip == 8)
-                    there = ((h == 0) | (top == 0)) & ((h == H - 1) | (bottom == 0))
-                    there = there & ((w == 0) | (left == 0)) & ((w == W - 1) | (right == 0))
-                    row = tl.load(strip_ptr + strip * C + c, mask=c < C, other=0.0)
-                    d += tl.where(there[None, :], row[:, None], 0.0)
-            if VALID:
-                d = tl.where(load_valid(valid_ptr, n, p, P)[None, :], d, 0.0)
-            tl.store(d_at, d.to(d_ptr.dtype.element_ty), mask=mask)
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
+    n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+    inside = p < P
+    mask = (c < C)[:, None] & inside[None, :]
+    g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * ALIGN + tile_offsets(c, p, g_row, G_FAST, ALIGN, WIDE)
+    d_at = d_ptr + n * pick_int(d_ns, level, LEVELS) * ALIGN + tile_offsets(c, p, d_row, D_FAST, ALIGN, WIDE)
+    g = tl.load(g_at, mask=mask, other=0.0)
+    gx = tl.load(gx_ptr + n * P + p, mask=inside, other=0.0)
+    m = load_masks(mask_ptr, n, p, P, T, TP)
+    image = index * N + n
+    gate = tl.sum(m * tl.load(weight_ptr + image * T + token, mask=real, other=0.0)[:, None], axis=0)
+    dl = mask_gradient(m, gx, dice, weight_ptr + image * T, pair_ptr + image * T * T, T, TP)
+    d = g.to(gate.dtype) * gate[None, :]
+    for j in range(T):
+        row = tl.load(token_ptr + j * C + c, mask=c < C, other=0.0).to(gate.dtype)
+        d += row[:, None] * pick_row(dl, j, TP)[None, :]
+    if WEIGHTED:
+        strip_ptr = to_sum_ptr + n * 9 * C
+        h = p // W
+        w = p % W
+        H = P // W
+        for strip in range(9):  # a loop: nine rows at a time would not fit into registers
+            top = (strip == 1) | (strip == 5) | (strip == 6)
+            bottom = (strip == 2) | (strip == 7) | (strip == 8)
+            left = (strip == 3) | (strip == 5) | (strip == 7)
+            right = (strip == 4) | (strip == 6) | (strip == 8)
+            there = ((h == 0) | (top == 0)) & ((h == H - 1) | (bottom == 0))
+            there = there & ((w == 0) | (left == 0)) & ((w == W - 1) | (right == 0))
+            row = tl.load(strip_ptr + strip * C + c, mask=c < C, other=0.0)
+            d += tl.where(there[None, :], row[:, None], 0.0)
+    if VALID:
+        d = tl.where(load_valid(valid_ptr, n, p, P)[None, :], d, 0.0)
+    tl.store(d_at, d.to(d_ptr.dtype.element_ty), mask=mask)
+
+
+class _Variant(NamedTuple):
+    """What a pass depends on beside what its tensors look like."""
+
+    num_tokens: int
+    weighted: bool
+    standard: bool
+    biased: bool
+    given_weights: bool
+    valid: bool
+    heights: tuple[int, ...]
+
+    @classmethod
+    def of(cls, options: LearnOptions) -> "_Variant":
+        tokens, token_bias, pool_rows, pool_bias = options.tables
+        standard = len(pool_bias) > 0 and pool_bias[0].dim() == 2
+        return cls(
+            len(tokens[0]), len(pool_rows) > 0, standard, len(token_bias) > 0, len(options.weights) > 0,
+            len(options.valid) > 0, tuple(options.heights),
+        )  # fmt: skip
 
 
 def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
     """Masked features in the dtype and, where they are dense, the strides of ``features``; fills ``dice [levels, N]``
     and ``kept``."""
-    (weights, pairs, masks, sums), valid = kept, options.valid
+    weights, pairs, masks, sums = kept
     launch.check_device(dice)
-    n, t = weights.shape[1:]
     masked = [torch.empty_like(x) for x in features]
-    if n == 0:
+    if not len(features[0]):
         return masked
     for used, given in zip(weights, options.weights, strict=False):
         used.copy_(given)
-    features, written = [launch.addressable(x) for x in features], [launch.writable(y) for y in masked]
-    tokens, token_bias, pool_rows, pool_bias = ([x.contiguous() for x in field] for field in options.tables)
-    weighted = len(pool_rows) > 0
-    sizes = [(height, x.shape[2] // height) for x, height in zip(features, options.heights, strict=True)]
-    border = BORDER if weighted else 0
-    common = {
-        "WEIGHTED": weighted, "WEIGHTS": len(options.weights) > 0, "ACC": launch.acc_type(masks[0]), "T": t, "BORDER": border,
-    }  # fmt: skip
-    with launch.device_of(dice):
-        for group in launch.groups(features, written, parameters=[tokens, token_bias, pool_rows, pool_bias]):
-            x = group.own(features)
-            hs, ws = zip(*group.own(sizes), strict=True)
-            config = group.config("mask_kernel", t, features)
-            tiles = [tuning.ceil_div(h * w, config.block_p) for h, w in zip(hs, ws, strict=True)]
-            totals = [weights.new_empty((n, k, level.shape[1]) if weighted else 0) for k, level in zip(tiles, x, strict=True)]
-            first, programs = launch.first_programs([n * (k + border) for k in tiles])
-            grams = weights.new_empty((programs, t, t))
-            launch.run(
-                mask_kernel, programs,
-                *group.addresses(features, tokens, token_bias, valid, masks), launch.per_level(totals),
-                *group.addresses(sums or masks, written),
-                *launch.tables(first, group.aligns, group.levels), *group.lengths(features), launch.table(ws),
-                *group.strides(features, written), weights, grams, n,
-                VALID=len(valid) > 0, BIASED=len(token_bias) > 0, TP=tuning.token_rows(t), SPLIT=launch.split(x[0]),
-                FAST=group.fast[0], Y_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
-                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, **config.program,
-                **group.constants, **common,
-            )  # fmt: skip
-            launch.run(
-                finish_kernel, len(x) * n,
-                launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias),
-                *launch.tables(first, (level.shape[1] for level in x), hs, ws, group.levels),
-                grams, weights, pairs, dice, n, EPS=DICE_EPS,
-                LEVELS=len(x), STANDARD=weighted and pool_bias[0].dim() == 2, TP=tuning.power_of_2(t),
-                TILE=config.block_p, **tuning.add_blocks(tuning.power_of_2(t), dice.dtype.itemsize), **common,
-            )  # fmt: skip
-        if weighted:
-            launch_gate(features, masks, weights, written)
-    return launch.written_to(masked, written)
-
-
-def launch_gate(features: Sequence[Tensor], masks: Sequence[Tensor], weights: Tensor, written: Sequence[Tensor]) -> None:
-    """Writes the masked features of levels with mask weights."""
+    parameters = [[x.contiguous() for x in field] for field in options.tables]
+    tokens, token_bias, pool_rows, pool_bias = parameters
+    variant = _Variant.of(options)
     n, t = weights.shape[1:]
-    for group in launch.groups(features, written):
-        x = group.own(features)
-        config = group.config("gate_kernel", t, features)
-        first, programs = launch.first_programs([n * launch.tiles(level, config) for level in x])
-        launch.run(
-            gate_kernel, programs,
-            *group.addresses(features, masks, written),
-            *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
-            *group.strides(features, written), weights, n,
-            T=t, TP=tuning.power_of_2(t), FAST=group.fast[0], Y_FAST=group.fast[1],
-            BLOCK_C=config.block_c, BLOCK_P=config.block_p, **config.program, **group.constants,
-        )  # fmt: skip
+    looks = launch.looks(features), launch.looks(masked)
+    maps, launches = _plan_forward(looks, launch.dtypes(*parameters), variant, dice.device, tuning.generation())
+    features, written = launch.readable(features, maps[0]), launch.writable(masked, maps[1])
+    with launch.device_of(dice):
+        for group, counts, tiles, finish, gate in launches:
+            sizes = [(n, k, m.c) if variant.weighted else 0 for k, m in zip(counts, group.maps[0], strict=True)]
+            totals = [weights.new_empty(size) for size in sizes]
+            grams = weights.new_empty((tiles.programs, t, t))
+            launch.run(
+                mask_kernel, tiles.programs,
+                *group.addresses(features, tokens, token_bias, options.valid, masks), launch.per_level(totals),
+                *group.addresses(sums or masks, written), *tiles.tables, weights, grams, n, **tiles.constants,
+            )  # fmt: skip
+            launch.run(
+                finish_kernel, finish.programs,
+                launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias), *finish.tables,
+                grams, weights, pairs, dice, n, **finish.constants,
+            )  # fmt: skip
+            if variant.weighted:
+                launch.run(
+                    gate_kernel, gate.programs,
+                    *group.addresses(features, masks, written), *gate.tables, weights, n, **gate.constants,
+                )  # fmt: skip
+    return launch.copied_back(masked, written)
+
+
+# Tiles of each level's image; the numbers of the mask, the finishing and the gate kernel
+_Forward = tuple[launch.Group, list[int], launch.Numbers, launch.Numbers, launch.Numbers]
+
+
+@functools.lru_cache(launch.PLANS)
+def _plan_forward(
+    looks: Sequence[Sequence[launch.Look]],
+    parameters: Sequence[Sequence[torch.dtype]],
+    variant: _Variant,
+    device: torch.device,
+    _generation: int,
+) -> tuple[list[list[launch.Map]], list[_Forward]]:
+    """Features and masked features as kernels address them, and the launches."""
+    maps = [[launch.Map.of(look) for look in each] for each in looks]
+    return maps, [_forward_numbers(group, variant, device) for group in launch.groups(*maps, parameters=parameters)]
+
+
+def _forward_numbers(group: launch.Group, variant: _Variant, device: torch.device) -> _Forward:
+    x, t = group.maps[0], variant.num_tokens
+    heights, widths = _sizes(group, variant)
+    config = group.config("mask_kernel", t, device)
+    counts = [tuning.ceil_div(m.p, config.block_p) for m in x]
+    border = BORDER if variant.weighted else 0
+    first, programs = launch.first_programs([m.n * (k + border) for m, k in zip(x, counts, strict=True)])
+    acc, rows, split = launch.acc_type(x[0].dtype), tuning.token_rows(t), launch.split(x[0].dtype)
+    common = {"WEIGHTED": variant.weighted, "WEIGHTS": variant.given_weights, "ACC": acc, "T": t, "BORDER": border}
+    axes = {"FAST": group.axes[0], "Y_FAST": group.axes[1]}
+    tiles = {
+        "VALID": variant.valid, "BIASED": variant.biased, "TP": rows, "SPLIT": split, "UPCAST": launch.INTERPRETED,
+        "STAGES": launch.stages(config, split * rows), **axes, **config.tile, **group.constants, **common,
+    }  # fmt: skip
+    itemsize, padded = 8 if acc == tl.float64 else 4, tuning.power_of_2(t)
+    finish = {
+        "LEVELS": len(x), "STANDARD": variant.standard, "EPS": DICE_EPS, "TP": padded, "TILE": config.block_p, "ROWS": 64,
+        "PAIR_ROWS": max(1, 16384 // itemsize // padded**2), **_parameter_block(padded, itemsize), **common,
+    }  # fmt: skip
+    tables = [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels, widths)]
+    return (
+        group,
+        counts,
+        launch.Numbers(programs, tables, tiles),
+        launch.Numbers(len(x) * x[0].n, launch.tables(first, [m.c for m in x], heights, widths, group.levels), finish),
+        _gate_numbers(group, t, axes, device),
+    )
+
+
+def _gate_numbers(group: launch.Group, t: int, axes: dict[str, int], device: torch.device) -> launch.Numbers:
+    config = group.config("gate_kernel", t, device)
+    first, programs = launch.tile_programs(group.maps[0], config)
+    tables = [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels)]
+    return launch.Numbers(programs, tables, {"T": t, "TP": tuning.power_of_2(t), **axes, **config.tile, **group.constants})
+
+
+def _sizes(group: launch.Group, variant: _Variant) -> tuple[list[int], list[int]]:
+    """Heights and widths of a launch's levels."""
+    heights = group.own(variant.heights)
+    return heights, [m.p // height for m, height in zip(group.maps[0], heights, strict=True)]
+
+
+def _parameter_block(rows: int, itemsize: int) -> dict[str, int]:
+    """Channels of a block that holds pool rows of all strips and tokens in registers, and what a program takes: few run."""
+    return {"BLOCK_C": max(4, min(64, 1024 // (rows * itemsize))), "num_warps": itemsize}
 
 
 def backward(
@@ -692,89 +729,104 @@ def backward(
     """Gradients of ``features``, if needed; fills ``to_tables`` and ``to_weights``."""
     weights, pairs, masks, sums = kept
     launch.check_device(weights)
-    n, t = weights.shape[1:]
     result = [torch.empty_like(x) for x in features] if need_features else []
-    if n == 0:
+    if not len(features[0]):
         for each in (*to_tables, to_weights):
             for gradient in each:
                 gradient.zero_()
         return result
-    tokens, _, pool_rows, _ = options.tables
-    to_tokens, to_token_bias, to_rows, to_bias = to_tables
-    weighted = len(pool_rows) > 0
-    grads, features = [launch.addressable(g) for g in grads], [launch.addressable(x) for x in features]
-    tokens, pool_rows = [x.contiguous() for x in tokens], [x.contiguous() for x in pool_rows]
-    sizes = [(height, x.shape[2] // height) for x, height in zip(features, options.heights, strict=True)]
-    gx = [weights.new_empty((n, x.shape[2])) for x in features if need_features]
-    to_sums = [torch.empty_like(s) for s in sums if need_features]
-    common = {"X_GRAD": need_features, "ACC": launch.acc_type(weights), "T": t, "TP": tuning.token_rows(t)}
-    with launch.device_of(weights):
-        for group in launch.groups(features, grads, parameters=[to_tokens, to_token_bias, to_rows, to_bias]):
-            x = group.own(features)
-            hs, ws = zip(*group.own(sizes), strict=True)
-            config = group.config("token_gradient_kernel", t, features, grads)
-            tiles = [tuning.ceil_div(level.shape[2], config.block_p) for level in x]
-            token_shares = [weights.new_empty((n, k, t, level.shape[1])) for k, level in zip(tiles, x, strict=True)]
-            first, programs = launch.first_programs([n * k for k in tiles])
-            shares = weights.new_empty((programs, 2, t))
-            launch.run(
-                token_gradient_kernel, programs,
-                *group.addresses(features, grads, masks, options.valid, gx), launch.per_level(token_shares),
-                *launch.tables(first, group.aligns, group.levels), *group.lengths(features),
-                *group.strides(features, grads), weights, pairs, grad_dice, shares, grad_dice.stride(0), n,
-                VALID=len(options.valid) > 0, SPLIT=launch.split(x[0]),
-                FAST=group.fast[0], G_FAST=group.fast[1], UPCAST=launch.INTERPRETED,
-                BLOCK_C=config.block_c, BLOCK_P=config.block_p, STAGES=config.num_stages, **config.program,
-                **group.constants, **common,
-            )  # fmt: skip
-            for i, start, k in zip(group.levels, first, tiles, strict=True) if to_weights else ():
-                of_masks = shares[start : start + n * k, 0].unflatten(0, (n, k))
-                torch.sum(of_masks, 1, out=to_weights[i])
-            blocks = tuning.share_blocks(common["TP"], weights.dtype.itemsize)
-            roles = t + weighted
-            adding, programs = launch.first_programs(
-                [roles * tuning.ceil_div(level.shape[1], blocks["BLOCK_C"]) for level in x]
-            )
-            launch.run(
-                add_shares_kernel, programs,
-                launch.per_level(token_shares),
-                *group.addresses(sums or masks, pool_rows, to_tokens, to_token_bias, to_rows, to_bias, to_sums),
-                *launch.tables(first, adding, group.levels, (level.shape[1] for level in x), hs, ws), shares, weights, n,
-                LEVELS=len(x), WEIGHTED=weighted, BIASED=len(to_token_bias) > 0,
-                STANDARD=weighted and to_bias[0].dim() == 2, TILE=config.block_p, **blocks, **common,
-            )  # fmt: skip
-        if need_features:
-            _feature_gradient(grads, grad_dice, gx, masks, options.valid, weights, pairs, tokens, to_sums, sizes, result)
-    return result
-
-
-def _feature_gradient(
-    grads: Sequence[Tensor],
-    grad_dice: Tensor,
-    gx: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    valid: Sequence[Tensor],
-    weights: Tensor,
-    pairs: Tensor,
-    tokens: Sequence[Tensor],
-    to_sums: Sequence[Tensor],
-    sizes: Sequence[tuple[int, int]],
-    result: Sequence[Tensor],
-) -> None:
+    tokens, _, pool_rows, _ = [[x.contiguous() for x in field] for field in options.tables]
+    variant = _Variant.of(options)
     n, t = weights.shape[1:]
-    written = [launch.writable(d) for d in result]
-    for group in launch.groups(grads, written, parameters=[tokens]):
-        g = group.own(grads)
-        config = group.config("feature_gradient_kernel", t, written, grads, axis=group.fast[1])
-        first, programs = launch.first_programs([n * launch.tiles(level, config) for level in g])
-        launch.run(
-            feature_gradient_kernel, programs,
-            *group.addresses(grads, gx, masks, valid, tokens, to_sums, written),
-            *launch.tables(first, group.aligns, group.levels), *group.lengths(grads),
-            launch.table(w for _, w in group.own(sizes)), *group.strides(grads, written),
-            weights, pairs, grad_dice, grad_dice.stride(0), n,
-            VALID=len(valid) > 0, WEIGHTED=len(to_sums) > 0, T=t, TP=tuning.power_of_2(t),
-            G_FAST=group.fast[0], D_FAST=group.fast[1],
-            BLOCK_C=config.block_c, BLOCK_P=config.block_p, **config.program, **group.constants,
-        )  # fmt: skip
-    launch.written_to(result, written)
+    looks = launch.looks(features), launch.looks(grads), *([launch.looks(result)] if need_features else [])
+    maps, launches = _plan_backward(looks, launch.dtypes(*to_tables), variant, weights.device, tuning.generation())
+    features, grads = launch.readable(features, maps[0]), launch.readable(grads, maps[1])
+    written = launch.writable(result, maps[2]) if need_features else []
+    gx = [weights.new_empty((n, m.p)) for m in maps[0]] if need_features else []
+    to_sums = [torch.empty_like(s) for s in sums if need_features]
+    of_all = weights, pairs, grad_dice
+    with launch.device_of(weights):
+        for group, counts, tiles, adding, features_gradient in launches:
+            x = group.maps[0]
+            token_shares = [weights.new_empty((n, k, t, m.c)) for k, m in zip(counts, x, strict=True)]
+            shares = weights.new_empty((tiles.programs, 2, t))
+            launch.run(
+                token_gradient_kernel, tiles.programs,
+                *group.addresses(features, grads, masks, options.valid, gx), launch.per_level(token_shares),
+                *tiles.tables, *of_all, shares, grad_dice.stride(0), n, **tiles.constants,
+            )  # fmt: skip
+            if to_weights:
+                for i, own in zip(group.levels, shares.split([n * k for k in counts]), strict=True):
+                    torch.sum(own[:, 0].unflatten(0, (n, -1)), 1, out=to_weights[i])
+            launch.run(
+                add_shares_kernel, adding.programs,
+                launch.per_level(token_shares), *group.addresses(sums or masks, pool_rows, *to_tables, to_sums),
+                *adding.tables, shares, weights, n, **adding.constants,
+            )  # fmt: skip
+            if features_gradient:
+                launch.run(
+                    feature_gradient_kernel, features_gradient.programs,
+                    *group.addresses(grads, gx, masks, options.valid, tokens, to_sums, written),
+                    *features_gradient.tables, *of_all, grad_dice.stride(0), n, **features_gradient.constants,
+                )  # fmt: skip
+    return launch.copied_back(result, written)
+
+
+# Tiles of each level's image; the numbers of the token gradient, what adds its shares, and the features' gradient
+_Backward = tuple[launch.Group, list[int], launch.Numbers, launch.Numbers, launch.Numbers | None]
+
+
+@functools.lru_cache(launch.PLANS)
+def _plan_backward(
+    looks: Sequence[Sequence[launch.Look]],
+    parameters: Sequence[Sequence[torch.dtype]],
+    variant: _Variant,
+    device: torch.device,
+    _generation: int,
+) -> tuple[list[list[launch.Map]], list[_Backward]]:
+    """Features, upstream gradients and, where they are wanted, the features' gradients as kernels address them; launches."""
+    maps = [[launch.Map.of(look) for look in each] for each in looks]
+    return maps, [_backward_numbers(group, variant, device) for group in launch.groups(*maps, parameters=parameters)]
+
+
+def _backward_numbers(group: launch.Group, variant: _Variant, device: torch.device) -> _Backward:
+    x, t, need_features = group.maps[0], variant.num_tokens, len(group.maps) == 3
+    heights, widths = _sizes(group, variant)
+    config = group.config("token_gradient_kernel", t, device)
+    counts = [tuning.ceil_div(m.p, config.block_p) for m in x]
+    first, programs = launch.first_programs([m.n * k for m, k in zip(x, counts, strict=True)])
+    acc, rows = launch.acc_type(x[0].dtype), tuning.token_rows(t)
+    common = {"X_GRAD": need_features, "ACC": acc, "T": t, "TP": rows}
+    tiles = {
+        "VALID": variant.valid, "SPLIT": launch.split(x[0].dtype), "FAST": group.axes[0], "G_FAST": group.axes[1],
+        "UPCAST": launch.INTERPRETED, "STAGES": config.num_stages, **config.tile, **group.constants, **common,
+    }  # fmt: skip
+    block = _parameter_block(rows, 8 if acc == tl.float64 else 4)
+    roles = t + variant.weighted
+    adding_first, adding_programs = launch.first_programs([roles * tuning.ceil_div(m.c, block["BLOCK_C"]) for m in x])
+    adding = {
+        "LEVELS": len(x), "WEIGHTED": variant.weighted, "BIASED": variant.biased, "STANDARD": variant.standard,
+        "TILE": config.block_p, "ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), **block, **common,
+    }  # fmt: skip
+    adding_tables = launch.tables(first, adding_first, group.levels, [m.c for m in x], heights, widths)
+    return (
+        group,
+        counts,
+        launch.Numbers(programs, [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels)], tiles),
+        launch.Numbers(adding_programs, adding_tables, adding),
+        _feature_gradient_numbers(group, variant, widths, device) if need_features else None,
+    )
+
+
+def _feature_gradient_numbers(
+    group: launch.Group, variant: _Variant, widths: Sequence[int], device: torch.device
+) -> launch.Numbers:
+    t = variant.num_tokens
+    config = group.config("feature_gradient_kernel", t, device, of=2)
+    first, programs = launch.tile_programs(group.maps[0], config)
+    constants = {
+        "VALID": variant.valid, "WEIGHTED": variant.weighted, "T": t, "TP": tuning.power_of_2(t),
+        "G_FAST": group.axes[1], "D_FAST": group.axes[2], **config.tile, **group.constants,
+    }  # fmt: skip
+    tables = [*launch.tables(first), *group.tables(1, 2), *launch.tables(group.levels, widths)]
+    return launch.Numbers(programs, tables, constants)

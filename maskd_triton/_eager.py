@@ -526,7 +526,7 @@ def _interpolation(source: Tensor, goal: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _range(valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """First index ``[N, 1]`` and length ``[N, 1]`` of the range that holds all that is valid of ``[N, L]``; length 0: nothing."""
+    """First index and length ``[N, 1]`` of the range that holds all that is valid of ``[N, L]``; length 0: nothing."""
     first = valid.to(torch.uint8).argmax(1, keepdim=True)
     after = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1, keepdim=True)
     return first.to(dtype), torch.where(valid.any(1, keepdim=True), after - first, 0).to(dtype)

@@ -230,8 +230,8 @@ def _learn_options(*options: Any) -> LearnOptions:
 
 
 _LEARN_OPTIONS = (
-    "Tensor[] features, str impl, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, Tensor[] weights, "
-    "Tensor[] valid, int[] heights"
+    "Tensor[] features, str impl, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, "
+    "Tensor[] weights, Tensor[] valid, int[] heights"
 )
 
 
@@ -330,8 +330,8 @@ class _Learn(torch.autograd.Function):
         need_features = any(ctx.needs_input_grad[4 : 4 + levels])
         if torch.compiler.is_compiling() or in_transforms():
             results = learn_backward_operator(
-                features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks, sums,
-                need_features,
+                features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks,
+                sums, need_features,
             )  # fmt: skip
         else:
             options = LearnOptions(LearnTables(*tables), weights, valid, ctx.heights)

@@ -24,7 +24,7 @@ from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose
 __all__ = ["MaskLearner", "MaskModule"]
 
 
-class MaskModule(MaskLevel, Options):
+class MaskModule(MaskLevel):
     r"""Receptive tokens of one feature level: T masks of every image, their weights, and the masked features.
 
     $$
@@ -61,8 +61,7 @@ class MaskModule(MaskLevel, Options):
         (torch.Size([2, 16, 8, 8]), torch.Size([]))
     """
 
-    CHECKS: ClassVar[dict[str, Check]] = {"impl": check.impl}
-    FIXED = frozenset(("channels", "num_tokens", "weight_mask", "standardize"))
+    CHECKS: ClassVar[dict[str, Check]] = MaskLevel.CHECKS | {"impl": check.impl}
 
     channel_mean: Tensor
     channel_std: Tensor
@@ -480,7 +479,9 @@ class _Attached(Hooked):
         levels, modules = len(learner.channels), len(self.modules)
         self.each, rest = divmod(levels, modules)
         if rest:
-            raise ValueError(f"{caller}: {check.counted(levels)} cannot be divided among {modules} modules, {list(where.names)}")
+            raise ValueError(
+                f"{caller}: {check.counted(levels)} cannot be divided among {modules} modules, {list(where.names)}"
+            )
         self.shapes: list[list[torch.Size]] = [[] for _ in self.modules]
         self.ran, self.taught = False, False  # whether tokens could learn from any call
         self.unrepeated, self.repeated = 0, False

@@ -324,15 +324,12 @@ def test_a_memo_of_several_threads() -> None:
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_threads_that_call_one_criterion(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_call_one_criterion(target: Target) -> None:
     """Each gets its own results, to the bit, while what is remembered of sizes comes and goes under it."""
     impl, device = target
     if impl == "triton":
         if device == "cpu":
             pytest.skip("Triton's interpreter runs one kernel at a time")
-        from maskd_triton.kernels import launch
-
-        monkeypatch.setattr(launch, "MOST_PLANS", 2)
     criterion = criterion_of(impl, custom_mask_warmup=0).to(device)
     sizes = [(1 + i // 3, 1 + i % 3) for i in range(9)]
     want = {size: stage_2(criterion, size, device) for size in sizes}
