@@ -489,7 +489,8 @@ class _Attached(Hooked):
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().begin(args, kwargs)
         self.shapes = [[] for _ in self.modules]
-        self.learner._dice, self.learner._seen = {}, {}
+        self.learner._dice.clear()
+        self.learner._seen.clear()
         if torch.is_grad_enabled():
             self.unrepeated, self.repeated = 1 if self.repeated else self.unrepeated + 1, False
 
