@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from maskd_triton import functional as F
-from maskd_triton.kernels import distill, launch, learn, pool, tuning
+from maskd_triton.kernels import distill, launch, learn, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,12 +35,11 @@ TARGETS = {
 KERNELS = (
     *(distill.forward_kernel, distill.finish_kernel, distill.backward_kernel),
     *(learn.mask_kernel, learn.gate_kernel, learn.token_gradient_kernel, learn.feature_gradient_kernel),
-    pool.pool_kernel,
 )
 # Feature maps that a kernel reads, each of which must come 16 bytes at a time; the token gradient reads one of two twice
 FEATURE_MAPS = {
     **{"forward_kernel": 2, "backward_kernel": 2, "mask_kernel": 1, "gate_kernel": 1},
-    **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1, "pool_kernel": 1},
+    **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1},
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 SPILLS = 16  # bytes that are no failure

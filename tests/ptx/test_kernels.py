@@ -249,12 +249,11 @@ def bounds(case: Case, measured: Measured, want: Outputs) -> Outputs:
 
 def launched(stage: int, case: Case) -> set[str]:
     """The kernels that a step takes."""
-    pooled = {"pool.pool_kernel"} if case.valid and case.weighted and not case.given else set()
     if stage == 2:
-        return pooled | {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
+        return {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
     always = {"learn.mask_kernel", "learn.token_gradient_kernel"}
     gated = {"learn.gate_kernel"} if case.weighted and not case.valid else set()
-    return pooled | always | gated | ({"learn.feature_gradient_kernel"} if case.inputs else set())
+    return always | gated | ({"learn.feature_gradient_kernel"} if case.inputs else set())
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("MASKD_PTX_SEEDS", "1"))))
