@@ -6,9 +6,10 @@ from maskd_triton import MaskedDistillLoss, MaskLearner
 
 
 def main() -> None:
-    x = torch.ones(1, 4, 3, 3)
+    x, learner = torch.ones(1, 4, 3, 3), MaskLearner(4)
+    torch.nn.init.ones_(learner.mask_modules[0].mask_token)  # in place of stage 1
     try:
-        MaskedDistillLoss(4, pretrained=MaskLearner(4), impl="triton")(x.clone().requires_grad_(), x)
+        MaskedDistillLoss(4, pretrained=learner, impl="triton")(x.clone().requires_grad_(), x)
     except RuntimeError as error:
         print(error)
 
