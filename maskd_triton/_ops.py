@@ -116,25 +116,6 @@ def customised(step: Tensor, warmup: int, counts: bool) -> Tensor:
     return (customised_operator if torch.compiler.is_compiling() else _customised)(step, warmup, counts)
 
 
-@torch.library.custom_op("maskd_triton::counted", mutates_args=())
-def counted_operator(step: Tensor) -> Tensor:
-    """``step`` after a call, in compiled code, which an activation checkpoint around it repeats."""
-    return step + (graph_task() == -1)
-
-
-@counted_operator.register_fake
-def _(step: Tensor) -> Tensor:
-    return torch.empty_like(step)
-
-
-def count(step: Tensor) -> None:
-    """Count a call in ``step``, but not again where a backward pass repeats it."""
-    if torch.compiler.is_compiling():
-        step.copy_(counted_operator(step))
-    elif graph_task() == -1:
-        step.add_(1)
-
-
 def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
     outputs = Distilled.empty(student, options, _eager.acc_dtype(student[0].dtype))
     forward = kernels("distill").forward if impl == "triton" else _eager.distill_forward
@@ -249,8 +230,8 @@ def _learn_options(*options: Any) -> LearnOptions:
 
 
 _LEARN_OPTIONS = (
-    "Tensor[] features, str impl, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, Tensor[] weights, "
-    "Tensor[] valid, int[] heights"
+    "Tensor[] features, str impl, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, "
+    "Tensor[] weights, Tensor[] valid, int[] heights"
 )
 
 
@@ -349,8 +330,8 @@ class _Learn(torch.autograd.Function):
         need_features = any(ctx.needs_input_grad[4 : 4 + levels])
         if torch.compiler.is_compiling() or in_transforms():
             results = learn_backward_operator(
-                features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks, sums,
-                need_features,
+                features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks,
+                sums, need_features,
             )  # fmt: skip
         else:
             options = LearnOptions(LearnTables(*tables), weights, valid, ctx.heights)

@@ -12,7 +12,7 @@ from . import _checks as check
 from . import functional
 from ._eager import acc_dtype, resized_valid
 from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
-from ._ops import count, customised
+from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
 from ._torch import graph_task, outside_transforms
@@ -83,9 +83,10 @@ class MaskedDistillLoss(Options):
         names them; the student's are matched by key. ``valid`` is ``[N, H0, W0]``. The result is a float32 scalar (float64 for
         float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
-    Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor; ``channels``, ``num_tokens``,
-    ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds their tables, a
-    `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens are loaded.
+    Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
+    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules``
+    tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens
+    are loaded.
     They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading also takes a
     learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing it with the
     warm-up never waits for the GPU. A call that activation checkpointing repeats in the backward pass counts once.
@@ -162,8 +163,8 @@ class MaskedDistillLoss(Options):
         self.impl = impl
         if num_tokens is None and (standardize or pretrained is not None):
             raise ValueError(
-                "num_tokens: num_tokens=None takes its masks from masks= in every call; it cannot be combined with pretrained= or "
-                "standardize="
+                "num_tokens: num_tokens=None takes its masks from masks= in every call; it cannot be combined with pretrained= "
+                "or standardize="
             )
         self.align = self._new_align(align, student_channels)
         levels = self.channels if self.num_tokens is not None else []
@@ -200,8 +201,8 @@ class MaskedDistillLoss(Options):
 
     def _draw_tokens(self) -> None:
         warnings.warn(
-            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the loss is "
-            "half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
+            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the "
+            "loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
             stacklevel=3,
         )
         for level in self._levels:
@@ -290,9 +291,9 @@ class MaskedDistillLoss(Options):
                 self._warn_without_gradient(levels)
                 if advance and self.align is not None:
                     self._align_watch.see(self.align)
-        if counts:
+        if counts and not repeated:
             with outside_transforms():
-                count(self.warmup_step)
+                self.warmup_step.add_(1)
         return loss
 
     def masks(self, features: Levels) -> Levels:
@@ -361,8 +362,8 @@ class MaskedDistillLoss(Options):
             narrow = (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
             if narrow not in (None, c) and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
                 raise ValueError(
-                    f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student and "
-                    "teacher?"
+                    f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student "
+                    "and teacher?"
                 )
             check.features(s, f"student{label}", narrow)
 
@@ -472,8 +473,8 @@ class _AlignWatch:
         elif self.calls == STILL + 1:
             if self._still():
                 warnings.warn(
-                    f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is held "
-                    "against a random projection; give criterion.parameters() to the optimizer",
+                    f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is "
+                    "held against a random projection; give criterion.parameters() to the optimizer",
                     stacklevel=5,  # through nn.Module's two functions
                 )
             self.start = []

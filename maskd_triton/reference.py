@@ -23,6 +23,7 @@ __all__ = [
     "resized",
     "standardised",
     "valid_box",
+    "weight_logits",
 ]
 
 Weighting = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,9 +43,18 @@ def masks(x: Tensor, tokens: Tensor) -> Tensor:
     return torch.sigmoid(torch.einsum("tc,nchw->nthw", tokens.to(x.dtype), x))
 
 
-def resized(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in the height and width of ``like``, by bilinear interpolation."""
-    return x if x.shape[2:] == like.shape[2:] else interpolate(x, like.shape[2:], mode="bilinear")
+def resized(x: Tensor, like: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """``x`` in the height and width of ``like``, by bilinear interpolation.
+
+    Pixels that are not ``valid [N, 1, H, W]`` have no part in it; and which pixels of ``like`` have a valid one near."""
+    if valid is None:
+        return (x if x.shape[2:] == like.shape[2:] else interpolate(x, like.shape[2:], mode="bilinear")), None
+    values = interpolate(torch.where(valid, x, 0), like.shape[2:], mode="bilinear")
+    weight = interpolate(valid.to(x.dtype), like.shape[2:], mode="bilinear")
+    return values / torch.where(weight > NEAR, weight, 1), weight > NEAR
+
+
+NEAR = 1e-3  # a weight that is 0 but for rounding is not near
 
 
 def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -52,13 +62,18 @@ def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, vali
 
     Pixels that are not ``valid [N, 1, H, W]`` are padding, too: 0 for the convolution and not averaged.
     """
+    return torch.softmax(weight_logits(x, w3, b3, w1, b1, valid), dim=1)
+
+
+def weight_logits(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
+    """``[N, T]``, those of `mask_weights`."""
     w3, b3, w1, b1 = (p.to(x.dtype) for p in (w3, b3, w1, b1))
     if valid is None:
         pooled = adaptive_avg_pool2d(conv2d(x, w3, b3, padding=1), 1)
     else:
         seen = conv2d(torch.where(valid, x, 0), w3, b3, padding=1)
         pooled = torch.where(valid, seen, 0).sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True)
-    return torch.softmax(conv2d(pooled, w1, b1).flatten(1), dim=1)
+    return conv2d(pooled, w1, b1).flatten(1)
 
 
 def valid_box(valid: Tensor, height: int, width: int) -> tuple[slice, slice, Tensor]:
@@ -119,7 +134,7 @@ def distill_loss_levels(
         given = (None if levels is None else levels[i] for levels in (tokens, weighting, standardize, masks, mask_weights))
         level = _Level(*given)  # type: ignore[arg-type]
         if valid is None:
-            losses.append(_level_loss(s, t, level, None, resize, **options))
+            losses.append(_level_loss(s, t, level, (None, None), resize, **options))
         else:
             losses.append(_loss_of_cut_images(s, t, level, valid, resize, **options))
     return loss_weight * torch.stack(losses)
@@ -139,13 +154,13 @@ def _loss_of_cut_images(s: Tensor, t: Tensor, level: _Level, valid: Tensor, resi
     for n, own in enumerate(valid):
         s_row, s_column, s_valid = valid_box(own, *s.shape[2:])
         t_row, t_column, t_valid = valid_box(own, *t.shape[2:])
-        row, column, inside = (s_row, s_column, s_valid) if resize == "teacher" else (t_row, t_column, t_valid)
+        row, column = (s_row, s_column) if resize == "teacher" else (t_row, t_column)
         one = slice(n, n + 1)
         m = None if level.masks is None else level.masks[one, :, row, column]
         w = None if level.weights is None else level.weights[one]
         if s_valid.numel() and t_valid.numel():
             cut = s[one, :, s_row, s_column], t[one, :, t_row, t_column]
-            loss = loss + _level_loss(*cut, level._replace(masks=m, weights=w), inside, resize, **options)
+            loss = loss + _level_loss(*cut, level._replace(masks=m, weights=w), (s_valid, t_valid), resize, **options)
     return loss / max(len(valid), 1)
 
 
@@ -153,17 +168,19 @@ def _level_loss(
     s: Tensor,
     t: Tensor,
     level: _Level,
-    valid: Tensor | None,
+    both_valid: tuple[Tensor | None, Tensor | None],
     resize: str | None,
     custom_mask: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Stage 2 of one level; pixels that are not ``valid [N, 1, H, W]`` count nothing."""
+    """Stage 2 of one level; pixels of either that are not valid, ``[N, 1, H, W]``, count nothing."""
+    (s_valid, valid), near = both_valid, None
     if resize == "student":
-        s = resized(s, t)
+        s, near = resized(s, t, s_valid)
     if resize == "teacher":
-        t = resized(t, s)
+        (t, near), valid = resized(t, s, valid), s_valid
     if valid is not None:
+        valid = valid if near is None else valid & near
         s, t = torch.where(valid, s, 0), torch.where(valid, t, 0)
     if level.statistics is not None:
         t = standardised(t, *level.statistics)
@@ -245,5 +262,5 @@ def _masked_level(
     m = masks(seen, tokens)
     w = m.new_ones(m.shape[:2]) if weighting is None else mask_weights(seen, *weighting, valid)
     m = m if valid is None else torch.where(valid, m, 0)
-    masked = w[:, :, None, None, None] * m[:, :, None] * x[:, None]  # [N, T, C, H, W]
-    return masked.sum(1), dice(m)
+    y = (w[:, :, None, None, None] * m[:, :, None] * x[:, None]).sum(1)  # of [N, T, C, H, W]
+    return y if valid is None else torch.where(valid, y, 0), dice(m)

@@ -305,8 +305,8 @@ class Comparison:
         dtypes = [case.teacher.dtype] if case.stage == 1 else [case.teacher.dtype, case.student.dtype]
         self.impl, self.unit = impl, unit_of(case.precise, impl, dtypes)
         self.want = literal(given)
-        extreme = {case.teacher.values, case.student.values} & {"huge", "inf", "nan"}
-        self.plain = literal(given, None) if extreme else self.want  # which of them leave the range of the dtypes
+        extreme = {case.teacher.values, case.student.values} & {"huge", "inf", "nan"} or case.eps == 0
+        self.plain = literal(given, None) if extreme else self.want  # tells what leaves the range of the dtypes
         seeds = [case.seed + 1 + i for i in range(SAMPLES)]
         rounded = half_unit(getattr(case, case.resize).dtype) if case.resize else 0.0
         moves = [Moved(self.unit, seed, bool(case.standardize), rounded) for seed in seeds]
@@ -329,13 +329,14 @@ class Comparison:
             return [(f"{name}, image {n}", list(xs)) for n, xs in enumerate(zip(*every, strict=True))]
         return [(name, every)]
 
-    def allowed(self, name: str, dtype: torch.dtype) -> dict[str, float]:
-        """The bound of every part, and the largest value there."""
-        units = UNITS_OF_SUMS[self.case.precise]
-        return {
-            part: bound(want, moved, self.unit, units, self.last(name, dtype))
-            for part, (want, _, *moved) in self.parts(name)
-        }  # fmt: skip
+    def allowed(self, name: str, dtype: torch.dtype) -> list[float]:
+        """The bound of every part."""
+        units, last = UNITS_OF_SUMS[self.case.precise], self.last(name, dtype)
+        return [bound(want, moved, self.unit, units, last) for _, (want, _, *moved) in self.parts(name)]
+
+    def largest(self, name: str, part: int) -> float:
+        want = self.parts(name)[part][1][0]
+        return want.abs().max().item() if want.numel() else 0.0
 
     def shares(self, got: Results) -> dict[str, float]:
         """Every error as a share of what is allowed; AssertionError for a NaN out of nowhere."""
@@ -350,12 +351,14 @@ class Comparison:
         ended = ~got.isfinite() | (got.abs() >= info.max)
         assert ended[~rounded.isfinite() & ~plain.isfinite()].all(), f"{name}: a finite number where there is none"
         known = rounded.isfinite() & plain.isfinite()
+        assert not known.all() or got.isfinite().all(), f"{name}: not finite, unlike the formulas"
+        known &= got.isfinite()  # beside a number that is not, its image's others may be so, too
         if not known.any():
             return 0.0
-        assert got[known].isfinite().all(), f"{name}: not finite, unlike the formulas"
         units = UNITS_OF_SUMS[self.case.precise]
         most = bound(want[known], [x[known] for x in moved], self.unit, units, self.last(name, dtype))
-        return (got[known] - want[known]).abs().max().item() / (most + info.smallest_normal * info.eps)
+        most += info.smallest_normal * (1e12 if name.startswith("dice") else info.eps)  # of what underflows; a Dice divides it
+        return (got[known] - want[known]).abs().max().item() / most
 
 
 def check(given: Given, impl: str, device: str = "cpu") -> float:

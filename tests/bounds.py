@@ -61,8 +61,20 @@ class Moved:
         by = units * self.unit * (2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1)
         return x * (1 + by) if size is None else x + by * size
 
+    def gradient(self, y: Tensor, units: float) -> Tensor:
+        """``y`` as it is, whose gradient is moved."""
+        moved = self(y, units=units)
+        return moved - (moved - y).detach()
+
     def __enter__(self) -> "Moved":
-        for function in (self.standardised, self.resized, self.masks, self.mask_weights, self.masked_distance):
+        for function in (
+            self.standardised,
+            self.resized,
+            self.masks,
+            self.weight_logits,
+            self.mask_weights,
+            self.masked_distance,
+        ):
             name = function.__name__
             self.patch.setattr(reference, name, _with(function, getattr(reference, name)))
         return self
@@ -78,8 +90,9 @@ class Moved:
         self.sizes[id(y)] = y, (x.abs() + mean.abs()[:, None, None]) / std[:, None, None]
         return y
 
-    def resized(self, formula: Callable[..., Tensor], x: Tensor, like: Tensor) -> Tensor:
-        return self(formula(self(x), like), units=2 * self.rounded / self.unit)
+    def resized(self, formula: Callable[..., Any], x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor | None]:
+        (y, near), half = formula(self(x), *others), 2 * self.rounded / self.unit
+        return self.gradient(self(y, units=half), half), near
 
     def masks(self, formula: Callable[..., Tensor], x: Tensor, tokens: Tensor) -> Tensor:
         m = self(formula(self(x, self.size(x)), self(tokens.to(x.dtype))))
@@ -87,17 +100,19 @@ class Moved:
         # 1 - m, a factor of the gradient, has the error of m
         return m + (self(m) - m).detach() * (logits - logits.detach()).nan_to_num()
 
-    def mask_weights(self, formula: Callable[..., Tensor], x: Tensor, *convs: Tensor) -> Tensor:
-        (w3, b3, w1, b1), valid = (p.to(x.dtype) for p in convs[:4]), convs[4] if len(convs) > 4 else None
+    def weight_logits(self, formula: Callable[..., Tensor], x: Tensor, *convs: Any) -> Tensor:
+        (w3, b3, w1, b1), valid = (p.to(x.dtype) for p in convs[:4]), convs[4]
         inside = torch.ones_like(x[:, :1], dtype=torch.bool) if valid is None else valid
         moved, size = self(w3), torch.where(inside, self.size(x), 0)
         # the sums of all taps over all pixels, of which those outside are taken off again: their rounding stays
-        mean = size.sum((2, 3)) / inside.sum((2, 3))
-        outside = torch.einsum("oikl,ni->no", moved - w3, mean)
+        outside = torch.einsum("oikl,ni->no", moved - w3, size.sum((2, 3)) / inside.sum((2, 3)))
         x, b3, w1, b1 = self(x, size), self(b3), self(w1), self(b1)
         one = [formula(x[n : n + 1], moved, b3 + outside[n], w1, b1, inside[n : n + 1]) for n in range(len(x))]
-        w = torch.cat(one) if one else formula(x, moved, b3, w1, b1)
-        scores = w.clamp(min=1e-300).log()
+        return torch.cat(one) if one else formula(x, moved, b3, w1, b1)
+
+    def mask_weights(self, _: Callable[..., Tensor], x: Tensor, *convs: Any) -> Tensor:
+        scores = reference.weight_logits(x, *convs[:4], convs[4] if len(convs) > 4 else None)
+        w = torch.softmax(scores, 1)
         # off forward, and in the gradient, where it is a difference of the weights' gradients
         return w + (self(w) - w).detach() * (1 + scores - scores.detach())
 
@@ -116,10 +131,10 @@ class Moved:
 
     def aligned(self, x: Tensor, weight: Tensor, bias: Tensor, half: float) -> Tensor:
         """A 1x1 convolution; ``half``: relative error of what is rounded to half precision, its parameters and its output."""
-        own = UNITS_OF_TERMS * self.unit + 2 * half
-        weight, bias = (self(p, units=own / self.unit) for p in (weight, bias))
-        return self(conv2d(x, weight, bias), units=own / self.unit)
+        units = UNITS_OF_TERMS + 2 * half / self.unit
+        y = conv2d(x, self(weight, units=units), self(bias, units=units))
+        return self.gradient(self(y, units=units), units)
 
 
-def _with(function: Callable[..., Tensor], formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _with(function: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **options: function(formula, *args, **options)

@@ -42,7 +42,8 @@ class Case:
         teacher: in stage 1 the features.
         container: of the levels.
         upstream: layout of the gradient from above; of the losses in stage 2, of the masked features in stage 1.
-        learned: size of the tokens: "trained", "untrained" (0.01), "zeros", "saturating".
+        learned: size of the tokens: "trained", "untrained" (0.01), "zeros", "saturating", "open" or "closed" (masks of 1 or 0
+            where features are positive), "one closed".
         standardize: "" (not), "channel" or "isotropic".
         valid: which pixels count: "" (all, none given), "rectangles", "letterbox", "pixels", "all" or "none".
         rubbish: a number that the others hold.
@@ -154,17 +155,17 @@ STAGE_1: dict[str, tuple[Any, ...]] = {
 
 
 def case_of(**options: Any) -> Case:
-    """``dtypes`` and ``layouts`` are the student's and, after "/", the teacher's, if another."""
-    student, _, teacher = options.pop("dtypes", "fp64").partition(" / ")
-    layout, _, other = options.pop("layouts", "nchw").partition(" / ")
-    maps = {"student": Maps(student, layout), "teacher": Maps(teacher or student, other or layout)}
+    """``dtypes``, ``layouts`` and ``values`` are the student's and, after "/", the teacher's, if another."""
+    usual = {"dtypes": "fp64", "layouts": "nchw", "values": "normal"}
+    both = [options.pop(name, value).partition(" / ") for name, value in usual.items()]
+    maps = {"student": Maps(*(own for own, _, _ in both)), "teacher": Maps(*(other or own for own, _, other in both))}
     return sound(Case(**{**maps, **options}))
 
 
 def sound(case: Case) -> Case:
     """The case without what the pages do not promise together."""
     default, changes = Case(), dict[str, Any]()
-    if not case.valid:
+    if not case.valid or "expanded" in case.student.layout + case.teacher.layout:  # which would spread it
         changes["rubbish"] = "0"
     if case.through == "function":
         changes["pretrained"] = "learner"
@@ -188,8 +189,6 @@ def sound(case: Case) -> Case:
         case = replace(case, cast="")
     elif case.align:  # a convolution takes one dtype
         case = replace(case, student=replace(case.student, dtype=case.cast))
-    if case.resize and case.valid == "pixels":
-        case = replace(case, valid="rectangles")
     case = replace(case, own_align=case.own_align and case.align > 0, sizes=case.sizes if case.resize else ())
     values = case.student.values
     if case.distance == "cosine" and values == "tiny":  # below a length of 1e-8 torch has another gradient
@@ -269,6 +268,21 @@ SPECIAL: dict[str, Case] = {
     **named("untrained tokens", learned="untrained", dtypes="fp32"),
     **named("tokens of zeros", learned="zeros", dtypes="fp32"),
     **named("saturating tokens", learned="saturating", dtypes="fp32"),
+    **named("masks of 1", learned="open", values="normal / ones", dtypes="fp16"),
+    **named("masks of 0", learned="closed", values="normal / ones", dtypes="bf16"),
+    **named("masks of 0 without eps", (2,), learned="closed", values="normal / ones", eps=0.0),
+    **named("one mask of 0", learned="one closed", values="normal / ones", dtypes="fp16"),
+    **named("features of zeros", values="zeros", dtypes="fp32"),
+    **named("one infinite feature", values="inf", dtypes="bf16"),
+    **named("one that is no number", values="nan", valid="rectangles"),
+    **named("features far from zero", values="far from zero", dtypes="fp32", standardize="channel"),
+    **named("huge features", values="huge", dtypes="fp32"),
+    **named("tiny features", values="tiny", dtypes="fp16"),
+    **named("equal features", (2,), values="equal / normal", dtypes="bf16"),
+    **named("equal features, smooth_l1", (2,), values="equal / normal", dtypes="fp32", distance="smooth_l1"),
+    **named("vectors of zeros, cosine", (2,), values="zeros / normal", dtypes="fp32", distance="cosine"),
+    **named("zeros of both, cosine", (2,), values="zeros", dtypes="fp64", distance="cosine"),
+    **{k: v for b in (1e-30, 1e-3, 1e3, 1e30) for k, v in named(f"beta {b}", (2,), distance="smooth_l1", beta=b).items()},
     **named("many channels", images=1, levels=((600, 1, 3),), tokens=2, weighted=False),
     **named("a pyramid", levels=((16, 4, 8), (16, 3, 5), (8, 1, 1), (24, 2, 4), (7, 3, 3), (8, 1, 16), (1, 5, 2))),
     **named("one level as a tensor", levels=((6, 4, 5),), container="tensor"),

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from maskd_triton import MaskLearner
 from tests.cases import DTYPES, Case
-from tests.helpers import SEED, in_layout, moved
-from tests.problems import draw_parameters
+from tests.helpers import SEED, draw_parameters, in_layout, moved
 
 # Decimal exponents of "huge" and "tiny" features: from those whose squares a dtype's sums can still hold to those they cannot.
 _EXPONENTS = {"fp16": (2, 4), "bf16": (5, 20), "fp32": (5, 20), "fp64": (5, 160)}
 _LISTS = ("teacher", "student", "masks", "mask_weights", "upstream")
 _TOKEN_SCALES = {"trained": 1.0, "untrained": 0.01, "zeros": 0.0, "saturating": 100.0}
+_FIXED = {"open": 1e6, "closed": -1e4, "one closed": -1e4}  # sigmoid(-1e4) is 0 in float64, too
 _EXPANDED = ("expanded images", "expanded channels", "expanded pixels")
 _STRIDED = ("channels_last", "batch_last", "offset", "channels of more", "columns of more", "rows and columns swapped")
 
@@ -145,7 +145,10 @@ def _learned(case: Case, generator: torch.Generator) -> MaskLearner:
     learner = MaskLearner([c for c, *_ in case.levels], case.tokens, case.weighted, standardize=case.standardize or False)
     draw_parameters(learner, generator)
     for module in learner.mask_modules:
-        module.mask_token.detach().mul_(_TOKEN_SCALES[case.learned])
+        token = module.mask_token.detach()
+        token.mul_(_TOKEN_SCALES.get(case.learned, 1.0))
+        if case.learned in _FIXED:
+            token[: 1 if case.learned == "one closed" else None] = _FIXED[case.learned]
         if case.standardize:
             channels = 1 if case.standardize == "isotropic" else module.channels
             module.channel_std.copy_(10 ** (2 * torch.rand(channels, generator=generator) - 1))
