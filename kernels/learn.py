@@ -1,25 +1,24 @@
 """Stage 1 on Triton: masked features and Dice losses of a frozen teacher's features, and the gradients of the tokens.
 
-Every launch covers all levels and images. Forward: one read of x gives the masks, the sums of every channel and the Gram sums
-of every pair of masks; a second launch with one program per level and image adds them up to mask weights and Dice losses.
-Without mask weights, or with given ones, the first kernel also writes y = x * sum_t w m (x comes from L2 the second time: 2
-passes over a feature tensor). Mask weights need sums of the whole image before a pixel can be weighed, so with them a third
-kernel reads x again and writes y: 3 passes. Backward: one kernel takes a tile of all channels, forms g.x per pixel, then the
-gradient of the masks, then the tile's share of the token gradient (x comes from L2 the second time): 2 passes; a finishing
-kernel adds the shares. Another kernel writes the gradient of x where it is wanted: 2 passes more. All reductions have a fixed
-order, no atomics.
+A launch covers all levels and images of a pyramid. Forward: one read of x gives the masks, the sums of every channel and the
+Gram sums of every pair of masks, tile by tile; torch adds up the tiles and makes mask weights and Dice losses of them. Without
+mask weights, or with given ones, the kernel also writes y = x * sum_t w m (x comes from L2 the second time: 2 passes over a
+feature tensor). Mask weights need sums of the whole image before a pixel can be weighed, so with them another kernel reads x
+again and writes y: 3 passes. Backward: one kernel takes a tile of all channels, forms g.x per pixel, then the gradient of the
+masks, then the tile's share of the token gradient (x comes from L2 the second time): 2 passes; torch adds the shares. Another
+kernel writes the gradient of x where it is wanted: 2 passes more. All reductions have a fixed order, no atomics.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._eager import DICE_EPS
+from .. import _eager
 from .._records import LearnKept, LearnOptions, LearnTables
 from . import launch, tuning
 from .tiles import (
@@ -53,6 +52,7 @@ def _mask_tile(
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
     total_ptr += (n * tiles + tile) * C
+    gram_ptr += (n * tiles + tile) * T * T
     logits = tl.zeros((SPLIT * TP, BLOCK_P), ACC)
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -122,12 +122,12 @@ def mask_kernel(
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     mask_ptrs,  # [N, T, P], written
     total_ptrs,  # [N, tiles, C], written where WEIGHTED
+    gram_ptrs,  # [N, tiles, T, T], written
     sum_ptrs,  # [N, 9, C], strips 1 to 8 are written where WEIGHTED
     y_ptrs,  # [N, C, P] by strides, written where not WEIGHTED
     first, Cs, Ps, x_ns, x_rows, y_ns, y_rows, indices, Ws,
     # of all
     weight_ptr,  # [levels, N, T] where WEIGHTS
-    gram_ptr,  # [programs, T, T], written
     N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr, WEIGHTS: tl.constexpr, VALID: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr,
@@ -135,7 +135,6 @@ def mask_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    gram_ptr += program.to(tl.int64) * T * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
@@ -155,7 +154,7 @@ def mask_kernel(
         _mask_tile(
             n, block, tiles, image, pick(token_ptrs, level, LEVELS), pick(bias_ptrs, level, LEVELS),
             pick(valid_ptrs, level, LEVELS), weight_ptr + (index * N + n) * T,
-            pick(mask_ptrs, level, LEVELS), pick(total_ptrs, level, LEVELS), gram_ptr,
+            pick(mask_ptrs, level, LEVELS), pick(total_ptrs, level, LEVELS), pick(gram_ptrs, level, LEVELS),
             y_ptr + n * pick_int(y_ns, level, LEVELS) * ALIGN, C, P, x_row, pick_int(y_rows, level, LEVELS),
             WEIGHTED, WEIGHTS, VALID, BIASED, ACC, T, TP, SPLIT, FAST, Y_FAST, ALIGN, WIDE, UPCAST,
             BLOCK_C, BLOCK_P, STAGES,
@@ -165,97 +164,6 @@ def mask_kernel(
             block - tiles + 1, image, sum_ptr + n * 9 * C, P // W, W, C, x_row,
             ACC, FAST, ALIGN, WIDE, BLOCK_C, BLOCK_P,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["first", "Cs", "Hs", "Ws", "indices", "N", "weight_ptr", "pair_ptr", "dice_ptr"])
-def finish_kernel(
-    # of every level
-    total_ptrs,  # [N, tiles, C]
-    sum_ptrs,  # [N, 9, C], strip 0 is written
-    pool_ptrs,  # [9, T, C]
-    bias_ptrs,  # [T] or, where STANDARD, [5, T]
-    first, Cs, Hs, Ws, indices,
-    # of all
-    gram_ptr,  # [programs, T, T]
-    weight_ptr,  # [levels, N, T], written unless WEIGHTS
-    pair_ptr,  # [levels, N, T, T], written: the gradient of the Dice loss for the masks is pairs @ m
-    dice_ptr,  # [levels, N], written
-    N,
-    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, WEIGHTS: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
-    EPS: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, TILE: tl.constexpr, BORDER: tl.constexpr,
-    ROWS: tl.constexpr, PAIR_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Mask weights, Dice losses and their gradients from the sums of one image; TILE is BLOCK_P of the mask kernel."""
-    level = tl.program_id(0) // N
-    n = (tl.program_id(0) % N).to(tl.int64)
-    C = pick_int(Cs, level, LEVELS)
-    H = pick_int(Hs, level, LEVELS)
-    W = pick_int(Ws, level, LEVELS)
-    tiles = tl.cdiv(H * W, TILE)
-    gram_ptr += (pick_int(first, level, LEVELS) + n * (tiles + BORDER)) * T * T
-    out = pick_int(indices, level, LEVELS) * N + n  # a launch need not have all levels
-    token = tl.arange(0, TP)
-    real = token < T
-
-    pair = tl.arange(0, TP * TP)
-    known = (pair // TP < T) & (pair % TP < T)
-    row = tl.arange(0, PAIR_ROWS)
-    grams = tl.zeros((PAIR_ROWS, TP * TP), ACC)
-    for r in range(0, tiles, PAIR_ROWS):
-        gram_at = gram_ptr + (r + row)[:, None] * (T * T) + (pair // TP * T + pair % TP)[None, :]
-        grams += tl.load(gram_at, mask=(r + row < tiles)[:, None] & known[None, :], other=0.0)
-    gram = tl.reshape(tl.sum(grams, axis=0), (TP, TP))
-    same = token[:, None] == token[None, :]
-    others = real[:, None] & real[None, :] & (token[:, None] != token[None, :])
-    area = tl.sum(tl.where(same, gram, 0.0), axis=0)  # the Gram sums are symmetric
-    areas = tl.sum(tl.where(same, gram, 0.0), axis=1)[:, None] + area[None, :] + EPS
-    share = tl.where(others, 1.0 / areas, 0.0)
-    if T > 1:
-        share = share / (N * T * (T - 1))
-    dice = 2.0 * share * gram
-    # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
-    falling = tl.sum(tl.where(others, dice / areas, 0.0), axis=1)
-    pairs = 4.0 * share - tl.where(same, 4.0 * falling[:, None], 0.0)
-    tl.store(dice_ptr + out, tl.sum(tl.sum(dice, axis=1), axis=0))
-    pair_at = pair_ptr + out * T * T + token[:, None] * T + token[None, :]
-    tl.store(pair_at, pairs, mask=real[:, None] & real[None, :])
-
-    if WEIGHTED:
-        total_ptr = pick(total_ptrs, level, LEVELS) + n * tiles * C
-        sum_ptr = pick(sum_ptrs, level, LEVELS) + n * 9 * C
-        pool_ptr = pick(pool_ptrs, level, LEVELS)
-        bias_ptr = pick(bias_ptrs, level, LEVELS)
-        row = tl.arange(0, ROWS)
-        strip = tl.arange(0, 16)
-        score = tl.zeros((TP,), ACC)
-        for c0 in range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            totals = tl.zeros((ROWS, BLOCK_C), ACC)
-            for r in range(0, tiles, ROWS):
-                total_at = total_ptr + (r + row)[:, None].to(tl.int64) * C + c[None, :]
-                totals += tl.load(total_at, mask=(r + row < tiles)[:, None] & (c < C)[None, :], other=0.0)
-            strip_sum = tl.sum(totals, axis=0)
-            tl.store(sum_ptr + c, strip_sum, mask=c < C)
-            # all nine strips at once, the first from above
-            pool_at = pool_ptr + (strip[:, None, None] * T + token[None, :, None]) * C + c[None, None, :]
-            rows = tl.load(pool_at, mask=(strip < 9)[:, None, None] & real[None, :, None] & (c < C)[None, None, :], other=0.0)
-            border = (strip > 0) & (strip < 9)
-            sums = tl.load(sum_ptr + strip[:, None] * C + c[None, :], mask=border[:, None] & (c < C)[None, :], other=0.0)
-            sums += tl.where((strip == 0)[:, None], strip_sum[None, :], 0.0)
-            score += tl.sum(tl.sum(rows.to(ACC) * sums[:, None, :], axis=2), axis=0)
-        score = score / (H * W) + tl.load(bias_ptr + token, mask=real, other=0.0).to(ACC)
-        if STANDARD:  # what the mean adds to the sums of the border
-            score += tl.load(bias_ptr + T + token, mask=real, other=0.0).to(ACC) / H
-            score += tl.load(bias_ptr + 2 * T + token, mask=real, other=0.0).to(ACC) / W
-            score += tl.load(bias_ptr + 3 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
-            score += tl.load(bias_ptr + 4 * T + token, mask=real, other=0.0).to(ACC) / (H * W)
-        score = tl.where(real, score, float("-inf"))
-        weight = tl.exp(score - tl.max(score, axis=0))
-        weight = weight / tl.sum(weight, axis=0)
-    else:
-        weight = tl.full((TP,), 1.0, ACC)
-    if not WEIGHTS:
-        tl.store(weight_ptr + out * T + token, weight, mask=real)
 
 
 @triton.jit(do_not_specialize=["first", "indices", "Cs", "Ps", "x_ns", "x_rows", "y_ns", "y_rows", "weight_ptr", "N"])
@@ -309,6 +217,8 @@ def _token_gradient_tile(
 ):  # fmt: skip
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
+    share_ptr += (n * tiles + tile) * 2 * T
+    token_ptr += (n * tiles + tile) * T * C
     products = tl.zeros((BLOCK_C, BLOCK_P), ACC)
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -335,7 +245,6 @@ def _token_gradient_tile(
     dl = dl / largest[:, None]
     high = dl.to(x_ptr.dtype.element_ty)
     low = (dl - high.to(ACC)).to(x_ptr.dtype.element_ty)
-    token_ptr += (n * tiles + tile) * T * C
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
@@ -363,12 +272,12 @@ def token_gradient_kernel(
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     gx_ptrs,  # [N, P], written where X_GRAD
     token_ptrs,  # [N, tiles, T, C], written: each tile's share of the token gradient
+    share_ptrs,  # [N, tiles, 2, T], written: and of the gradients of mask weights and token biases
     first, Cs, Ps, x_ns, x_rows, g_ns, g_rows, indices,
     # of all
     weight_ptr,  # [levels, N, T]
     pair_ptr,  # [levels, N, T, T]
     dice_ptr,  # [levels] by stride: the gradient of the Dice losses
-    share_ptr,  # [programs, 2, T], written: each tile's share of the gradients of mask weights and token biases
     dice_stride, N,
     LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     VALID: tl.constexpr, X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, SPLIT: tl.constexpr,
@@ -376,7 +285,6 @@ def token_gradient_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    share_ptr += program.to(tl.int64) * 2 * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
@@ -392,124 +300,10 @@ def token_gradient_kernel(
         x_ptr + n * pick_int(x_ns, level, LEVELS) * ALIGN, pick(mask_ptrs, level, LEVELS),
         pick(valid_ptrs, level, LEVELS),
         weight_ptr + (index * N + n) * T, pair_ptr + (index * N + n) * T * T, dice, pick(gx_ptrs, level, LEVELS),
-        share_ptr, pick(token_ptrs, level, LEVELS), C, P,
+        pick(share_ptrs, level, LEVELS), pick(token_ptrs, level, LEVELS), C, P,
         pick_int(x_rows, level, LEVELS), pick_int(g_rows, level, LEVELS),
         VALID, X_GRAD, ACC, T, TP, SPLIT, FAST, G_FAST, ALIGN, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
     )  # fmt: skip
-
-
-@triton.jit
-def _add_token_shares(
-    token, block, count, token_ptr, share_ptr, to_token_ptr, to_token_bias_ptr, C,
-    BIASED: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_C channels of the gradient of one token from ``count`` shares, and the gradient of its bias."""
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = tl.arange(0, ROWS).to(tl.int64)
-    total = tl.zeros((ROWS, BLOCK_C), ACC)
-    bias = tl.zeros((ROWS,), ACC)
-    for r in range(0, count, ROWS):
-        there = r + row < count
-        at = token_ptr + ((r + row) * T + token)[:, None] * C + c[None, :]
-        total += tl.load(at, mask=there[:, None] & (c < C)[None, :], other=0.0)
-        if BIASED:
-            bias += tl.load(share_ptr + ((r + row) * 2 + 1) * T + token, mask=there, other=0.0)
-    tl.store(to_token_ptr + token * C + c, tl.sum(total, axis=0).to(to_token_ptr.dtype.element_ty), mask=c < C)
-    if BIASED:
-        if block == 0:
-            tl.store(to_token_bias_ptr + token, tl.sum(bias, axis=0).to(to_token_bias_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _add_weight_shares(
-    block, tiles, share_ptr, weight_ptr, sum_ptr, pool_ptr, to_pool_ptr, to_bias_ptr, to_sum_ptr, N, C, H, W,
-    STANDARD: tl.constexpr, X_GRAD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_C channels of the gradients of pool rows and strip sums, and the gradient of the weighting's bias."""
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    token = tl.arange(0, TP)
-    real = token < T
-    strip = tl.arange(0, 16)
-    row = tl.arange(0, ROWS)
-    channels = (strip < 9)[:, None] & (c < C)[None, :]
-    parameters = channels[:, None, :] & real[None, :, None]
-    at = (strip[:, None, None] * T + token[None, :, None]) * C + c[None, None, :]
-    pool = tl.load(pool_ptr + at, mask=parameters, other=0.0).to(ACC)
-    total = tl.zeros((16, TP, BLOCK_C), ACC)
-    constant = tl.zeros((TP,), ACC)
-    for n in range(N):
-        shares = tl.zeros((ROWS, TP), ACC)
-        for r in range(0, tiles, ROWS):
-            shares += tl.load(
-                share_ptr + (n * tiles + r + row)[:, None].to(tl.int64) * (2 * T) + token[None, :],
-                mask=(r + row < tiles)[:, None] & real[None, :],
-                other=0.0,
-            )
-        to_weight = tl.sum(shares, axis=0)
-        weight = tl.load(weight_ptr + n * T + token, mask=real, other=0.0)
-        to_score = weight * (to_weight - tl.sum(weight * to_weight, axis=0))
-        constant += to_score
-        to_score = to_score / (H * W)
-        image = (n * 9 + strip)[:, None] * C + c[None, :]
-        total += to_score[None, :, None] * tl.load(sum_ptr + image, mask=channels, other=0.0)[:, None, :]
-        if X_GRAD:
-            tl.store(to_sum_ptr + image, tl.sum(to_score[None, :, None] * pool, axis=1), mask=channels)
-    tl.store(to_pool_ptr + at, total.to(to_pool_ptr.dtype.element_ty), mask=parameters)
-    if block == 0:
-        tl.store(to_bias_ptr + token, constant.to(to_bias_ptr.dtype.element_ty), mask=real)
-        if STANDARD:
-            tl.store(to_bias_ptr + T + token, (constant / H).to(to_bias_ptr.dtype.element_ty), mask=real)
-            tl.store(to_bias_ptr + 2 * T + token, (constant / W).to(to_bias_ptr.dtype.element_ty), mask=real)
-            tl.store(to_bias_ptr + 3 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=real)
-            tl.store(to_bias_ptr + 4 * T + token, (constant / (H * W)).to(to_bias_ptr.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=["first", "adding", "indices", "Cs", "Hs", "Ws", "weight_ptr", "N"])
-def add_shares_kernel(
-    # of every level
-    token_ptrs,  # [N, tiles, T, C]: the tiles' shares
-    sum_ptrs,  # [N, 9, C]
-    pool_ptrs,  # [9, T, C]
-    to_token_ptrs,  # [T, C], written
-    to_token_bias_ptrs,  # [T], written where BIASED
-    to_pool_ptrs,  # [9, T, C], written where WEIGHTED
-    to_bias_ptrs,  # [T] or, where STANDARD, [5, T], written where WEIGHTED
-    to_sum_ptrs,  # [N, 9, C], written where WEIGHTED and X_GRAD
-    first,  # programs of the token gradient
-    adding,  # first programs of this launch
-    indices, Cs, Hs, Ws,
-    # of all
-    share_ptr,  # [programs of the token gradient, 2, T]
-    weight_ptr,  # [levels, N, T]
-    N,
-    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr, STANDARD: tl.constexpr, X_GRAD: tl.constexpr,
-    ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, SHARE_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Gradients of all parameters; TILE is BLOCK_P of the token gradient."""
-    program = tl.program_id(0)
-    level = find_level(program, adding, LEVELS)
-    program -= pick_int(adding, level, LEVELS)
-    C = pick_int(Cs, level, LEVELS)
-    H = pick_int(Hs, level, LEVELS)
-    W = pick_int(Ws, level, LEVELS)
-    tiles = tl.cdiv(H * W, TILE)
-    share_ptr += pick_int(first, level, LEVELS).to(tl.int64) * 2 * T
-    blocks = tl.cdiv(C, BLOCK_C)
-    role = program // blocks  # a token, or the weighting
-    if role < T:
-        _add_token_shares(
-            role, program % blocks, N * tiles, pick(token_ptrs, level, LEVELS), share_ptr,
-            pick(to_token_ptrs, level, LEVELS), pick(to_token_bias_ptrs, level, LEVELS), C, BIASED, ACC, T, ROWS, BLOCK_C,
-        )  # fmt: skip
-    elif WEIGHTED:
-        _add_weight_shares(
-            program % blocks, tiles, share_ptr, weight_ptr + pick_int(indices, level, LEVELS) * N * T,
-            pick(sum_ptrs, level, LEVELS), pick(pool_ptrs, level, LEVELS), pick(to_pool_ptrs, level, LEVELS),
-            pick(to_bias_ptrs, level, LEVELS), pick(to_sum_ptrs, level, LEVELS), N, C, H, W,
-            STANDARD, X_GRAD, ACC, T, TP, SHARE_ROWS, BLOCK_C,
-        )  # fmt: skip
 
 
 @triton.jit(
@@ -596,7 +390,6 @@ class _Variant(NamedTuple):
 
     num_tokens: int
     weighted: bool
-    standard: bool
     biased: bool
     given_weights: bool
     valid: bool
@@ -604,12 +397,14 @@ class _Variant(NamedTuple):
 
     @classmethod
     def of(cls, options: LearnOptions) -> "_Variant":
-        tokens, token_bias, pool_rows, pool_bias = options.tables
-        standard = len(pool_bias) > 0 and pool_bias[0].dim() == 2
-        return cls(
-            len(tokens[0]), len(pool_rows) > 0, standard, len(token_bias) > 0, len(options.weights) > 0,
-            len(options.valid) > 0, tuple(options.heights),
-        )  # fmt: skip
+        tokens, token_bias, pool_rows, _ = options.tables
+        flags = len(pool_rows) > 0, len(token_bias) > 0, len(options.weights) > 0, len(options.valid) > 0
+        return cls(len(tokens[0]), *flags, tuple(options.heights))
+
+
+_Maps = list[list[launch.Map]]
+_Forward = tuple[launch.Group, launch.Numbers, launch.Numbers]  # numbers of the mask and the gate kernel
+_Backward = tuple[launch.Group, launch.Numbers, launch.Numbers | None]  # of the gradients of tokens and of features
 
 
 def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
@@ -624,36 +419,38 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
         used.copy_(given)
     parameters = [[x.contiguous() for x in field] for field in options.tables]
     tokens, token_bias, pool_rows, pool_bias = parameters
-    variant = _Variant.of(options)
-    n, t = weights.shape[1:]
+    variant, (n, t) = _Variant.of(options), weights.shape[1:]
     looks = launch.looks(features), launch.looks(masked)
     maps, launches = _plan_forward(looks, launch.dtypes(*parameters), variant, dice.device, tuning.generation())
     features, written = launch.readable(features, maps[0]), launch.writable(masked, maps[1])
     with launch.device_of(dice):
-        for group, counts, tiles, finish, gate in launches:
-            sizes = [(n, k, m.c) if variant.weighted else 0 for k, m in zip(counts, group.maps[0], strict=True)]
-            totals = [weights.new_empty(size) for size in sizes]
-            grams = weights.new_empty((tiles.programs, t, t))
+        for group, (programs, tables, constants), gate in launches:
+            counts = _tiles(group, constants)
+            totals = [weights.new_empty((n, k, m.c)) for k, m in zip(counts, group.maps[0], strict=True)]
+            grams = [weights.new_empty((n, k, t, t)) for k in counts]
             launch.run(
-                mask_kernel, tiles.programs,
-                *group.addresses(features, tokens, token_bias, options.valid, masks), launch.per_level(totals),
-                *group.addresses(sums or masks, written), *tiles.tables, weights, grams, n, **tiles.constants,
+                mask_kernel, programs,
+                *group.addresses(features, tokens, token_bias, options.valid, masks),
+                *map(launch.per_level, (totals, grams)), *group.addresses(sums or masks, written),
+                *tables, weights, n, **constants,
             )  # fmt: skip
-            launch.run(
-                finish_kernel, finish.programs,
-                launch.per_level(totals), *group.addresses(sums or masks, pool_rows, pool_bias), *finish.tables,
-                grams, weights, pairs, dice, n, **finish.constants,
-            )  # fmt: skip
+            for i, total, gram in zip(group.levels, totals, grams, strict=True):
+                dice[i], pairs[i] = _eager.dice_of_gram(gram.sum(1))
+                if variant.weighted:
+                    torch.sum(total, 1, out=sums[i][:, 0])
+                    height = variant.heights[i]
+                    weights[i] = _eager.weights_of_sums(sums[i], pool_rows[i], pool_bias[i], height, maps[0][i].p // height)
+                elif not variant.given_weights:
+                    weights[i] = 1.0
             if variant.weighted:
-                launch.run(
-                    gate_kernel, gate.programs,
-                    *group.addresses(features, masks, written), *gate.tables, weights, n, **gate.constants,
-                )  # fmt: skip
+                addresses = group.addresses(features, masks, written)
+                launch.run(gate_kernel, gate.programs, *addresses, *gate.tables, weights, n, **gate.constants)
     return launch.copied_back(masked, written)
 
 
-# Tiles of each level's image; the numbers of the mask, the finishing and the gate kernel
-_Forward = tuple[launch.Group, list[int], launch.Numbers, launch.Numbers, launch.Numbers]
+def _tiles(group: launch.Group, constants: dict[str, Any]) -> list[int]:
+    """Tiles of an image of each level, where a program takes all channels of its pixels."""
+    return [tuning.ceil_div(m.p, constants["BLOCK_P"]) for m in group.maps[0]]
 
 
 @functools.lru_cache(launch.PLANS)
@@ -663,7 +460,7 @@ def _plan_forward(
     variant: _Variant,
     device: torch.device,
     _generation: int,
-) -> tuple[list[list[launch.Map]], list[_Forward]]:
+) -> tuple[_Maps, list[_Forward]]:
     """Features and masked features as kernels address them, and the launches."""
     maps = [[launch.Map.of(look) for look in each] for each in looks]
     return maps, [_forward_numbers(group, variant, device) for group in launch.groups(*maps, parameters=parameters)]
@@ -671,49 +468,25 @@ def _plan_forward(
 
 def _forward_numbers(group: launch.Group, variant: _Variant, device: torch.device) -> _Forward:
     x, t = group.maps[0], variant.num_tokens
-    heights, widths = _sizes(group, variant)
     config = group.config("mask_kernel", t, device)
-    counts = [tuning.ceil_div(m.p, config.block_p) for m in x]
-    border = BORDER if variant.weighted else 0
-    first, programs = launch.first_programs([m.n * (k + border) for m, k in zip(x, counts, strict=True)])
-    acc, rows, split = launch.acc_type(x[0].dtype), tuning.token_rows(t), launch.split(x[0].dtype)
-    common = {"WEIGHTED": variant.weighted, "WEIGHTS": variant.given_weights, "ACC": acc, "T": t, "BORDER": border}
-    axes = {"FAST": group.axes[0], "Y_FAST": group.axes[1]}
-    tiles = {
-        "VALID": variant.valid, "BIASED": variant.biased, "TP": rows, "SPLIT": split, "UPCAST": launch.INTERPRETED,
-        "STAGES": launch.stages(config, split * rows), **axes, **config.tile, **group.constants, **common,
+    rows, split, border = tuning.token_rows(t), launch.split(x[0].dtype), BORDER if variant.weighted else 0
+    axes = {"FAST": group.axes[0], "Y_FAST": group.axes[1], **group.constants}
+    constants = {
+        "WEIGHTED": variant.weighted, "WEIGHTS": variant.given_weights, "VALID": variant.valid, "BIASED": variant.biased,
+        "ACC": launch.acc_type(x[0].dtype), "T": t, "TP": rows, "SPLIT": split, "BORDER": border, "UPCAST": launch.INTERPRETED,
+        "STAGES": launch.stages(config, split * rows), **axes, **config.tile,
     }  # fmt: skip
-    itemsize, padded = 8 if acc == tl.float64 else 4, tuning.power_of_2(t)
-    finish = {
-        "LEVELS": len(x), "STANDARD": variant.standard, "EPS": DICE_EPS, "TP": padded, "TILE": config.block_p, "ROWS": 64,
-        "PAIR_ROWS": max(1, 16384 // itemsize // padded**2), **_parameter_block(padded, itemsize), **common,
-    }  # fmt: skip
-    tables = [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels, widths)]
-    return (
-        group,
-        counts,
-        launch.Numbers(programs, tables, tiles),
-        launch.Numbers(len(x) * x[0].n, launch.tables(first, [m.c for m in x], heights, widths, group.levels), finish),
-        _gate_numbers(group, t, axes, device),
-    )
-
-
-def _gate_numbers(group: launch.Group, t: int, axes: dict[str, int], device: torch.device) -> launch.Numbers:
+    first, programs = launch.first_programs([m.n * (k + border) for m, k in zip(x, _tiles(group, constants), strict=True)])
+    tables = [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels, _widths(group, variant))]
     config = group.config("gate_kernel", t, device)
-    first, programs = launch.tile_programs(group.maps[0], config)
-    tables = [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels)]
-    return launch.Numbers(programs, tables, {"T": t, "TP": tuning.power_of_2(t), **axes, **config.tile, **group.constants})
+    gate_first, gate_programs = launch.tile_programs(x, config)
+    gate_tables = [*launch.tables(gate_first), *group.tables(0, 1), *launch.tables(group.levels)]
+    gate = {"T": t, "TP": tuning.power_of_2(t), **axes, **config.tile}
+    return group, launch.Numbers(programs, tables, constants), launch.Numbers(gate_programs, gate_tables, gate)
 
 
-def _sizes(group: launch.Group, variant: _Variant) -> tuple[list[int], list[int]]:
-    """Heights and widths of a launch's levels."""
-    heights = group.own(variant.heights)
-    return heights, [m.p // height for m, height in zip(group.maps[0], heights, strict=True)]
-
-
-def _parameter_block(rows: int, itemsize: int) -> dict[str, int]:
-    """Channels of a block that holds pool rows of all strips and tokens in registers, and what a program takes: few run."""
-    return {"BLOCK_C": max(4, min(64, 1024 // (rows * itemsize))), "num_warps": itemsize}
+def _widths(group: launch.Group, variant: _Variant) -> list[int]:
+    return [m.p // height for m, height in zip(group.maps[0], group.own(variant.heights), strict=True)]
 
 
 def backward(
@@ -735,45 +508,58 @@ def backward(
             for gradient in each:
                 gradient.zero_()
         return result
-    tokens, _, pool_rows, _ = [[x.contiguous() for x in field] for field in options.tables]
-    variant = _Variant.of(options)
-    n, t = weights.shape[1:]
+    tokens = [x.contiguous() for x in options.tables.tokens]
+    variant, (n, t) = _Variant.of(options), weights.shape[1:]
     looks = launch.looks(features), launch.looks(grads), *([launch.looks(result)] if need_features else [])
-    maps, launches = _plan_backward(looks, launch.dtypes(*to_tables), variant, weights.device, tuning.generation())
+    maps, launches = _plan_backward(looks, launch.dtypes(tokens), variant, weights.device, tuning.generation())
     features, grads = launch.readable(features, maps[0]), launch.readable(grads, maps[1])
     written = launch.writable(result, maps[2]) if need_features else []
     gx = [weights.new_empty((n, m.p)) for m in maps[0]] if need_features else []
-    to_sums = [torch.empty_like(s) for s in sums if need_features]
+    to_sums = [torch.empty_like(s) for s in sums]
     of_all = weights, pairs, grad_dice
     with launch.device_of(weights):
-        for group, counts, tiles, adding, features_gradient in launches:
-            x = group.maps[0]
-            token_shares = [weights.new_empty((n, k, t, m.c)) for k, m in zip(counts, x, strict=True)]
-            shares = weights.new_empty((tiles.programs, 2, t))
+        for group, (programs, tables, constants), last in launches:
+            counts = _tiles(group, constants)
+            token_shares = [weights.new_empty((n, k, t, m.c)) for k, m in zip(counts, group.maps[0], strict=True)]
+            shares = [weights.new_empty((n, k, 2, t)) for k in counts]
             launch.run(
-                token_gradient_kernel, tiles.programs,
-                *group.addresses(features, grads, masks, options.valid, gx), launch.per_level(token_shares),
-                *tiles.tables, *of_all, shares, grad_dice.stride(0), n, **tiles.constants,
+                token_gradient_kernel, programs,
+                *group.addresses(features, grads, masks, options.valid, gx),
+                *map(launch.per_level, (token_shares, shares)), *tables, *of_all, grad_dice.stride(0), n, **constants,
             )  # fmt: skip
-            if to_weights:
-                for i, own in zip(group.levels, shares.split([n * k for k in counts]), strict=True):
-                    torch.sum(own[:, 0].unflatten(0, (n, -1)), 1, out=to_weights[i])
-            launch.run(
-                add_shares_kernel, adding.programs,
-                launch.per_level(token_shares), *group.addresses(sums or masks, pool_rows, *to_tables, to_sums),
-                *adding.tables, shares, weights, n, **adding.constants,
-            )  # fmt: skip
-            if features_gradient:
+            for i, token_share, share in zip(group.levels, token_shares, shares, strict=True):
+                of_weights, of_bias = share.sum(1).unbind(1)
+                _fill(i, options, kept, to_tables, token_share.sum((0, 1)), of_bias.sum(0), of_weights, to_sums)
+                if to_weights:
+                    to_weights[i].copy_(of_weights)
+            if last:
+                addresses = group.addresses(grads, gx, masks, options.valid, tokens, to_sums, written)
                 launch.run(
-                    feature_gradient_kernel, features_gradient.programs,
-                    *group.addresses(grads, gx, masks, options.valid, tokens, to_sums, written),
-                    *features_gradient.tables, *of_all, grad_dice.stride(0), n, **features_gradient.constants,
+                    feature_gradient_kernel, last.programs,
+                    *addresses, *last.tables, *of_all, grad_dice.stride(0), n, **last.constants,
                 )  # fmt: skip
     return launch.copied_back(result, written)
 
 
-# Tiles of each level's image; the numbers of the token gradient, what adds its shares, and the features' gradient
-_Backward = tuple[launch.Group, list[int], launch.Numbers, launch.Numbers, launch.Numbers | None]
+def _fill(
+    i: int,
+    options: LearnOptions,
+    kept: LearnKept,
+    to_tables: LearnTables,
+    of_tokens: Tensor,
+    of_bias: Tensor,
+    of_weights: Tensor,
+    to_sums: Sequence[Tensor],
+) -> None:
+    """The gradients of level ``i``'s parameters and strip sums, from those of its tokens, token biases and mask weights."""
+    to_tables.tokens[i].copy_(of_tokens)
+    if to_tables.token_bias:
+        to_tables.token_bias[i].copy_(of_bias)
+    if to_tables.pool_rows:
+        pixels, to = kept.masks[i].shape[2], (to_tables.pool_rows[i], to_tables.pool_bias[i])
+        of_scores = _eager.scores_gradient(of_weights, kept.weights[i], kept.sums[i], *to, options.heights[i], pixels)
+        rows = options.tables.pool_rows[i].to(of_scores.dtype)
+        torch.sum((of_scores / pixels)[:, None, :, None] * rows, 2, out=to_sums[i])
 
 
 @functools.lru_cache(launch.PLANS)
@@ -783,7 +569,7 @@ def _plan_backward(
     variant: _Variant,
     device: torch.device,
     _generation: int,
-) -> tuple[list[list[launch.Map]], list[_Backward]]:
+) -> tuple[_Maps, list[_Backward]]:
     """Features, upstream gradients and, where they are wanted, the features' gradients as kernels address them; launches."""
     maps = [[launch.Map.of(look) for look in each] for each in looks]
     return maps, [_backward_numbers(group, variant, device) for group in launch.groups(*maps, parameters=parameters)]
@@ -791,36 +577,19 @@ def _plan_backward(
 
 def _backward_numbers(group: launch.Group, variant: _Variant, device: torch.device) -> _Backward:
     x, t, need_features = group.maps[0], variant.num_tokens, len(group.maps) == 3
-    heights, widths = _sizes(group, variant)
     config = group.config("token_gradient_kernel", t, device)
-    counts = [tuning.ceil_div(m.p, config.block_p) for m in x]
-    first, programs = launch.first_programs([m.n * k for m, k in zip(x, counts, strict=True)])
-    acc, rows = launch.acc_type(x[0].dtype), tuning.token_rows(t)
-    common = {"X_GRAD": need_features, "ACC": acc, "T": t, "TP": rows}
-    tiles = {
-        "VALID": variant.valid, "SPLIT": launch.split(x[0].dtype), "FAST": group.axes[0], "G_FAST": group.axes[1],
-        "UPCAST": launch.INTERPRETED, "STAGES": config.num_stages, **config.tile, **group.constants, **common,
+    constants = {
+        "VALID": variant.valid, "X_GRAD": need_features, "ACC": launch.acc_type(x[0].dtype), "T": t,
+        "TP": tuning.token_rows(t), "SPLIT": launch.split(x[0].dtype), "FAST": group.axes[0], "G_FAST": group.axes[1],
+        "UPCAST": launch.INTERPRETED, "STAGES": config.num_stages, **config.tile, **group.constants,
     }  # fmt: skip
-    block = _parameter_block(rows, 8 if acc == tl.float64 else 4)
-    roles = t + variant.weighted
-    adding_first, adding_programs = launch.first_programs([roles * tuning.ceil_div(m.c, block["BLOCK_C"]) for m in x])
-    adding = {
-        "LEVELS": len(x), "WEIGHTED": variant.weighted, "BIASED": variant.biased, "STANDARD": variant.standard,
-        "TILE": config.block_p, "ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), **block, **common,
-    }  # fmt: skip
-    adding_tables = launch.tables(first, adding_first, group.levels, [m.c for m in x], heights, widths)
-    return (
-        group,
-        counts,
-        launch.Numbers(programs, [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels)], tiles),
-        launch.Numbers(adding_programs, adding_tables, adding),
-        _feature_gradient_numbers(group, variant, widths, device) if need_features else None,
-    )
+    first, programs = launch.first_programs([m.n * k for m, k in zip(x, _tiles(group, constants), strict=True)])
+    tables = [*launch.tables(first), *group.tables(0, 1), *launch.tables(group.levels)]
+    numbers = launch.Numbers(programs, tables, constants)
+    return group, numbers, _feature_gradient_numbers(group, variant, device) if need_features else None
 
 
-def _feature_gradient_numbers(
-    group: launch.Group, variant: _Variant, widths: Sequence[int], device: torch.device
-) -> launch.Numbers:
+def _feature_gradient_numbers(group: launch.Group, variant: _Variant, device: torch.device) -> launch.Numbers:
     t = variant.num_tokens
     config = group.config("feature_gradient_kernel", t, device, of=2)
     first, programs = launch.tile_programs(group.maps[0], config)
@@ -828,5 +597,5 @@ def _feature_gradient_numbers(
         "VALID": variant.valid, "WEIGHTED": variant.weighted, "T": t, "TP": tuning.power_of_2(t),
         "G_FAST": group.axes[1], "D_FAST": group.axes[2], **config.tile, **group.constants,
     }  # fmt: skip
-    tables = [*launch.tables(first), *group.tables(1, 2), *launch.tables(group.levels, widths)]
+    tables = [*launch.tables(first), *group.tables(1, 2), *launch.tables(group.levels, _widths(group, variant))]
     return launch.Numbers(programs, tables, constants)
