@@ -47,8 +47,8 @@ def run(name: str, gpu: str) -> bool:
     seconds, *command = PARTS[name]
     configs = tuning.shipped_file(gpu)
     out = {"tests": None, "autotune": configs}.get(name, ROOT / f"bench/results/gpu-{gpu}-{name}.json")
-    configs.parent.mkdir(exist_ok=True)
     if out:
+        out.parent.mkdir(exist_ok=True)
         command += ["--out", str(out)]
     print(f"{name}: python -m {' '.join(command)}, at most {seconds} s", flush=True)
     begun = time.monotonic()

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from maskd_triton import functional as F
-from maskd_triton.kernels import distill, launch, learn, pool, tuning
+from maskd_triton.kernels import distill, launch, learn, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,14 +34,12 @@ TARGETS = {
 }
 KERNELS = (
     *(distill.forward_kernel, distill.finish_kernel, distill.backward_kernel),
-    *(learn.mask_kernel, learn.finish_kernel, learn.gate_kernel),
-    *(learn.token_gradient_kernel, learn.add_shares_kernel, learn.feature_gradient_kernel),
-    pool.pool_kernel,
+    *(learn.mask_kernel, learn.gate_kernel, learn.token_gradient_kernel, learn.feature_gradient_kernel),
 )
 # Feature maps that a kernel reads, each of which must come 16 bytes at a time; the token gradient reads one of two twice
 FEATURE_MAPS = {
     **{"forward_kernel": 2, "backward_kernel": 2, "mask_kernel": 1, "gate_kernel": 1},
-    **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1, "pool_kernel": 1},
+    **{"token_gradient_kernel": 3, "feature_gradient_kernel": 1},
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 SPILLS = 16  # bytes that are no failure
@@ -208,11 +206,6 @@ def compiling_for(target: GPUTarget) -> Iterator[Collection[Facts]]:
         yield found.values()
 
 
-def kernel_name(kernel: Any) -> str:
-    """Both stages have a finishing kernel."""
-    return "learn_finish_kernel" if kernel is learn.finish_kernel else kernel.fn.__name__
-
-
 def _facts(kernel: Any, binary: Any, wide: float) -> Facts:
     if binary.metadata.target.backend == "hip":
         code = binary.asm["amdgcn"]
@@ -224,7 +217,7 @@ def _facts(kernel: Any, binary: Any, wide: float) -> Facts:
         usage = _resource_usage(binary.asm["cubin"])
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
         loads = _ptx_loads(binary.asm["ptx"])
-    return Facts(kernel_name(kernel), registers, spills, binary.metadata.shared, tuple(sorted(loads.items())), wide)
+    return Facts(kernel.fn.__name__, registers, spills, binary.metadata.shared, tuple(sorted(loads.items())), wide)
 
 
 def _ptx_loads(code: str) -> Counter[int]:

@@ -34,21 +34,16 @@ KERNELS = (*tuning.READING, *tuning.WRITING)
 
 def enable() -> None:
     """From now on tune online, in this process."""
-    tuning.on_miss = _tune_one
-
-
-def _tune_one(key: Key, device: torch.device) -> None:
-    tune([key], device)
+    tuning.search = lambda key, device: tune([key], device)
 
 
 def candidates(key: Key) -> list[Config]:
     """The default first, then every tile with 8 to 32 elements a thread and runs of at least 128 contiguous bytes."""
     stages = (1, 2, 3) if key.kernel in tuning.READING else (1,)
-    default = tuning.default(key)
-    found = [default]
+    found = [tuning.default(key)]
     for c, p, threads, n in itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (128, 256), stages):
         run = (c if key.layout == "nhwc" else p) * key.bits // 8
-        config = Config(c, p, threads, n, default.registers)
+        config = Config(c, p, threads, n)
         if 8 <= c * p // threads <= 32 and run >= 128 and config not in found:
             found.append(config)
     return found

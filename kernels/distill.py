@@ -9,6 +9,7 @@ the partial sums in a fixed order (no atomics) and writes the loss and the gradi
 teacher and masks and writes the gradient: 5 passes over a feature tensor in all.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,6 @@ from .tiles import (
     reconstructed,
     sigmoid,
     smooth_l1,
-    sum_rows,
     tile_of,
     tile_offsets,
 )
@@ -97,11 +97,11 @@ def _forward_tile(
             m = tl.where(tl.load(customised_ptr) != 0, followed, m)
         else:
             m = followed
-    d = sum_rows(sums, T_FAST == 0)
+    d = tl.sum(sums, axis=0)
     if DISTANCE == "cosine":
         least = tl.full((BLOCK_P,), 1e-8, ACC)
-        length = tl.sqrt(sum_rows(own_squares, T_FAST == 0))
-        other = tl.sqrt(sum_rows(other_squares, T_FAST == 0))
+        length = tl.sqrt(tl.sum(own_squares, axis=0))
+        other = tl.sqrt(tl.sum(other_squares, axis=0))
         clamped = length <= least
         length = tl.where(clamped, least, length)
         reciprocal = 1.0 / length / tl.where(other <= least, least, other)
@@ -175,7 +175,7 @@ def _partials(H, W, WEIGHTED: tl.constexpr, BLOCK_P: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "customised_ptr"])
+@triton.jit(do_not_specialize=["first", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "customised_ptr"])
 def forward_kernel(
     # of every level
     s_ptrs,  # [N, C, P] by strides
@@ -189,12 +189,11 @@ def forward_kernel(
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     mask_ptrs,  # [N, T, P], written
     cosine_ptrs,  # [N, 2, P], written for the cosine
-    first, aligns, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
+    first, Cs, Ps, s_ns, s_rows, t_ns, t_rows, Ws,
     # of all
     customised_ptr,  # bool scalar where CHOSEN: whether masks follow the student
     part_ptr,  # [programs, 3, T], written
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
     CUSTOM: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
@@ -205,38 +204,31 @@ def forward_kernel(
     part_ptr += program.to(tl.int64) * 3 * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
     W = pick_int(Ws, level, LEVELS)
-    s_ptr = pick(s_ptrs, level, LEVELS)
-    t_ptr = pick(t_ptrs, level, LEVELS)
     pool_ptr = pick(pool_ptrs, level, LEVELS)
-    s_row = pick_int(s_rows, level, LEVELS)
     t_row = pick_int(t_rows, level, LEVELS)
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            tiles = tl.cdiv(P, BLOCK_P)
-            blocks = _partials(P // W, W, WEIGHTED, BLOCK_P)
-            n = (program // blocks).to(tl.int64)
-            block = program % blocks
-            image = s_ptr + n * pick_int(s_ns, level, LEVELS) * align
-            target = t_ptr + n * pick_int(t_ns, level, LEVELS) * align
-            if block < tiles:
-                _forward_tile(
-                    n, block, image, target, pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS),
-                    pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr,
-                    pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS), customised_ptr,
-                    pick(mask_ptrs, level, LEVELS), pick(cosine_ptrs, level, LEVELS), part_ptr,
-                    C, P, s_row, t_row, GIVEN, VALID, POWER, DISTANCE, BETA,
-                    CUSTOM, CHOSEN, WEIGHTED, STANDARD, ACC,
-                    T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
-                )  # fmt: skip
-            elif WEIGHTED:
-                _border_run(
-                    block - tiles, target, pool_ptr, part_ptr, P // W, W, C, t_row,
-                    ACC, T, TP, T_SPLIT, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P,
-                )  # fmt: skip
+    tiles = tl.cdiv(P, BLOCK_P)
+    blocks = _partials(P // W, W, WEIGHTED, BLOCK_P)
+    n = (program // blocks).to(tl.int64)
+    block = program % blocks
+    target = pick(t_ptrs, level, LEVELS) + n * pick_int(t_ns, level, LEVELS) * ALIGN
+    if block < tiles:
+        _forward_tile(
+            n, block, pick(s_ptrs, level, LEVELS) + n * pick_int(s_ns, level, LEVELS) * ALIGN, target,
+            pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS), pick(raw_bias_ptrs, level, LEVELS),
+            pick(affine_ptrs, level, LEVELS), pool_ptr, pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS),
+            customised_ptr, pick(mask_ptrs, level, LEVELS), pick(cosine_ptrs, level, LEVELS), part_ptr,
+            C, P, pick_int(s_rows, level, LEVELS), t_row, GIVEN, VALID, POWER, DISTANCE, BETA,
+            CUSTOM, CHOSEN, WEIGHTED, STANDARD, ACC,
+            T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, ALIGN, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+        )  # fmt: skip
+    elif WEIGHTED:
+        _border_run(
+            block - tiles, target, pool_ptr, part_ptr, P // W, W, C, t_row,
+            ACC, T, TP, T_SPLIT, T_FAST, ALIGN, WIDE, UPCAST, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -310,7 +302,7 @@ def finish_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "aligns", "indices", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows"),
+        *("first", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows", "indices"),
         *("up_level", "up_n", "N", "up_ptr", "coefficient_ptr"),
     ]
 )
@@ -323,14 +315,12 @@ def backward_kernel(
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     cosine_ptrs,  # [N, 2, P] for the cosine
     g_ptrs,  # [N, C, P] by strides, written
-    first, aligns, indices, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows,
+    first, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows, indices,
     # of all
     up_ptr,  # [levels, N] by strides
     coefficient_ptr,  # [levels, N, T]
-    up_level, up_n,
-    N,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    up_level, up_n, N,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
     VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
     STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
@@ -340,94 +330,81 @@ def backward_kernel(
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
-    s_ptr = pick(s_ptrs, level, LEVELS)
-    t_ptr = pick(t_ptrs, level, LEVELS)
-    g_ptr = pick(g_ptrs, level, LEVELS)
-    mask_ptr = pick(mask_ptrs, level, LEVELS)
-    affine_ptr = pick(affine_ptrs, level, LEVELS)
-    valid_ptr = pick(valid_ptrs, level, LEVELS)
-    cosine_ptr = pick(cosine_ptrs, level, LEVELS)
-    s_row = pick_int(s_rows, level, LEVELS)
-    t_row = pick_int(t_rows, level, LEVELS)
-    g_row = pick_int(g_rows, level, LEVELS)
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
+    s_row, t_row, g_row = pick_int(s_rows, level, LEVELS), pick_int(t_rows, level, LEVELS), pick_int(g_rows, level, LEVELS)
+    n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+    mask = (c < C)[:, None] & (p < P)[None, :]
+    s_ptr = pick(s_ptrs, level, LEVELS) + n * pick_int(s_ns, level, LEVELS) * ALIGN
+    t_ptr = pick(t_ptrs, level, LEVELS) + n * pick_int(t_ns, level, LEVELS) * ALIGN
+    g_ptr = pick(g_ptrs, level, LEVELS) + n * pick_int(g_ns, level, LEVELS) * ALIGN
+    s = tl.load(s_ptr + tile_offsets(c, p, s_row, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+    t = tl.load(t_ptr + tile_offsets(c, p, t_row, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+    m = load_masks(pick(mask_ptrs, level, LEVELS), n, p, P, T, TP)
     token = tl.arange(0, TP)
-    real = token < T
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
-            mask = (c < C)[:, None] & (p < P)[None, :]
-            s_at = s_ptr + n * pick_int(s_ns, level, LEVELS) * align + tile_offsets(c, p, s_row, S_FAST, align, WIDE)
-            t_at = t_ptr + n * pick_int(t_ns, level, LEVELS) * align + tile_offsets(c, p, t_row, T_FAST, align, WIDE)
-            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
-            s = tl.load(s_at, mask=mask, other=0.0)
-            t = tl.load(t_at, mask=mask, other=0.0)
-            m = load_masks(mask_ptr, n, p, P, T, TP)
-            coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
-            coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
-            scale = sum_rows((m * m if POWER == 2 else m) * coefficient[:, None], P_UNIT)
-            value = s.to(ACC)
-            target = reconstructed(t, affine_ptr, c, C, STANDARD, ACC)
-            if DISTANCE == "cosine":
-                u = tl.load(cosine_ptr + n * 2 * P + p, mask=p < P, other=0.0)
-                v = tl.load(cosine_ptr + n * 2 * P + P + p, mask=p < P, other=0.0)
-                slope = u[None, :] * value - v[None, :] * target
-            elif DISTANCE == "smooth_l1":
-                slope = (value - target) / BETA
-                slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
-            else:
-                tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
-                slope = value - target
-            g = slope * scale[None, :]
-            if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:
-                g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
-            if VALID:
-                g = tl.where(load_valid(valid_ptr, n, p, P)[None, :], g, 0.0)
-            tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask)
+    coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=token < T, other=0.0)
+    coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
+    scale = tl.sum((m * m if POWER == 2 else m) * coefficient[:, None], axis=0)
+    value = s.to(ACC)
+    target = reconstructed(t, pick(affine_ptrs, level, LEVELS), c, C, STANDARD, ACC)
+    if DISTANCE == "cosine":
+        cosine_ptr = pick(cosine_ptrs, level, LEVELS) + n * 2 * P + p
+        u = tl.load(cosine_ptr, mask=p < P, other=0.0)
+        v = tl.load(cosine_ptr + P, mask=p < P, other=0.0)
+        slope = u[None, :] * value - v[None, :] * target
+    elif DISTANCE == "smooth_l1":
+        slope = (value - target) / BETA
+        slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
+    else:
+        tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
+        slope = value - target
+    g = slope * scale[None, :]
+    if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:
+        g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
+    if VALID:
+        g = tl.where(load_valid(pick(valid_ptrs, level, LEVELS), n, p, P)[None, :], g, 0.0)
+    tl.store(g_ptr + tile_offsets(c, p, g_row, G_FAST, ALIGN, WIDE), g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, outputs: Distilled) -> None:
     """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``."""
     loss, weights, coefficients, masks, cosines = outputs
     launch.check_device(loss)
-    n, num_tokens = coefficients.shape[1:]
-    if n == 0:
+    if not len(student[0]):
         return
     if options.weights is not None:
         weights.copy_(options.weights)
     tokens, rows, bias, teacher_tokens, token_bias, statistics = [[x.contiguous() for x in field] for field in options.tables]
     teacher_tokens = teacher_tokens or tokens
-    variant = _Variant(
-        num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.customised is not None,
-        len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power, options.distance,
-        options.beta, options.eps,
-    )  # fmt: skip
     parameters = tokens, teacher_tokens, rows, bias, options.masks
-    in_place, launches = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
-    if not in_place:
-        student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
+    variant = _Variant(
+        coefficients.shape[2], len(rows) > 0, len(statistics) > 0, options.custom_mask,
+        options.custom_mask and options.customised is not None, len(options.masks) > 0, len(options.valid) > 0,
+        options.weights is not None, options.mask_power, options.distance, options.beta, options.eps,
+    )  # fmt: skip
+    looks = launch.looks(student), launch.looks(teacher), launch.dtypes(*parameters)
+    student_maps, teacher_maps, launches = _plan_forward(*looks, variant, loss.device, tuning.generation())
+    student, teacher = launch.readable(student, student_maps), launch.readable(teacher, teacher_maps)
     with launch.device_of(loss):
-        for group, (programs, tables, constants), (images, finish_tables, finish_constants) in launches:
-            part = loss.new_empty((programs, 3, num_tokens))
+        for group, tiles, finish in launches:
+            part = loss.new_empty((tiles.programs, 3, variant.num_tokens))
             launch.run(
-                forward_kernel, programs,
+                forward_kernel, tiles.programs,
                 *group.addresses(
                     *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
                     *(options.masks, options.valid, masks, cosines),
                 ),
-                *tables, loss if options.customised is None else options.customised, part, **constants,
+                *tiles.tables, options.customised if variant.chosen else loss, part, **tiles.constants,
             )  # fmt: skip
             launch.run(
-                finish_kernel, images,
-                *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, **finish_constants,
+                finish_kernel, finish.programs,
+                *group.addresses(bias or masks), *finish.tables, part, weights, loss, coefficients, **finish.constants,
             )  # fmt: skip
 
 
 class _Variant(NamedTuple):
-    """What a forward pass is planned for."""
+    """What a forward pass depends on beside what its tensors look like."""
 
     num_tokens: int
     weighted: bool
@@ -443,60 +420,59 @@ class _Variant(NamedTuple):
     eps: float
 
 
-_Forward = tuple[launch.Group, launch.Numbers, launch.Numbers]  # numbers of both kernels
-_Backward = tuple[launch.Group, launch.Numbers]
+_Launch = tuple[launch.Group, launch.Numbers, launch.Numbers]  # of the tiles, and of what finishes
 
 
+@functools.lru_cache(launch.PLANS)
 def _plan_forward(
-    variant: _Variant, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
-) -> tuple[bool, list[_Forward]]:
-    """Whether the maps can be read in place, and the launches."""
-    heights = [s.shape[2] for s in maps[0]]
-    student, teacher = ([launch.addressable(x) for x in each] for each in maps)
+    student: Sequence[launch.Look],
+    teacher: Sequence[launch.Look],
+    parameters: Sequence[Sequence[torch.dtype]],
+    variant: _Variant,
+    device: torch.device,
+    _generation: int,
+) -> tuple[list[launch.Map], list[launch.Map], list[_Launch]]:
+    """Student and teacher as kernels address them, and the launches."""
+    maps = [launch.Map.of(look) for look in student], [launch.Map.of(look) for look in teacher]
+    heights = [shape[2] for shape, _, _ in student]
     launches = []
-    for group in launch.groups(student, teacher, parameters=parameters):
-        config = group.config("forward_kernel", variant.num_tokens, student, teacher)
-        launches.append((group, *_forward_numbers(group, config, student, teacher, heights, variant)))
-    return launch.in_place(maps, (student, teacher)), launches
+    for group in launch.groups(*maps, parameters=parameters):
+        config = group.config("forward_kernel", variant.num_tokens, device)
+        launches.append((group, *_forward_numbers(group, config, group.own(heights), variant)))
+    return *maps, launches
 
 
 def _forward_numbers(
-    group: launch.Group,
-    config: tuning.Config,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    heights: Sequence[int],
-    variant: _Variant,
+    group: launch.Group, config: tuning.Config, heights: Sequence[int], variant: _Variant
 ) -> tuple[launch.Numbers, launch.Numbers]:
-    s, n = group.own(student), student[0].shape[0]
-    num_tokens, weighted = variant.num_tokens, variant.weighted
-    hs = group.own(heights)
-    ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
-    first, programs = launch.first_programs([n * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)])
+    s, t = group.maps
+    widths = [m.p // h for m, h in zip(s, heights, strict=True)]
+    sizes = zip(s, heights, widths, strict=True)
+    first, programs = launch.first_programs([m.n * _partials_of(h, w, variant.weighted, config) for m, h, w in sizes])
     # the cosine adds up three tiles where other distances add up one
-    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and launch.split(s[0]) == 2 else config.block_c
-    rows = tuning.token_rows(num_tokens)
-    common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}
-    tables = [
-        *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws), *group.strides(student, teacher),
-    ]  # fmt: skip
-    constants = {
+    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and s[0].dtype.itemsize == 2 else config.block_c
+    rows, splits = tuning.token_rows(variant.num_tokens), [launch.split(each[0].dtype) for each in (s, t)]
+    common = {
+        "WEIGHTED": variant.weighted, "DISTANCE": variant.distance, "ACC": launch.acc_type(s[0].dtype),
+        "T": variant.num_tokens, "TP": rows, "BLOCK_P": config.block_p,
+    }  # fmt: skip
+    tiles = {
         "CUSTOM": variant.custom_mask, "CHOSEN": variant.chosen, "STANDARD": variant.standard,
-        "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "DISTANCE": variant.distance,
-        "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
-        "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
-        "BLOCK_C": block_c, "STAGES": config.num_stages,
-        **config.program, **group.constants, **common,
-        "BETA": variant.beta,
+        "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "BETA": variant.beta,
+        "S_SPLIT": splits[0], "T_SPLIT": splits[1],
+        "S_FAST": group.axes[0], "T_FAST": group.axes[1], "UPCAST": launch.INTERPRETED,
+        "BLOCK_C": block_c, "STAGES": launch.stages(config, max(splits) * rows), **config.program, **group.constants, **common,
     }  # fmt: skip
-    finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
-    finish_constants = {
-        "LEVELS": len(s), "STANDARD": weighted and variant.standard, "WEIGHTS": variant.weights,
-        "EMPTY": variant.given or variant.valid, "DISTANCE": variant.distance,
-        "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common, "N": n,
-        "EPS": variant.eps,
+    finish = {
+        "LEVELS": len(s), "STANDARD": variant.weighted and variant.standard, "WEIGHTS": variant.weights,
+        "EMPTY": variant.given or variant.valid, "EPS": variant.eps, "N": s[0].n,
+        "BLOCK": max(16, 1024 // rows), "num_warps": 4, **common,
     }  # fmt: skip
-    return (programs, tables, constants), (len(s) * n, finish_tables, finish_constants)
+    finish_tables = launch.tables(first, [m.c for m in s], heights, widths, group.levels)
+    return (
+        launch.Numbers(programs, [*launch.tables(first), *group.tables(0, 1), *launch.tables(widths)], tiles),
+        launch.Numbers(len(s) * s[0].n, finish_tables, finish),
+    )
 
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
@@ -509,17 +485,15 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
     coefficients = kept.coefficients
     launch.check_device(coefficients)
-    n, num_tokens = coefficients.shape[1:]
     grads = [torch.empty_like(s) for s in student]
-    if n == 0:
+    if not len(student[0]):
         return grads
     statistics = [x.contiguous() for x in kept.statistics]
-    variant = num_tokens, len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance, kept.beta
-    in_place, launches = launch.planned("backward", variant, (student, teacher), (grads,), _plan_backward)
-    written: Sequence[Tensor] = grads
-    if not in_place:
-        student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
-        written = [launch.writable(g) for g in grads]
+    variant = coefficients.shape[2], len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance, kept.beta
+    looks = launch.looks(student), launch.looks(teacher), launch.looks(grads)
+    maps, launches = _plan_backward(looks, variant, coefficients.device, tuning.generation())
+    student, teacher = launch.readable(student, maps[0]), launch.readable(teacher, maps[1])
+    written = launch.writable(grads, maps[2])
     with launch.device_of(coefficients):
         for group, (programs, tables, constants) in launches:
             launch.run(
@@ -527,54 +501,29 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
                 *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
                 grad, kept.coefficients, *grad.stride(), **constants,
             )  # fmt: skip
-    return grads if in_place else launch.written_to(grads, written)
+    return launch.copied_back(grads, written)
 
 
+@functools.lru_cache(launch.PLANS)
 def _plan_backward(
-    options: tuple[int, bool, bool, int, str, float], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
-) -> tuple[bool, list[_Backward]]:
-    """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
-
-    The gradients among ``others`` have strides that follow from the student's.
-    """
-    student, teacher = ([launch.addressable(x) for x in each] for each in maps)
-    written = [launch.writable(x) for x in others[0]]
-    groups = launch.groups(student, teacher, written)
+    looks: Sequence[Sequence[launch.Look]],
+    variant: tuple[int, bool, bool, int, str, float],
+    device: torch.device,
+    _generation: int,
+) -> tuple[list[list[launch.Map]], list[tuple[launch.Group, launch.Numbers]]]:
+    """Student, teacher and gradients as kernels address them, and the launches."""
+    num_tokens, standard, valid, mask_power, distance, beta = variant
+    maps = [[launch.Map.of(look) for look in each] for each in looks]
     launches = []
-    for group in groups:
-        config = group.config("backward_kernel", options[0], student, teacher)
-        numbers = _backward_numbers(group, config, student, teacher, written, *options)
-        launches.append((group, numbers))
-    return launch.in_place((*maps, others[0]), (student, teacher, written)), launches
-
-
-def _backward_numbers(
-    group: launch.Group,
-    config: tuning.Config,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    written: Sequence[Tensor],
-    num_tokens: int,
-    standard: bool,
-    valid: bool,
-    mask_power: int,
-    distance: str,
-    beta: float,
-) -> launch.Numbers:
-    s = group.own(student)
-    first, programs = launch.first_programs([s[0].shape[0] * launch.tiles(x, config) for x in s])
-    tables = [
-        *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
-        *group.strides(student, teacher, written),
-    ]  # fmt: skip
-    # no level is aligned: elements are loaded one by one, each with a register for its address, which sm_80 would spill
-    bound = max(group.aligns) == 1 and config.registers == 0 and s[0].dtype.itemsize < 8
-    registers = tuning.most_registers(min(255, 32768 // config.threads)) if bound else {}
-    constants = {
-        "VALID": valid, "POWER": mask_power, "DISTANCE": distance, "STANDARD": standard,
-        "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
-        "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
-        "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **registers, **group.constants,
-        "N": s[0].shape[0], "BETA": beta,
-    }  # fmt: skip
-    return programs, tables, constants
+    for group in launch.groups(*maps):
+        s = group.maps[0]
+        config = group.config("backward_kernel", num_tokens, device)
+        first, programs = launch.tile_programs(s, config)
+        constants = {
+            "VALID": valid, "POWER": mask_power, "DISTANCE": distance, "BETA": beta, "STANDARD": standard,
+            "ACC": launch.acc_type(s[0].dtype), "T": num_tokens, "TP": tuning.power_of_2(num_tokens), "N": s[0].n,
+            "S_FAST": group.axes[0], "T_FAST": group.axes[1], "G_FAST": group.axes[2], **config.tile, **group.constants,
+        }  # fmt: skip
+        tables = [*launch.tables(first), *group.tables(0, 1, 2), *launch.tables(group.levels)]
+        launches.append((group, launch.Numbers(programs, tables, constants)))
+    return maps, launches

@@ -452,19 +452,31 @@ def learn_backward(
         if to_weights:
             to_weights[i].copy_(of_weights)
         if to_tables.pool_rows:
-            to_scores = w * (of_weights - (w * of_weights).sum(1, keepdim=True))
-            to_tables.pool_rows[i].copy_(torch.einsum("nt,nsc->stc", to_scores / pixels, kept.sums[i]))
-            to_bias = to_scores.sum(0)
-            if to_tables.pool_bias[i].dim() == 2:
-                corners = to_bias / pixels
-                to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), corners, corners])
-            to_tables.pool_bias[i].copy_(to_bias)
+            to_scores = scores_gradient(
+                of_weights, w, kept.sums[i], to_tables.pool_rows[i], to_tables.pool_bias[i], height, pixels
+            )
             strips = torch.einsum("nt,stc->nsc", to_scores / pixels, options.tables.pool_rows[i].to(m.dtype))
         if need_features:
             to_features.append(_feature_gradient(grad, x, dl, m, w, options.tables.tokens[i], strips, height))
             if options.valid:
                 to_features[i].masked_fill_(padding[:, None], 0)
     return to_features
+
+
+@_full_precision
+def scores_gradient(
+    of_weights: Tensor, w: Tensor, sums: Tensor, to_rows: Tensor, to_bias: Tensor, height: int, pixels: int
+) -> Tensor:
+    """Gradient ``[N, T]`` of the logits of the mask weights ``w [N, T]``, whose own is ``of_weights``; fills ``to_rows`` and
+    ``to_bias``. ``sums [N, 9, C]``: strip sums."""
+    to_scores = w * (of_weights - (w * of_weights).sum(1, keepdim=True))
+    to_rows.copy_(torch.einsum("nt,nsc->stc", to_scores / pixels, sums))
+    total = to_scores.sum(0)
+    if to_bias.dim() == 2:
+        corners = total / pixels
+        total = torch.stack([total, total / height, total / (pixels // height), corners, corners])
+    to_bias.copy_(total)
+    return to_scores
 
 
 def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
@@ -526,7 +538,7 @@ def _interpolation(source: Tensor, goal: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _range(valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """First index ``[N, 1]`` and length ``[N, 1]`` of the range that holds all that is valid of ``[N, L]``; length 0: nothing."""
+    """First index and length ``[N, 1]`` of the range that holds all that is valid of ``[N, L]``; length 0: nothing."""
     first = valid.to(torch.uint8).argmax(1, keepdim=True)
     after = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1, keepdim=True)
     return first.to(dtype), torch.where(valid.any(1, keepdim=True), after - first, 0).to(dtype)

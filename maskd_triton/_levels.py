@@ -55,7 +55,7 @@ def unpack(features: Any, name: str, names: Sequence[Any] | None = None) -> Unpa
 
     def rebuild(new: Sequence[Tensor]) -> Any:
         items = [_rewrapped(old, x) for old, x in zip(entries, new, strict=True)]
-        result = items[0] if entries and entries[0] is held else _refilled(held, keys, items)
+        result = items[0] if entries and entries[0] is held else refilled(held, keys, items)
         if held is features:
             return result
         output = copy.copy(features)
@@ -96,13 +96,14 @@ def _rewrapped(old: Any, x: Tensor) -> Any:
     return wrapper
 
 
-def _refilled(container: Any, keys: Sequence[Any] | None, items: Sequence[Any]) -> Any:
+def refilled(container: Any, keys: Sequence[Any] | None, items: Sequence[Any]) -> Any:
     """A copy of the sequence or mapping with ``items`` in it."""
     if hasattr(container, "_make"):
         return container._make(items)
     if isinstance(container, tuple):
         return type(container)(items)
-    refilled = copy.copy(container)
+    plain = type(container) in (list, dict)  # which torch.compile copies only like this
+    refilled = container.copy() if plain else copy.copy(container)
     for key, item in zip(range(len(items)) if keys is None else keys, items, strict=True):
         refilled[key] = item
     return refilled

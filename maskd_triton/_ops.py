@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _eager
 from ._records import Distilled, DistillKept, DistillOptions, DistillTables, LearnKept, LearnOptions, LearnTables
-from ._torch import graph_task
+from ._torch import graph_task, in_transforms
 
 
 @functools.cache
@@ -199,7 +199,7 @@ class _Distill(torch.autograd.Function):
             return (None,) * (3 + ctx.lengths[0])
         coefficients, *maps = ctx.saved_tensors
         student, teacher, *kept = in_lists(maps, ctx.lengths)
-        backward = distill_backward_operator if torch.compiler.is_compiling() else _distill_backward
+        backward = distill_backward_operator if torch.compiler.is_compiling() or in_transforms() else _distill_backward
         return None, None, None, *backward(student, teacher, ctx.impl, grad, coefficients, *kept, *ctx.options)
 
 
@@ -230,8 +230,8 @@ def _learn_options(*options: Any) -> LearnOptions:
 
 
 _LEARN_OPTIONS = (
-    "Tensor[] features, str impl, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, Tensor[] weights, "
-    "Tensor[] valid, int[] heights"
+    "Tensor[] features, str impl, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, "
+    "Tensor[] weights, Tensor[] valid, int[] heights"
 )
 
 
@@ -328,10 +328,10 @@ class _Learn(torch.autograd.Function):
         grad_dice = grads[levels]
         grad_dice = used_weights.new_zeros(levels) if grad_dice is None else grad_dice.resolve_neg()
         need_features = any(ctx.needs_input_grad[4 : 4 + levels])
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or in_transforms():
             results = learn_backward_operator(
-                features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks, sums,
-                need_features,
+                features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks,
+                sums, need_features,
             )  # fmt: skip
         else:
             options = LearnOptions(LearnTables(*tables), weights, valid, ctx.heights)

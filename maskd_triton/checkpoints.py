@@ -4,8 +4,6 @@ import os
 import pickle
 import re
 import secrets
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._warn import warn
 from .tables import COMPOSED, PUBLISHED, LevelTables, tokens_as_initialised
 
 __all__ = ["load_masks", "mask_state", "save_masks"]
@@ -328,16 +327,7 @@ def _warn_if_untrained(found: Mapping[str, Tensor], name: str) -> None:
         levels.setdefault(level, {})[entry] = value
     untrained = [level for level, entries in levels.items() if not COMPOSED & entries.keys() and tokens_as_initialised(entries)]
     if untrained:
-        warnings.warn(
+        warn(
             f"{name}: the tokens are as initialised (level {', '.join(untrained)}): untrained, so every mask is about "
-            "0.5 and the loss half a plain feature MSE; train them in stage 1 (learner.parameters() in the optimizer)",
-            stacklevel=_users_frame(),
+            "0.5 and the loss half a plain feature MSE; train them in stage 1 (learner.parameters() in the optimizer)"
         )
-
-
-def _users_frame() -> int:
-    """For ``stacklevel=`` of the caller: the first frame outside of this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
-        level, frame = level + 1, frame.f_back
-    return level

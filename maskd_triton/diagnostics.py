@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ._eager import DICE_EPS, acc_dtype, gram
 from ._levels import Levels, unpack
+from ._warn import warn
 
 __all__ = ["DistillDiagnostics", "LevelDiagnostics", "collapsed", "describe", "gradient_ratio", "suggest_loss_weight"]
 
@@ -98,7 +100,7 @@ def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None 
             raise ValueError(
                 f"valid: expected shape {[masks.shape[0], *masks.shape[2:]]}, as the masks, got {list(valid.shape)}"
             )
-        masks = masks * (valid != 0)[:, None]
+        masks = masks.masked_fill((valid == 0)[:, None], 0)  # whatever lies in the padding
         coverage = masks.sum((0, 2, 3), dtype=acc_dtype(masks.dtype)) / (valid != 0).sum()
     dice = _pairwise_dice(masks).mean(0)
     if weights is None:
@@ -176,9 +178,13 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
     with norms over all levels of the student's features ``s``. The sizes of the losses say little about this: a large loss may
     have a small gradient.
 
-    This costs one backward pass from each loss down to the features. Both graphs are kept for the step's own backward pass,
-    and no ``.grad`` is written. The losses are multiplied by 4096 first, since float16 loses small gradients on the way. So
-    give losses without a GradScaler's factor, with which they may overflow (NaN).
+    Half precision loses small gradients and overflows with large ones, on the features or anywhere between them and the loss.
+    So each loss is differentiated some six times, multiplied by factors from 1 to 2**30 and further where need be. Norms of
+    different factors that agree are taken. Where none do, the ratio is NaN, and a warning says so. One error is not found: a
+    part of the gradient that is lost at every factor beside a larger part that is not.
+
+    This waits for the device: call it now and then, not in every step. Both graphs are kept for the step's own backward pass,
+    and no ``.grad`` is written.
 
     Args:
         task_loss: scalar with gradient.
@@ -186,7 +192,7 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
         features: the student's, from which both are computed: a tensor, sequence or mapping.
 
     Returns:
-        float32 scalar on the features' device (float64 for float64). Nothing waits for it.
+        float32 scalar on the features' device (float64 for float64).
 
     Raises:
         ValueError: features without gradient; a loss that depends on none of them, as when features and losses come out of one
@@ -207,20 +213,62 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
     for name, loss in (("task_loss", task_loss), ("distill_loss", distill_loss)):
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
             raise ValueError(f"{name}: expected a scalar with gradient, got {loss!r}")
-        grads = torch.autograd.grad(loss, levels, torch.full_like(loss, 4096.0), retain_graph=True, allow_unused=True)
-        found = [g.to(acc_dtype(g.dtype)).square().sum() for g in grads if g is not None]
-        if not found:
-            raise ValueError(
-                f"{name}: depends on none of the features; compute both losses from these very tensors, not beside them in one "
-                "compiled function"
+        norm = _gradient_norm(loss, levels, name)
+        if math.isnan(norm):
+            warn(
+                f"gradient_ratio: {name}: its gradient is lost or overflows in half precision, whatever the loss is multiplied "
+                "by; compute this loss in float32, outside of autocast"
             )
-        norms.append(torch.stack([x.to(found[0]) for x in found]).sum().sqrt())
+        norms.append(torch.tensor(norm, dtype=acc_dtype(levels[0].dtype), device=levels[0].device))
     return norms[1] / norms[0]
 
 
+def _gradient_norm(loss: Tensor, levels: list[Tensor], name: str) -> float:
+    """The norm of the gradient of ``loss`` on all levels; NaN where half precision hides it."""
+    norms: dict[int, float] = {}
+    for exponent in range(0, 97, 6):
+        norms[exponent] = _scaled_norm(loss, levels, exponent, name)
+        if math.isnan(norms[exponent]) or (exponent >= 30 and _plateau(norms) is not None):
+            break
+    for exponent in range(-6, -61, -6):
+        if _plateau(norms) is not None or not any(norms.values()):
+            break
+        norms[exponent] = _scaled_norm(loss, levels, exponent, name)
+    found = _plateau(norms) if any(norms.values()) else 0.0
+    return math.nan if found is None else found
+
+
+def _scaled_norm(loss: Tensor, levels: list[Tensor], exponent: int, name: str) -> float:
+    """The norm by a backward pass of the loss times about ``2**exponent``; NaN where that overflows."""
+    factor = torch.full_like(
+        loss, 2.0**exponent * (1 + exponent % 42 / 42)
+    )  # other digits each time, so that roundings average out
+    grads = torch.autograd.grad(loss, levels, factor, retain_graph=True, allow_unused=True)
+    found = [g for g in grads if g is not None]
+    if not found:
+        raise ValueError(
+            f"{name}: depends on none of the features; compute both losses from these very tensors, not beside them in one "
+            "compiled function"
+        )
+    if any(g.abs().max() >= torch.finfo(g.dtype).max for g in found if g.numel()):  # also where stage 2 saturates
+        return math.nan
+    norm = math.hypot(*(torch.linalg.vector_norm(g, dtype=acc_dtype(g.dtype)).item() for g in found)) / factor.item()
+    return norm if math.isfinite(norm) else math.nan
+
+
+def _plateau(norms: dict[int, float]) -> float | None:
+    """The mean of norms on which neighbouring factors agree within a percent; None if none do, NaN if they agree on several."""
+    ordered = [norms[exponent] for exponent in sorted(norms)]
+    agreed = [n for pair in pairwise(ordered) if pair[0] > 0 and math.isclose(*pair, rel_tol=0.01) for n in pair]
+    if not agreed:
+        return None
+    mean = statistics.fmean(agreed)
+    return mean if all(math.isclose(n, mean, rel_tol=0.015) for n in agreed) else math.nan
+
+
 def suggest_loss_weight(
-    task_losses: Sequence[float | Tensor],
-    distill_losses: Sequence[float | Tensor],
+    task_losses: Any,
+    distill_losses: Any,
     features: Sequence[Levels] | None = None,
     *,
     loss_weight: float | Tensor = 1.0,
@@ -242,7 +290,7 @@ def suggest_loss_weight(
 
     Args:
         task_losses: the task's losses of a few batches, from a student that has trained a little. An untrained one has task
-            losses unlike any later ones.
+            losses unlike any later ones. Numbers or scalar tensors in a list, one stacked tensor or array, or a single number.
         distill_losses: the distillation losses of the same batches.
         features: with ``by="gradient"``, the student's features in each of these batches. The losses then need their graphs.
         loss_weight: the criterion's when ``distill_losses`` were taken.
@@ -269,23 +317,26 @@ def suggest_loss_weight(
         raise ValueError(f"by: expected 'loss' or 'gradient', got {by!r}")
     if (features is None) == (by == "gradient"):
         raise ValueError("features: expected the student's of every batch with by='gradient', and None with by='loss'")
-    if len(task_losses) != len(distill_losses) or not task_losses:
-        raise ValueError(
-            "task_losses and distill_losses: expected one of each for every batch, "
-            f"got {len(task_losses)} and {len(distill_losses)}"
-        )
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
-    odds = float(loss_weight) * float(share) / (1 - float(share))
-    if features is not None:
-        if isinstance(features, Tensor) or len(features) != len(task_losses):
-            got = "a tensor" if isinstance(features, Tensor) else len(features)
-            raise ValueError(f"features: expected a list with levels for each of the {len(task_losses)} batches, got {got}")
-        batches: Any = zip(task_losses, distill_losses, features, strict=True)
-        return odds / _median(
-            [gradient_ratio(*batch) for batch in batches], "task_losses and distill_losses: gradients' ratios"
+    tasks, distills = _batches(task_losses), _batches(distill_losses)
+    if len(tasks) != len(distills) or not tasks:
+        raise ValueError(
+            f"task_losses and distill_losses: expected one of each for every batch, got {len(tasks)} and {len(distills)}"
         )
-    return odds * _median(task_losses, "task_losses") / _median(distill_losses, "distill_losses")
+    odds = float(loss_weight) * share / (1 - share)
+    if features is None:
+        return odds * _median(tasks, "task_losses") / _median(distills, "distill_losses")
+    if isinstance(features, Tensor) or len(features) != len(tasks):
+        got = "a tensor" if isinstance(features, Tensor) else len(features)
+        raise ValueError(f"features: expected a list with levels for each of the {len(tasks)} batches, got {got}")
+    ratios = [gradient_ratio(*batch) for batch in zip(tasks, distills, features, strict=True)]
+    return odds / _median(ratios, "task_losses and distill_losses: gradients' ratios")
+
+
+def _batches(losses: Any) -> list[Any]:
+    """A sequence, a stacked tensor or an array as a list; a number is the loss of a single batch."""
+    return list(losses) if hasattr(losses, "__len__") and getattr(losses, "ndim", 1) > 0 else [losses]
 
 
 def _median(values: Sequence[float | Tensor], name: str) -> float:

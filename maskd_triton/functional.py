@@ -65,7 +65,8 @@ def masked_distill_loss(
     Args:
         student: features ``[N, C_i, H_i, W_i]`` of each level: a tensor, a sequence, or a mapping, matched by key.
         teacher: features of the same shapes; must not require grad.
-        tokens: receptive tokens ``[T, C_i]`` of each level, in the order of ``teacher``, frozen, of any float dtype, at most 32.
+        tokens: receptive tokens ``[T, C_i]`` of each level, in the order of ``teacher``: frozen, of any float dtype, at
+            most 32.
         weighting: ``(rows [9, T, C_i], bias)`` of each level from `compose_weighting` (with ``standardize``, from
             `compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
         standardize: of each level, from `compose_standardization`: the student reconstructs ``(t - mean) / std`` of every
@@ -242,7 +243,7 @@ def _check_frozen_tables(
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
-    """``"auto"`` by the tensors' device alone: Triton on ``cuda`` (CUDA or HIP), eager elsewhere. ValueError for other names."""
+    """``"auto"`` by the device alone: Triton on ``cuda`` (CUDA or HIP), eager elsewhere; ValueError for other names."""
     if check.impl(impl) != "auto":
         return impl
     return "triton" if device.type == "cuda" else "eager"

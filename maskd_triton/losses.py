@@ -83,9 +83,10 @@ class MaskedDistillLoss(Options):
         names them; the student's are matched by key. ``valid`` is ``[N, H0, W0]``. The result is a float32 scalar (float64 for
         float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
-    Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor; ``channels``, ``num_tokens``,
-    ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds their tables, a
-    `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens are loaded.
+    Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
+    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules``
+    tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens
+    are loaded.
     They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading also takes a
     learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing it with the
     warm-up never waits for the GPU. A call that activation checkpointing repeats in the backward pass counts once.
@@ -162,8 +163,8 @@ class MaskedDistillLoss(Options):
         self.impl = impl
         if num_tokens is None and (standardize or pretrained is not None):
             raise ValueError(
-                "num_tokens: num_tokens=None takes its masks from masks= in every call; it cannot be combined with pretrained= or "
-                "standardize="
+                "num_tokens: num_tokens=None takes its masks from masks= in every call; it cannot be combined with pretrained= "
+                "or standardize="
             )
         self.align = self._new_align(align, student_channels)
         levels = self.channels if self.num_tokens is not None else []
@@ -200,8 +201,8 @@ class MaskedDistillLoss(Options):
 
     def _draw_tokens(self) -> None:
         warnings.warn(
-            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the loss is "
-            "half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
+            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the "
+            "loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
             stacklevel=3,
         )
         for level in self._levels:
@@ -361,8 +362,8 @@ class MaskedDistillLoss(Options):
             narrow = (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
             if narrow not in (None, c) and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
                 raise ValueError(
-                    f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student and "
-                    "teacher?"
+                    f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student "
+                    "and teacher?"
                 )
             check.features(s, f"student{label}", narrow)
 
@@ -454,26 +455,35 @@ def _resized(levels: Sequence[Tensor], like: Sequence[Tensor], valid: Any) -> tu
 
 
 class _AlignWatch:
-    """Warns once of an align that gets gradients, but that no optimizer moves. Versions are counted on the host."""
+    """Warns once of an align that gets gradients, but that no optimizer moves.
+
+    Versions are counted on the host, so nothing waits for the device. Fused optimizers and those that write to ``.data`` leave
+    them as they are: only then numbers are compared, once.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
-        self.versions: list[int] = []
+        self.start: list[tuple[nn.Parameter, int, Tensor]] = []  # parameters, their versions and values at the first call
 
     def see(self, align: nn.Module) -> None:
         """A training call of the criterion."""
         self.calls += 1
         if self.calls == 1:
-            self.versions = self._versions(align)
+            self.start = [(p, p._version, p.detach().clone()) for p in align.parameters() if p.requires_grad]
         elif self.calls == STILL + 1:
-            with_gradient = any(p.grad is not None for p in align.parameters())
-            if with_gradient and self.versions and self.versions == self._versions(align):
+            if self._still():
                 warnings.warn(
-                    f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is held "
-                    "against a random projection; give criterion.parameters() to the optimizer",
+                    f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is "
+                    "held against a random projection; give criterion.parameters() to the optimizer",
                     stacklevel=5,  # through nn.Module's two functions
                 )
+            self.start = []
 
-    @staticmethod
-    def _versions(align: nn.Module) -> list[int]:
-        return [p._version for p in align.parameters() if p.requires_grad]
+    def _still(self) -> bool:
+        """Whether parameters with gradients are those of the first call."""
+        seen = [(p, version, value) for p, version, value in self.start if p.grad is not None]
+        if not seen or any(p._version != version for p, version, _ in seen):
+            return False
+        if seen[0][0].is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot hold a comparison
+            return False
+        return all(p.device == value.device and torch.equal(p, value) for p, _, value in seen)

@@ -1,12 +1,11 @@
 """Features of other shapes as views ``[N, C, H, W]``, and which pixels of a padded batch are valid."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from . import _checks as check
 
 __all__ = ["from_nhwc", "from_packed", "from_tokens", "valid_pixels"]
 
@@ -86,10 +85,7 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         >>> [level.shape for level in shapes.from_packed(torch.randn(2, 8 * 8 + 4 * 4, 256), [(8, 8), (4, 4)])]
         [torch.Size([2, 256, 8, 8]), torch.Size([2, 256, 4, 4])]
     """
-    sizes = check.listed(sizes)
-    if not isinstance(sizes, Sequence) or not sizes:
-        raise TypeError(f"sizes: expected pairs (H, W) of ints, one per level, got {type(sizes).__name__}")
-    pairs = [pair(size, f"sizes[{i}]") for i, size in enumerate(sizes)]
+    pairs = [pair(size, f"sizes[{i}]") for i, size in enumerate(_listed(sizes))]
     lengths = [height * width for height, width in pairs]
     if x.dim() != 3 or x.shape[1] != sum(lengths):
         raise ValueError(f"x: expected tokens [N, {sum(lengths)}, C] for levels {pairs}, got shape {list(x.shape)}")
@@ -97,14 +93,19 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def pair(size: Any, name: str) -> tuple[int, int]:
-    """``size`` as ``(H, W)``; TypeError or ValueError unless it is a pair of positive ints."""
-    size = check.listed(size)
-    sides = [check.integer(n) for n in size] if isinstance(size, Sequence) else []
-    if len(sides) != 2 or sides[0] is None or sides[1] is None:
-        raise TypeError(f"{name}: expected a pair (H, W) of ints, got {size!r}")
-    if min(sides[0], sides[1]) < 1:
+    """``size`` as ``(H, W)``; TypeError or ValueError unless it is a pair of positive ints, of Python, numpy or torch."""
+    try:
+        height, width = map(index, size)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a pair (H, W) of ints, got {size!r}") from error
+    if min(height, width) < 1:
         raise ValueError(f"{name}: expected a pair (H, W) of positive ints, got {size!r}")
-    return sides[0], sides[1]
+    return height, width
+
+
+def _listed(sizes: Any) -> Any:
+    """A tensor as lists, with one wait for its device."""
+    return sizes.tolist() if isinstance(sizes, Tensor) else sizes
 
 
 def valid_pixels(
@@ -134,7 +135,7 @@ def valid_pixels(
                  [False, False, False]]])
     """
     height, width = pair(size, "size")
-    sizes = [pair(image, f"image_sizes[{i}]") for i, image in enumerate(check.listed(image_sizes))]
+    sizes = [pair(image, f"image_sizes[{i}]") for i, image in enumerate(_listed(image_sizes))]
     for i, (h, w) in enumerate(sizes):
         if h > height or w > width:
             raise ValueError(f"image_sizes[{i}]: expected at most {(height, width)}, got {(h, w)}")

@@ -38,7 +38,7 @@ def main() -> None:
     print(maskd_triton.__file__)
     x = torch.ones(1, 4, 3, 3)
     try:
-        maskd_triton.MaskedDistillLoss(4, pretrained=maskd_triton.MaskLearner(4), impl="triton")(x.clone().requires_grad_(), x)
+        maskd_triton.functional.masked_distill_loss(x.clone().requires_grad_(), x, [torch.zeros(2, 4)], impl="triton")
     except RuntimeError as error:
         print(error)
 

@@ -34,7 +34,7 @@ def main(dtype_name: str, layout: str) -> None:
             y, dice, kept = masked_learn(maps, LearnOptions(tables, [], [], heights), "triton")
             learn_backward(maps, "triton", flat(tables), [], [], heights, y, dice, *kept, False)
             pool(maps, [torch.empty(n, a * b, dtype=torch.uint8) for a, b in sizes], heights, "triton")
-        counts = {inspect.kernel_name(k): sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
+        counts = {k.fn.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in inspect.KERNELS}
     print(counts)
     assert {name: n for name, n in counts.items() if not 1 <= n <= 8} == {"feature_gradient_kernel": 0}, counts
 

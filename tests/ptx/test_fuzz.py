@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="needs the test extra")
 
-from maskd_triton.kernels import launch
+from maskd_triton.kernels import launch, tuning
 from tests.fuzz import run
 from tests.fuzz.cases import Variant, cases, cases_of
 from tests.ptx.driver import Device
@@ -43,9 +43,9 @@ def test_random_cases_of_a_few_kernels(variant: Variant, emulated_gpu: Device) -
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_random_cases(block: int, emulated_gpu: Device, record_property: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every second block with 64-bit offsets."""
-    monkeypatch.setattr(launch, "PLANS", {})
     if block % 2:
-        monkeypatch.setattr(launch, "is_wide", lambda *_: True)
+        monkeypatch.setattr(launch.Map, "is_wide", True)
+    tuning.forget()
     number = -(-run.CASES // BLOCKS)
     record_property("cases", number)
     record_property("share", run.tried("triton", number, 100 + block, cases(300), emulated_gpu.initcheck))
