@@ -14,24 +14,14 @@ try:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
-    if error.name != "matplotlib":
-        raise
     raise ModuleNotFoundError(
         "maskd_triton.viz needs matplotlib, which is not installed: pip install 'maskd-triton[viz]'", name="matplotlib"
     ) from error
 
 __all__ = ["plot_masks"]
 
-_PER_LINE = 8  # masks beside each other; further ones go on the next line
-_FONT = 9.0  # points: 11 pixels where a figure of 14 inches is shown 1200 pixels wide
-_SMALLEST_FONT = 4.5  # numbers that would have to be smaller are left out
-# Inches. The layout is computed, not left to matplotlib's solvers: rows stay evenly spaced beside the taller Dice matrices.
-_PICTURE = 1.4  # wide enough for a title in _FONT
-_GAP = 0.08
-_TITLE = 0.36  # two lines above a mask
-_LEFT, _TOP, _BOTTOM = 0.3, 0.5, 0.1  # the levels' names, the legend
-_TICKS = 0.3  # beside and below a Dice matrix
-_BAR, _BAR_LABELS = 0.15, 0.55
+_FONT = 9.0  # points
+_MOST_NUMBERED = 12  # tokens; the numbers of a larger Dice matrix would be too small to read
 
 
 @torch.no_grad()
@@ -46,9 +36,9 @@ def plot_masks(
 ) -> Figure:
     r"""Every mask of every level over its image, with its weight and coverage, and each level's pairwise Dice coefficients.
 
-    Coverage is a mask's mean value over the image's pixels; Dice coefficients are means over the images given,
-    ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. A level takes a row per image (more for more than 8
-    tokens) and the Dice matrix at the right, whose numbers are left out where they would be too small to read.
+    Coverage is a mask's mean value over the image's pixels. Dice coefficients are means over the images given:
+    ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. A level takes a row per image and the Dice matrix at the
+    right, whose numbers are left out for more than 12 tokens.
 
     Args:
         images: ``[N, 3, H, W]``, in ``[0, 1]``, or normalised and given with ``mean`` and ``std``.
@@ -79,58 +69,34 @@ def plot_masks(
     """
     pictures = _pictures(images, mean, std)
     _check_levels(images, masks, weights, names)
-    n, height, width = pictures.shape[:3]
-    columns = min(max(m.shape[1] for m in masks), _PER_LINE)
-    picture_height = _PICTURE * min(max(height / width, 0.4), 2.0)
-    pitch = _TITLE + picture_height + _GAP
-    lines = [-(-m.shape[1] // columns) for m in masks]  # of masks for one image, rounded up
-    rows = [n * k * pitch for k in lines]
-    matrices = [min(max(0.34 * m.shape[1], 1.2), 3.2, max(h - _TITLE - _TICKS, 1.2)) for m, h in zip(masks, rows, strict=True)]
-    blocks = [max(h, _TITLE + matrix + _TICKS) + _GAP for h, matrix in zip(rows, matrices, strict=True)]
-    dice_left = _LEFT + (1 + columns) * (_PICTURE + _GAP) + _TICKS
-    bar_left = dice_left + max(matrices) + 2 * _GAP
-    figure = Figure(figsize=(bar_left + _BAR + _BAR_LABELS, _TOP + sum(blocks) + _BOTTOM))
-
-    def place(left: float, top: float, wide: float, high: float) -> Axes:
-        w, h = figure.get_size_inches()
-        return figure.add_axes((left / w, 1 - (top + high) / h, wide / w, high / h))
-
-    legend = ("" if weights is None else "w: weight (bold: the image's largest), ") + "c: coverage (mean mask value)"
-    figure.text(
-        _LEFT / figure.get_figwidth(),
-        1 - 0.1 / figure.get_figheight(),
-        f"Receptive tokens\n{legend}",
-        va="top",
-        fontsize=_FONT + 1,
-    )
-    top = _TOP
+    n, columns = len(pictures), 1 + max(m.shape[1] for m in masks)
+    matrix = min(max(columns / 3, 2), 3)  # its width, in pictures
+    height = 0.8 + 1.5 * min(max(pictures.shape[1] / pictures.shape[2], 0.4), 3)  # of a row, in inches, with its titles
+    figure = Figure(figsize=(1.5 * (columns + matrix) + 1, height * n * len(masks) + 0.6), layout="constrained")
+    legend = "" if weights is None else "w: weight (bold: the image's largest), "
+    figure.suptitle(f"Receptive tokens. {legend}c: coverage (mean mask value)", fontsize=_FONT + 1)
+    grid = figure.add_gridspec(n * len(masks), columns + 1, width_ratios=[1] * columns + [matrix])
     for level, m in enumerate(masks):
         m = m.detach().cpu().to(acc_dtype(m.dtype))
         w = None if weights is None else weights[level].detach().cpu()
+        name = f"{names[level] if names else f'level {level}'}: {m.shape[2]}x{m.shape[3]}"
         for image in range(n):
-            line = top + image * lines[level] * pitch + _TITLE
-            axis = place(_LEFT, line, _PICTURE, picture_height)
+            row = level * n + image
+            axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[])
             axis.imshow(pictures[image].numpy())
             axis.set_title(f"image {image}", fontsize=_FONT)
-            axis.set_ylabel(f"{names[level] if names else f'level {level}'}: {m.shape[2]}x{m.shape[3]}", fontsize=_FONT)
-            axis.set(xticks=[], yticks=[])
-            for token in range(m.shape[1]):
-                row, column = divmod(token, columns)
-                left = _LEFT + (1 + column) * (_PICTURE + _GAP)
-                axis = place(left, line + row * pitch, _PICTURE, picture_height)
-                _draw_mask(axis, pictures[image], m[image, token])
+            axis.set_ylabel(name, fontsize=_FONT)
+            for token, mask in enumerate(m[image]):
+                axis = figure.add_subplot(grid[row, 1 + token], xticks=[], yticks=[])
+                _draw_mask(axis, pictures[image], mask)
                 weight = "" if w is None else f"w {w[image, token]:.2f}   "
-                largest = w is not None and token == w[image].argmax()
-                axis.set_title(
-                    f"token {token}\n{weight}c {m[image, token].mean():.2f}",
-                    fontsize=_FONT,
-                    fontweight="bold" if largest else "normal",
-                )
-        _draw_dice(place(dice_left, top + _TITLE, matrices[level], matrices[level]), describe(m).dice, matrices[level])
-        top += blocks[level]
-    bar = place(bar_left, _TOP + _TITLE, _BAR, min(blocks[0] - _TITLE - _GAP, 3.0))
-    figure.colorbar(ScalarMappable(Normalize(0, 1), "inferno"), cax=bar).set_label("mask value", fontsize=_FONT)
-    bar.tick_params(labelsize=_FONT - 1)
+                bold = w is not None and token == w[image].argmax()
+                title = f"token {token}\n{weight}c {mask.mean():.2f}"
+                axis.set_title(title, fontsize=_FONT, fontweight="bold" if bold else "normal")
+        _draw_dice(figure.add_subplot(grid[level * n : (level + 1) * n, -1]), describe(m).dice)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), "inferno"), ax=figure.axes, shrink=0.6, pad=0.01, aspect=30)
+    bar.set_label("mask value", fontsize=_FONT)
+    bar.ax.tick_params(labelsize=_FONT - 1)
     return figure
 
 
@@ -138,24 +104,20 @@ def _draw_mask(axis: Axes, picture: Tensor, mask: Tensor) -> None:
     extent = (0, picture.shape[1], picture.shape[0], 0)
     axis.imshow(picture.mean(2).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
     axis.imshow(mask.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.7, extent=extent, interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
 
 
-def _draw_dice(axis: Axes, dice: Tensor, inches: float) -> None:
-    tokens = len(dice)
+def _draw_dice(axis: Axes, dice: Tensor) -> None:
     axis.imshow(dice.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_title("pairwise Dice", fontsize=_FONT)
-    ticks = range(0, tokens, -(-tokens // 20))
+    ticks = range(0, len(dice), -(-len(dice) // 12))
     axis.set_xticks(ticks)
     axis.set_yticks(ticks)
     axis.tick_params(labelsize=_FONT - 2, length=0, pad=2)
-    font = min(_FONT - 1, 0.45 * 72 * inches / tokens)  # a number is 1.7 times as wide as its font is high
-    if font < _SMALLEST_FONT:
-        return
-    for i, row in enumerate(dice.tolist()):
+    for i, row in enumerate(dice.tolist() if len(dice) <= _MOST_NUMBERED else ()):
         for j, value in enumerate(row):
             number = f"{value:.2f}".removeprefix("0").replace("1.00", "1")
-            axis.text(j, i, number, ha="center", va="center", fontsize=font, color="white" if value > 0.6 else "black")
+            colour = "white" if value > 0.6 else "black"
+            axis.text(j, i, number, ha="center", va="center", fontsize=_FONT - 1 - len(dice) / 4, color=colour)
 
 
 def _pictures(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:

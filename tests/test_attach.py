@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_hooks import IMAGES, Checkpointed, NestedTensor, Yolo, gradients, learner_of, no_hooks, seeded
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from maskd_triton import FrozenTeacher, MaskLearner, shapes
+from tests.teachers import IMAGES, Checkpointed, NestedTensor, SharedHead, Yolo, gradients, learner_of, no_hooks, seeded
 
 MASK = torch.ones(2, 8, 12, dtype=torch.bool)
 MASK[1, :, 5:] = False
@@ -47,24 +47,6 @@ def test_several_modules(names: list[str]) -> None:
     for name, module in zip(names, standard.mask_modules, strict=True):
         torch.testing.assert_close(module.channel_mean, plain[name].mean((0, 2, 3)))
         assert module.pixels_seen == plain[name][:, 0].numel()
-
-
-class SharedHead(nn.Module):
-    """One tower for all levels, called once for each."""
-
-    def __init__(self, reentrant: bool | None = None, pool: int = 2) -> None:
-        super().__init__()
-        self.body, self.tower = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
-        self.reentrant, self.pool = reentrant, pool
-
-    def extract_feat(self, x: Tensor) -> list[Tensor]:
-        run = (lambda y: self.tower(y).relu()) if self.reentrant is not None else self.tower
-        x = self.body(x)
-        parts = [x, avg_pool2d(x, self.pool)]
-        return [run(y) if self.reentrant is None else checkpoint(run, y, use_reentrant=self.reentrant) for y in parts]
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.extract_feat(x)
 
 
 def test_calls_of_a_shared_head() -> None:

@@ -12,27 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_hooks import IMAGES, Blocks, Checkpointed, Yolo, no_hooks, seeded
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner, capture
 from maskd_triton.capture import FeatureCapture
-
-
-class SharedHead(nn.Module):
-    """One tower for all levels, called once for each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.tower = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
-
-    def extract_feat(self, x: Tensor) -> list[Tensor]:
-        x = self.body(x)
-        return [self.tower(x), self.tower(avg_pool2d(x, 2))]
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.extract_feat(x)
+from tests.teachers import IMAGES, Blocks, Checkpointed, SharedHead, Yolo, no_hooks, seeded
 
 
 def test_a_training_step_that_keeps_nothing() -> None:

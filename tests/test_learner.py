@@ -1,4 +1,4 @@
-"""Stage 1 against the literal formulas, and what attaching to a teacher may and may not change."""
+"""Stage 1: what a learner is made of, what it gives and what it refuses."""
 
 import copy
 import pickle
@@ -8,22 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import LAYOUTS, in_layout
-from problems import close, literal_learn
 from torch import Tensor, nn
 
-from maskd_triton import MaskLearner, MaskModule, reference
-
-HALF = (torch.float16, torch.bfloat16)
-SHAPES = {  # N, C, H, W, T
-    "one_pixel": (2, 3, 1, 1, 3),
-    "one_row": (1, 4, 1, 7, 4),
-    "one_column": (2, 5, 6, 1, 2),
-    "odd": (2, 3, 5, 7, 6),
-    "one_token": (3, 4, 4, 6, 1),
-    "many_tokens": (1, 8, 4, 5, 32),
-    "one_channel": (2, 1, 3, 3, 5),
-}
+from maskd_triton import MaskLearner, MaskModule
+from tests.problems import close, literal_learn
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -38,106 +26,26 @@ def filled(module: nn.Module) -> Any:
     return module
 
 
-def reference_of(module: MaskModule, x: Tensor) -> tuple[Tensor, MaskModule, tuple[Tensor, Tensor]]:
-    """Leaf copies in float64 of ``x`` and of the module, and the literal forward of them."""
-    x, module = x.detach().double().contiguous().requires_grad_(), copy.deepcopy(module).double()
-    return x, module, literal_learn(module, x)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weight_mask", [True, False], ids=["weighted", "unweighted"])
-@pytest.mark.parametrize(("n", "c", "h", "w", "t"), SHAPES.values(), ids=SHAPES)
-def test_module(n: int, c: int, h: int, w: int, t: int, weight_mask: bool, layout: str) -> None:
-    module = filled(MaskModule(c, t, weight_mask).double())
-    x = in_layout(normal(n, c, h, w), layout).requires_grad_()
-    x_ref, expected, (y_ref, dice_ref) = reference_of(module, x)
-
-    close(module.masks(x), reference.masks(x_ref, expected.mask_token), 1e-12)
-    if weight_mask:
-        close(module.weights(x), reference.mask_weights(x_ref, *expected.weighting()), 1e-12)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_parameters(dtype: torch.dtype) -> None:
+    """Those of a module that was cast: sums and results are those of float32."""
+    module, x, upstream = filled(MaskModule(8, 5)).to(dtype), normal(2, 8, 9, 7).to(dtype), normal(2, 8, 9, 7, seed=1)
+    expected = copy.deepcopy(module).double()
+    y_ref, dice_ref = literal_learn(expected, x.double())
     y, dice = module(x)
-    assert y.dtype == dice.dtype == torch.float64
-    close(y, y_ref, 1e-12)
-    close(dice, dice_ref, 1e-12)
-    if t == 1:
-        assert dice.item() == 0
-
-    upstream = normal(n, c, h, w, seed=1)
-    ((y * upstream).sum() + 3 * dice).backward()
-    ((y_ref * upstream).sum() + 3 * dice_ref).backward()
-    close(x.grad, x_ref.grad, 1e-12)
-    assert len(list(module.parameters())) == (5 if weight_mask else 1)
-    for parameter, want in zip(module.parameters(), expected.parameters(), strict=True):
-        close(parameter.grad, want.grad, 1e-12)
-
-
-@pytest.mark.parametrize("weight_mask", [True, False], ids=["weighted", "unweighted"])
-def test_gradcheck(weight_mask: bool) -> None:
-    module = filled(MaskModule(2, 3, weight_mask).double())
-    names = [name for name, _ in module.named_parameters()]
-    inputs = [normal(2, 2, 2, 3).requires_grad_(), *(p.detach().clone().requires_grad_() for p in module.parameters())]
-
-    def forward(x: Tensor, *parameters: Tensor) -> Any:
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(forward, inputs)
-
-
-@pytest.mark.parametrize("half_parameters", [False, True], ids=["params32", "params16"])
-@pytest.mark.parametrize("dtype", HALF, ids=["fp16", "bf16"])
-def test_half_features(dtype: torch.dtype, half_parameters: bool) -> None:
-    module = filled(MaskModule(8, 5))
-    module = module.to(dtype) if half_parameters else module
-    x = normal(2, 8, 9, 7).to(dtype).requires_grad_()
-    x_ref, expected, (y_ref, dice_ref) = reference_of(module, x)
-    masks, weights, (y, dice) = module.masks(x), module.weights(x), module(x)
-    assert y.dtype == dtype
-    assert masks.dtype == weights.dtype == dice.dtype == torch.float32
-    close(masks, reference.masks(x_ref, expected.mask_token), 1e-6)
-    close(weights, reference.mask_weights(x_ref, *expected.weighting()), 1e-6)
+    assert (y.dtype, dice.dtype, module.masks(x).dtype, module.weights(x).dtype) == (dtype, *[torch.float32] * 3)
     close(dice, dice_ref, 1e-6)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), y_ref, rtol=0.51 * eps, atol=1e-6)
-
-    upstream = normal(2, 8, 9, 7, seed=1, dtype=dtype)
-    ((y * upstream).sum(dtype=torch.float32) + 3 * dice).backward()
+    ((y * upstream).sum() + 3 * dice).backward()
     ((y_ref * upstream).sum() + 3 * dice_ref).backward()
-    assert x.grad is not None
-    assert x.grad.dtype == dtype
-    close(x.grad, x_ref.grad, 2 * eps)
     for parameter, want in zip(module.parameters(), expected.parameters(), strict=True):
-        close(parameter.grad, want.grad, 2 * eps if half_parameters else 1e-5)
-
-
-def test_autocast_changes_nothing() -> None:
-    module, x, upstream = filled(MaskModule(8, 5)), normal(2, 8, 9, 7).float(), normal(2, 8, 9, 7, seed=1).float()
-
-    def run() -> list[Tensor]:
-        y, dice = module(x)
-        return [module.masks(x), module.weights(x), y, dice]
-
-    def gradients(y: Tensor, dice: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad((y * upstream).sum() + dice, list(module.parameters()))
-
-    plain = run()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert module.prob(x).dtype == torch.bfloat16
-        cast = run()
-    for got, expected in zip([*cast, *gradients(*cast[2:])], [*plain, *gradients(*plain[2:])], strict=True):
-        assert got.dtype == torch.float32
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("weight_mask", [True, False], ids=["weighted", "unweighted"])
-def test_empty_batch(weight_mask: bool) -> None:
-    y, dice = MaskModule(4, 3, weight_mask)(torch.zeros(0, 4, 5, 6))
-    assert y.shape == (0, 4, 5, 6)
-    assert dice.item() == 0
+        close(parameter.grad, want.grad, 2 * eps)
 
 
 def test_initialisation() -> None:
     torch.manual_seed(0)
-    c, t = 256, 128
+    c, t = 256, 32
     module = MaskModule(c, t)
     shapes = {"mask_token": (t, c), "prob.0.weight": (c, c, 3, 3), "prob.0.bias": (c,), "prob.2.weight": (t, c, 1, 1)}
     assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == shapes | {"prob.2.bias": (t,)}
