@@ -410,7 +410,7 @@ _Backward = tuple[launch.Group, launch.Numbers, launch.Numbers | None]  # of the
 def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
     """Masked features in the dtype and, where they are dense, the strides of ``features``; fills ``dice [levels, N]``
     and ``kept``."""
-    weights, pairs, masks, sums = kept
+    weights, grams, masks, sums = kept
     launch.check_device(dice)
     masked = [torch.empty_like(x) for x in features]
     if not len(features[0]):
@@ -427,15 +427,16 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
         for group, (programs, tables, constants), gate in launches:
             counts = _tiles(group, constants)
             totals = [weights.new_empty((n, k, m.c)) for k, m in zip(counts, group.maps[0], strict=True)]
-            grams = [weights.new_empty((n, k, t, t)) for k in counts]
+            products = [weights.new_empty((n, k, t, t)) for k in counts]
             launch.run(
                 mask_kernel, programs,
                 *group.addresses(features, tokens, token_bias, options.valid, masks),
-                *map(launch.per_level, (totals, grams)), *group.addresses(sums or masks, written),
+                *map(launch.per_level, (totals, products)), *group.addresses(sums or masks, written),
                 *tables, weights, n, **constants,
             )  # fmt: skip
-            for i, total, gram in zip(group.levels, totals, grams, strict=True):
-                dice[i], pairs[i] = _eager.dice_of_gram(gram.sum(1))
+            for i, total, product in zip(group.levels, totals, products, strict=True):
+                torch.sum(product, 1, out=grams[i])
+                dice[i] = _eager.dice_of_gram(grams[i])
                 if variant.weighted:
                     torch.sum(total, 1, out=sums[i][:, 0])
                     height = variant.heights[i]
@@ -500,7 +501,7 @@ def backward(
     need_features: bool,
 ) -> list[Tensor]:
     """Gradients of ``features``, if needed; fills ``to_tables`` and ``to_weights``."""
-    weights, pairs, masks, sums = kept
+    weights, grams, masks, sums = kept
     launch.check_device(weights)
     result = [torch.empty_like(x) for x in features] if need_features else []
     if not len(features[0]):
@@ -516,7 +517,7 @@ def backward(
     written = launch.writable(result, maps[2]) if need_features else []
     gx = [weights.new_empty((n, m.p)) for m in maps[0]] if need_features else []
     to_sums = [torch.empty_like(s) for s in sums]
-    of_all = weights, pairs, grad_dice
+    of_all = weights, torch.stack([_pairs(gram) for gram in grams]), grad_dice
     with launch.device_of(weights):
         for group, (programs, tables, constants), last in launches:
             counts = _tiles(group, constants)
@@ -541,6 +542,14 @@ def backward(
     return launch.copied_back(result, written)
 
 
+def _pairs(gram: Tensor) -> Tensor:
+    """``pairs [N, T, T]``: the gradient of the Dice loss for the masks m is ``pairs @ m``; ``gram``: their products."""
+    with torch.enable_grad():
+        gram = gram.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(_eager.dice_of_gram(gram).sum(), gram)
+    return gradient + gradient.transpose(1, 2)
+
+
 def _fill(
     i: int,
     options: LearnOptions,
@@ -556,10 +565,14 @@ def _fill(
     if to_tables.token_bias:
         to_tables.token_bias[i].copy_(of_bias)
     if to_tables.pool_rows:
-        pixels, to = kept.masks[i].shape[2], (to_tables.pool_rows[i], to_tables.pool_bias[i])
-        of_scores = _eager.scores_gradient(of_weights, kept.weights[i], kept.sums[i], *to, options.heights[i], pixels)
-        rows = options.tables.pool_rows[i].to(of_scores.dtype)
-        torch.sum((of_scores / pixels)[:, None, :, None] * rows, 2, out=to_sums[i])
+        height, pixels = options.heights[i], kept.masks[i].shape[2]
+        with torch.enable_grad():
+            tables = options.tables.pool_rows[i], options.tables.pool_bias[i]
+            inputs = [x.detach().requires_grad_() for x in (kept.sums[i], *tables)]
+            weights = _eager.weights_of_sums(*inputs, height, pixels // height)
+        outputs = to_sums[i], to_tables.pool_rows[i], to_tables.pool_bias[i]
+        for output, gradient in zip(outputs, torch.autograd.grad(weights, inputs, of_weights), strict=True):
+            output.copy_(gradient)
 
 
 @functools.lru_cache(launch.PLANS)
