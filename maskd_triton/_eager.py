@@ -57,13 +57,15 @@ def tap_signs(like: Tensor) -> Tensor:
     return torch.stack([pairs[i] for i in _OF_ROWS_AND_COLUMNS])
 
 
-def strip_sums(x: Tensor, height: int, width: int) -> Tensor:
-    """Sums of ``x [N, C, P]`` over the nine `STRIPS` -> ``[N, 9, C]`` in the accumulation dtype."""
+def strip_sums(x: Tensor, height: int, width: int, every: Tensor | None = None) -> Tensor:
+    """Sums of ``x [N, C, P]`` over the nine `STRIPS` -> ``[N, 9, C]`` in the accumulation dtype; ``every [N, C]``: those over
+    all pixels, where they are known."""
     acc = acc_dtype(x.dtype)
     image = x.unflatten(2, (height, width))
     corners = [image[:, :, i, j].to(acc) for i in (0, -1) for j in (0, -1)]
     borders = [image[:, :, 0, :], image[:, :, -1, :], image[:, :, :, 0], image[:, :, :, -1]]
-    return torch.stack([x.sum(2, dtype=acc), *(b.sum(2, dtype=acc) for b in borders), *corners], dim=1)
+    every = x.sum(2, dtype=acc) if every is None else every
+    return torch.stack([every, *(b.sum(2, dtype=acc) for b in borders), *corners], dim=1)
 
 
 @_full_precision
