@@ -1,6 +1,5 @@
 """Both answers to a case: the library's, and that of the literal formulas under plain autograd; and how far apart they are."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,10 +86,7 @@ def _by_function(given: Given, impl: str, leaves: Results) -> Tensor:
     custom: dict[str, Any] = {"custom_mask": case.custom != "no"}
     if case.custom in ("warm-up", "warmed up"):
         step = torch.tensor(STEPS[case.custom], device=given.teacher[0].device)
-        if "warmup_step" in inspect.signature(F.masked_distill_loss).parameters:
-            custom |= {"warmup_step": step, "custom_mask_warmup": 5}
-        else:
-            custom["custom_mask"] = step >= 5
+        custom |= {"warmup_step": step, "custom_mask_warmup": 5}
     options = _options(case, impl) | custom | _call(given)
     return F.masked_distill_loss(list(leaves.values()), given.teacher, **tables, loss_weight=weight, **options)
 
