@@ -16,7 +16,6 @@ from tests.helpers import default_dtype, rounding, strides
 
 Results = dict[str, Tensor]
 STEPS = {"no": 0, "from the start": 0, "warm-up": 3, "warmed up": 5}  # of the warm-up, which takes 5
-CAST = 1e-3  # of a criterion in half precision, relative
 
 
 # --- the library ------------------------------------------------------------------------------------------------------
@@ -315,8 +314,7 @@ class Comparison:
             dtype, times = DTYPES[case.student.dtype], 8
         elif name.startswith("features") and case.valid and case.weighted:  # the sum of two gradients
             times = 3
-        cast = CAST if case.cast else 0.0
-        return cast + (times * rounding(dtype, (self.impl, "cpu")) if dtype.itemsize == 2 else 0.0)
+        return times * rounding(dtype, (self.impl, "cpu")) if dtype.itemsize == 2 else 0.0
 
     def parts(self, name: str, *others: Tensor) -> list[tuple[str, list[Tensor]]]:
         """Image by image, so that none hides another's error."""
