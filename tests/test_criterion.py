@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import Problem, Target, literal_losses, trained
+from problems import Problem, Target, trained
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
-from maskd_triton import MaskedDistillLoss
+from maskd_triton import MaskedDistillLoss, MaskLearner, reference
 from maskd_triton import functional as F
 from maskd_triton.diagnostics import describe
 
@@ -34,6 +34,13 @@ COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.load
 
 def agree(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want.double(), rtol=2e-6, atol=0)
+
+
+def literal_losses(learner: MaskLearner, student: list[Tensor], teacher: list[Tensor], **options: Any) -> Tensor:
+    """Of every level, in float64."""
+    modules = copy.deepcopy(learner).double().requires_grad_(False).mask_modules
+    maps = [[x.double() for x in xs] for xs in (student, teacher)]
+    return reference.distill_loss_levels(*maps, [m.mask_token for m in modules], [m.weighting() for m in modules], **options)
 
 
 def keyed(levels: list[Any], order: tuple[str, ...] = KEYS) -> dict[str, Any]:

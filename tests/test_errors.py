@@ -90,7 +90,7 @@ CALLS: Wrong = [
     (lambda: call([S[0][..., :4], S[1]]), ValueError, "student[0]: expected the shape of teacher[0], [2, 4, 6, 5], got [2, 4, 6, 4]"),
     (lambda: call([S[0][..., :4], S[1]]), ValueError, "different sizes: give resize='student' or 'teacher'"),
     (lambda: call([S[0][:1], S[1]]), ValueError, "student[0]: expected the shape of teacher[0], [2, 4, 6, 5], got [1, 4, 6, 5]"),
-    (lambda: call([S[0], S[1][:1]], [T[0], T[1][:1]]), ValueError, "student[1]: expected the batch size of student[0], 2, got 1"),
+    (lambda: call([S[0], S[1][:1]], [T[0], T[1][:1]]), ValueError, "teacher[1]: expected the batch size of student[0], 2, got 1"),
     (lambda: call(S, [torch.nested.nested_tensor(list(T[0])), T[1]]), TypeError, "teacher[0]: expected a dense tensor, got a nested one; pad it, and give valid="),
     (lambda: call([torch._neg_view(S[0]), S[1]]), ValueError, "student[0]: a view with the negative bit"),
     (lambda: call([S[0][..., :0], S[1]], [T[0][..., :0], T[1]]), ValueError, "teacher[0]: expected at least one channel and one pixel"),
