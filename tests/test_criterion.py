@@ -379,7 +379,7 @@ def test_valid_is_cropping(option: str, padding: float, target: Target) -> None:
     got = criterion(student, teacher, valid=valid)
     agree(got.detach().cpu(), want.detach().cpu())
     got.backward()
-    assert student.grad.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in (student, *criterion.parameters()))
 
 
 # --- diagnostics ------------------------------------------------------------------------------------------------------
