@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from ._eager import acc_dtype
 from ._hooks import Hooked, Output, Valid, Where, frozen, names_of
-from ._levels import Levels, labels, named, unpack, valid_of_levels
+from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
@@ -98,7 +98,11 @@ class MaskModule(MaskLevel):
         return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
 
     def tables(self, dtype: torch.dtype) -> Tables:
-        """The tables that the operators take, composed in ``dtype`` of the present parameters and differentiable in them."""
+        """The tables that the operators take, composed of the present parameters and differentiable in them.
+
+        Args:
+            dtype: of the composition.
+        """
         self.check_buffers()
         level: dict[str, Tensor] = {"mask_token": self.mask_token}
         if self.weight_mask:
@@ -206,9 +210,16 @@ class MaskLearner(Options):
         found = unpack(features, "features", self.names)
         check.levels(found.tensors, "features", labels(len(found.tensors), found.keys), self.channels)
         masked, dice, seen = _learn(self._levels, found.tensors, valid, self.impl)
-        self._dice = dict(enumerate(dice))
-        self._seen = dict(zip(found.keys or self.names or range(len(seen)), seen, strict=True))
+        self._dice, self._seen = {}, {}
+        self._keep(0, dice, seen, found.keys)
         return found.rebuild(masked)
+
+    def _keep(self, first: int, dice: Tensor, seen: Sequence[Seen], keys: Sequence[Any] | None) -> None:
+        """What `dice_loss` and `diagnostics` need of the levels from ``first`` on."""
+        own = keys if keys and len(keys) == len(self.channels) else range(len(self.channels))
+        for i, level in enumerate(seen):
+            self._dice[first + i] = dice[i]
+            self._seen[(self.names or own)[first + i]] = level
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest pass.
@@ -385,7 +396,7 @@ class MaskLearner(Options):
         runs the block, on batches of its own.
 
         Args:
-            teacher: as for `attach`, and so are all other arguments.
+            teacher: as for `attach`, and so are all others.
             names: as for `attach`.
             output: as for `attach`.
             layout: as for `attach`.
@@ -511,21 +522,23 @@ class _Attached(Hooked):
         found = self.where.find(result, label, None if learner.names is None else learner.names[own])
         shapes = [x.shape for x in found.tensors]
         first = own.start + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
-        maps = []
-        for x, c, key in zip(found.tensors, learner.channels[first:], labels(len(shapes), found.keys), strict=False):
-            maps.append(self.where.maps(x, f"{label}{key}", self.images, c))
-            check.features(maps[-1], f"{label}{key}", c)
-        used = self.use(first, maps, self.valid(name))
+        used = self.use(first, self._maps(found, first, label), self.valid(name))
         if used is None:
             return None
         masked, dice, seen = used
         self.ran, self.taught = True, self.taught or dice.requires_grad
         if not repeated:
-            keys = learner.names or (found.keys if len(self.modules) == 1 else None)
-            for k, level in enumerate(seen):
-                learner._dice[first + k] = dice[k]
-                learner._seen[keys[first + k] if keys else first + k] = level
+            learner._keep(first, dice, seen, found.keys)
         return found.rebuild([self.where.restored(y, x) for y, x in zip(masked, found.tensors, strict=True)])
+
+    def _maps(self, found: Unpacked, first: int, label: str) -> list[Tensor]:
+        """What a call gave as features ``[N, C, H, W]`` of the learner's levels from ``first`` on."""
+        maps = []
+        for i, (x, key) in enumerate(zip(found.tensors, labels(len(found.tensors), found.keys), strict=True)):
+            channels, name = self.learner.channels[first + i], f"{label}{key}"
+            maps.append(self.where.maps(x, name, self.images, channels))
+            check.features(maps[-1], name, channels)
+        return maps
 
     def _next_place(self, i: int, shapes: list[torch.Size]) -> int:
         """Which of the i-th module's levels this call gives, the first if it gives several."""

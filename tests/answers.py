@@ -368,7 +368,7 @@ def check(given: Given, impl: str, device: str = "cpu") -> float:
     tensors = given.tensors()
     before, versions = [x.clone() for x in tensors], [x._version for x in tensors]
     got = ours(given, impl, device)
-    if impl == "eager" or given.case.seed % 4 == 0:
+    if impl == "eager" or device != "cpu" or given.case.seed % 4 == 1:  # the interpreter is slow
         again = ours(given, impl, device)
         for name, value in got.items():
             assert _same(value, again[name]), f"{name} differs from run to run"

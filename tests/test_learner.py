@@ -45,7 +45,7 @@ def test_half_parameters(dtype: torch.dtype) -> None:
 
 def test_initialisation() -> None:
     torch.manual_seed(0)
-    c, t = 256, 128
+    c, t = 256, 32
     module = MaskModule(c, t)
     shapes = {"mask_token": (t, c), "prob.0.weight": (c, c, 3, 3), "prob.0.bias": (c,), "prob.2.weight": (t, c, 1, 1)}
     assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == shapes | {"prob.2.bias": (t,)}

@@ -1,16 +1,22 @@
 """Checkpoints in the middle of the warm-up, accumulated gradients, a teacher that is in nobody's state dict."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from examples.recipes.plain import Distillation, build
 from examples.recipes.tiny import Segmenter, batches
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner
-from maskd_triton.diagnostics import suggest_loss_weight
+from tests.answers import criterion_of, literal
+from tests.cases import case_of
+from tests.given import Given, given_by
+from tests.helpers import SEED
+from tests.problems import Target
 
 
 def trainer(seed: int) -> tuple[Distillation, torch.optim.Optimizer]:
@@ -18,7 +24,7 @@ def trainer(seed: int) -> tuple[Distillation, torch.optim.Optimizer]:
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
-def step(model: Distillation, optimizer: torch.optim.Optimizer, number: int) -> torch.Tensor:
+def step(model: Distillation, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
     ((images, labels),) = batches(1, seed=number)
     loss = model(images, labels)
     optimizer.zero_grad()
@@ -45,9 +51,40 @@ def test_resumed_run_is_bitwise_the_same(at: int, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def expected(given: Given) -> tuple[Tensor, Tensor]:
+    """The loss before and after the warm-up."""
+    before, after = (literal(replace(given, case=replace(given.case, custom=custom)))["loss"] for custom in ("no", "warmed up"))
+    assert (before - after).abs() > 1e-3 * before
+    return before, after
+
+
+def test_warm_up_counts_training_calls(target: Target) -> None:
+    """Not those in eval mode, with ``advance=False``, or refused; and it is saved."""
+    given = given_by(case_of(custom="warm-up", reduction="sum", through="module"))
+    before, after = expected(given)
+    there = given.on(target[1])
+    criterion, resumed = (criterion_of(there, target[0]) for _ in range(2))  # with 3 of 5 calls behind them
+
+    def call(criterion: MaskedDistillLoss, want: Tensor, **options: Any) -> None:
+        torch.testing.assert_close(criterion(there.student, there.teacher, **options).cpu(), want, rtol=1e-11, atol=0)
+
+    call(criterion.eval(), before)
+    call(criterion.train(), before, advance=False)
+    with pytest.raises(ValueError, match="student"):
+        criterion([x[:, :, :1] for x in there.student], there.teacher)
+    assert int(criterion.warmup_step) == 3
+    call(criterion, before)
+    resumed.load_state_dict(criterion.state_dict())
+    for each in (criterion, resumed):
+        call(each, before)
+        call(each, after)
+        call(each.eval(), after)
+        assert int(each.warmup_step) == 6
+
+
 def test_accumulated_gradients_advance_once() -> None:
     """Two halves of a batch with one step of the warm-up give the loss and gradient of the whole, before and after it."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     learner = MaskLearner([6], 3)
     whole, halves = (MaskedDistillLoss(6, 3, custom_mask_warmup=2, pretrained=learner).double() for _ in range(2))
     for i in range(4):
@@ -70,29 +107,3 @@ def test_student_alone(tmp_path: Path) -> None:
     student.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
     ((images, _),) = batches(1)
     assert torch.equal(student.eval()(images)[0], model.student.eval()(images)[0])
-
-
-def test_suggested_loss_weight() -> None:
-    """With it, the share is as asked."""
-    torch.manual_seed(0)
-    criterion = MaskedDistillLoss(6, 3, loss_weight=2.0, pretrained=MaskLearner(6, 3)).double()
-    x, y = torch.randn(2, 6, 5, 5).double(), torch.randn(2, 6, 5, 5).double()
-    task = torch.tensor(0.75)
-    criterion.loss_weight = suggest_loss_weight([task], [criterion(x, y)], loss_weight=criterion.loss_weight, share=0.2)
-    loss = criterion(x, y)
-    torch.testing.assert_close(loss / (loss + 0.75), torch.tensor(0.2).double(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("task", "distill", "options", "sentence"),
-    [
-        ([], [], {}, "expected one of each for every batch, got 0 and 0"),
-        ([1.0], [1.0, 2.0], {}, "expected one of each for every batch, got 1 and 2"),
-        ([1.0], [0.0], {}, "distill_losses: expected a positive, finite median, got 0.0"),
-        ([float("nan")], [1.0], {}, "task_losses: expected a positive, finite median, got nan"),
-        ([1.0], [1.0], {"share": 1.0}, "share: expected a number between 0 and 1, got 1.0"),
-    ],
-)
-def test_errors_of_suggested_loss_weight(task: Any, distill: Any, options: Any, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        suggest_loss_weight(task, distill, **options)

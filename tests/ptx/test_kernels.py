@@ -251,9 +251,9 @@ def launched(stage: int, case: Case) -> set[str]:
     """The kernels that a step takes."""
     if stage == 2:
         return {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
-    always = {"learn.mask_kernel", "learn.token_gradient_kernel"}
     gated = {"learn.gate_kernel"} if case.weighted and not case.valid else set()
-    return always | gated | ({"learn.feature_gradient_kernel"} if case.inputs else set())
+    wanted = {"learn.feature_gradient_kernel"} if case.inputs else set()
+    return {"learn.mask_kernel", "learn.token_gradient_kernel"} | gated | wanted
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("MASKD_PTX_SEEDS", "1"))))
