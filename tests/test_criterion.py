@@ -302,14 +302,17 @@ def test_what_counts() -> None:
         assert int(criterion.warmup_step) == 3
 
 
-def repeated(criterion: Any, reentrant: bool | None, **options: Any) -> list[Tensor]:
+def repeated(criterion: Any, reentrant: bool | None, compiler: Any = None, **options: Any) -> list[Tensor]:
     """Loss and gradients of one call inside a region that a backward pass repeats; None: without checkpointing."""
     student, gain = leaves(), torch.tensor(0.7, requires_grad=True)
 
     def region(*levels: Tensor) -> Tensor:
         return (criterion([x * gain for x in levels], T, **options) * gain).exp()
 
-    loss = region(*student) if reentrant is None else checkpoint(region, *student, use_reentrant=reentrant)
+    def call(*levels: Tensor) -> Tensor:
+        return region(*levels) if reentrant is None else checkpoint(region, *levels, use_reentrant=reentrant)
+
+    loss = (compiler(call) if compiler else call)(*student)
     loss.backward()
     return [loss.detach(), gain.grad, *(s.grad for s in student)]
 
@@ -332,13 +335,16 @@ def test_checkpointed_calls_count_once(reentrant: bool, step: int, mode: str) ->
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_compiled_and_checkpointed_calls_count_once(reentrant: bool, step: int) -> None:
+    """The checkpoint is inside of what is compiled."""
     torch._dynamo.reset()
     results = []
-    for compiled in (False, True):
+    for kind in (None, reentrant):
         criterion = PROBLEM.criterion(custom_mask_warmup=2)
         criterion.warmup_step.fill_(step)
-        module = torch.compile(criterion, backend="aot_eager", fullgraph=True) if compiled else criterion
-        results.append(repeated(module, reentrant if compiled else None))
+        if kind is None:
+            results.append(repeated(criterion, None))
+        else:
+            results.append(repeated(criterion, kind, compiler=torch.compile(backend="aot_eager", fullgraph=True)))
         assert int(criterion.warmup_step) == step + 1
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
