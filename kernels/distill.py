@@ -78,7 +78,7 @@ def _forward_tile(
         elif DISTANCE == "smooth_l1":
             sums += smooth_l1(value - target, BETA)
         else:
-            tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
+            tl.static_assert(DISTANCE == "squared", "no branch for the distance " + DISTANCE)
             sums += (value - target) * (value - target)
     token = tl.arange(0, TP)
     real = token < T
@@ -291,7 +291,7 @@ def finish_kernel(
     area = tl.sum(b, axis=0) + EPS
     share = weight / N
     if DISTANCE != "cosine":
-        tl.static_assert((DISTANCE == "squared") | (DISTANCE == "smooth_l1"), "a distance without a branch here")
+        tl.static_assert((DISTANCE == "squared") | (DISTANCE == "smooth_l1"), "no branch for the distance " + DISTANCE)
         share = share / C
     share = tl.where(real, share / area, 0.0)
     if EMPTY:  # an image without valid pixels, or a box that is on no pixel, counts nothing also without eps
@@ -357,7 +357,7 @@ def backward_kernel(
         slope = (value - target) / BETA
         slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
     else:
-        tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
+        tl.static_assert(DISTANCE == "squared", "no branch for the distance " + DISTANCE)
         slope = value - target
     g = slope * scale[None, :]
     if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:

@@ -234,15 +234,14 @@ def error(got: Tensor, want: Tensor) -> float:
     return off if off == off else float("inf")
 
 
-def bounds(case: Case, measured: Measured, want: Outputs) -> Outputs:
-    """The error that rounding may make of each output: how far it moves in float64, at most, when all inputs are off by a unit,
-    times `STEPS`, so that sums which cancel are allowed more; and the last place of the output's own dtype."""
+def bounds(case: Case, measured: Measured, want: Outputs) -> dict[str, list[float]]:
+    """The error that rounding may make of each output, but for that of its own dtype: how far it moves in float64, at most,
+    when all inputs are off by a unit, so that sums which cancel are allowed more; and a unit for what follows the sums."""
     unit = max(UNITS[dtype] for dtype in (case.dtype, case.other_dtype or case.dtype))
+    last = UNITS["fp64" if case.dtype == "fp64" else "fp32"]
     moved = [measured("eager", torch.float64, unit) for _ in range(16)]
     return {
-        name: [
-            STEPS * max(error(each[name][i], exact) for each in moved) + STEPS * UNITS["fp64"] for i, exact in enumerate(values)
-        ]
+        name: [STEPS * (last + max(error(each[name][i], exact) for each in moved)) for i, exact in enumerate(values)]
         for name, values in want.items()
     }
 
