@@ -84,13 +84,12 @@ class MaskedDistillLoss(Options):
         float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
     Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
-    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules``
-    tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens
-    are loaded.
-    They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading also takes a
-    learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing it with the
-    warm-up never waits for the GPU. A call that an activation
-    checkpoint repeats in the backward pass counts once, unless the criterion itself was compiled.
+    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds
+    their tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when
+    tokens are loaded. They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading
+    also takes a learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing
+    it with the warm-up never waits for the GPU. A call that an activation checkpoint repeats in the backward pass counts once,
+    unless the criterion itself was compiled.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
