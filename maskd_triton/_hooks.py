@@ -357,7 +357,9 @@ def _reader(valid: Valid, model: nn.Module) -> Callable[[tuple[Any, ...], dict[s
 # Freezing
 
 
-_FIXED = re.compile(r"BatchNorm|InstanceNorm|Drop(?:Path|Block|out)|StochasticDepth|MultiheadAttention|RNNBase|RReLU")
+_FIXED = re.compile(
+    r"(?<!Frozen)BatchNorm|InstanceNorm|Drop(?:Path|Block|out)|StochasticDepth|MultiheadAttention|RNNBase|RReLU"
+)
 
 
 def changes_in_train_mode(module: nn.Module) -> bool:
