@@ -221,7 +221,7 @@ class Hooked:
             for i, module in enumerate(self.modules):
                 hook = _Hook(module, functools.partial(self._output, i))
                 stack.callback(module.register_forward_hook(hook, prepend=self.FIRST).remove)
-                for name, child in module.named_children():
+                for name, child in _children(module):
                     ran = _Hook(child, functools.partial(self._child_ran, self.where.names[i], name))
                     stack.callback(child.register_forward_hook(ran).remove)
             stack.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
@@ -315,6 +315,15 @@ class Hooked:
             raise AttributeError(f"{self.caller}: the {self.role} {kind} has no module {name!r}; {hint}") from None
 
 
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Its children, and in place of those that have no ``forward`` (ModuleLists, containers of torch.fx) theirs."""
+    for name, child in module.named_children():
+        if getattr(child.forward, "__func__", None) is nn.Module.forward:
+            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _children(child))
+        elif not isinstance(child, torch.jit.ScriptModule):  # which nobody can hook
+            yield name, child
+
+
 def looked_through(module: nn.Module) -> nn.Module:
     """What a `FrozenTeacher` holds, or torch.compile wraps; other modules as they are."""
     inner = module.model if isinstance(module, FrozenTeacher) else compiled(module)
@@ -357,7 +366,9 @@ def _reader(valid: Valid, model: nn.Module) -> Callable[[tuple[Any, ...], dict[s
 # Freezing
 
 
-_FIXED = re.compile(r"BatchNorm|InstanceNorm|Drop(?:Path|Block|out)|StochasticDepth|MultiheadAttention|RNNBase|RReLU")
+_FIXED = re.compile(
+    r"(?<!Frozen)BatchNorm|InstanceNorm|Drop(?:Path|Block|out)|StochasticDepth|MultiheadAttention|RNNBase|RReLU"
+)
 
 
 def changes_in_train_mode(module: nn.Module) -> bool:
