@@ -3,6 +3,8 @@
 ``cases.py`` is the table, ``bounds.py`` says how far off a result may be. ``MASKD_TEST_SEED=k`` gives all of it other numbers.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -251,5 +253,5 @@ def test_mean_inside_of_a_box(target: Target) -> None:
 def test_a_distance_without_a_branch_is_an_error(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "DISTANCES", (*F.DISTANCES, "another"))
     s, t = level(target, 1, 4, 3, 3).requires_grad_(), level(target, 1, 4, 3, 3, seed=1)
-    with pytest.raises(Exception, match="another|without a branch"):
+    with pytest.raises(Exception, match=r"another|without a branch"):
         F.masked_distill_loss(s, t, [level(target, 2, 4)], distance="another", impl=target[0])
