@@ -180,7 +180,8 @@ def _learned(given: Given, impl: str) -> Results:
     for y, x in zip(masked, features, strict=True):
         assert (y.dtype, y.shape) == (x.dtype, x.shape)
     outputs = {f"masked.{i}": y for i, y in enumerate(masked)} | {"dice": dice}
-    found = _gradients(list(outputs.values()), [*given.upstream, upstream], leaves)
+    # in plain torch, autograd adds up the shares of a feature's gradient, in strides of its own
+    found = _gradients(list(outputs.values()), [*given.upstream, upstream], leaves, mixed=impl == "eager")
     return {**{name: x.detach() for name, x in outputs.items()}, **found, **seen}
 
 
