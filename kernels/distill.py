@@ -383,9 +383,9 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
         options.custom_mask and options.customised is not None, len(options.masks) > 0, len(options.valid) > 0,
         options.weights is not None, options.mask_power, options.distance, options.beta, options.eps,
     )  # fmt: skip
-    looks = launch.looks(student), launch.looks(teacher), launch.dtypes(*parameters)
-    student_maps, teacher_maps, launches = _plan_forward(*looks, variant, loss.device, tuning.generation())
-    student, teacher = launch.readable(student, student_maps), launch.readable(teacher, teacher_maps)
+    looks = launch.looks(student), launch.looks(teacher)
+    maps, launches = _plan_forward(*looks, launch.dtypes(*parameters), variant, loss.device, tuning.generation())
+    student, teacher = launch.readable(student, maps[0]), launch.readable(teacher, maps[1])
     with launch.device_of(loss):
         for group, tiles, finish in launches:
             part = loss.new_empty((tiles.programs, 3, variant.num_tokens))
@@ -420,59 +420,49 @@ class _Variant(NamedTuple):
     eps: float
 
 
-_Launch = tuple[launch.Group, launch.Numbers, launch.Numbers]  # of the tiles, and of what finishes
-
-
 @functools.lru_cache(launch.PLANS)
 def _plan_forward(
-    student: Sequence[launch.Look],
-    teacher: Sequence[launch.Look],
+    student: launch.Looks,
+    teacher: launch.Looks,
     parameters: Sequence[Sequence[torch.dtype]],
     variant: _Variant,
     device: torch.device,
     _generation: int,
-) -> tuple[list[launch.Map], list[launch.Map], list[_Launch]]:
-    """Student and teacher as kernels address them, and the launches."""
-    maps = [launch.Map.of(look) for look in student], [launch.Map.of(look) for look in teacher]
-    heights = [shape[2] for shape, _, _ in student]
-    launches = []
-    for group in launch.groups(*maps, parameters=parameters):
-        config = group.config("forward_kernel", variant.num_tokens, device)
-        launches.append((group, *_forward_numbers(group, config, group.own(heights), variant)))
-    return *maps, launches
+) -> tuple[list[list[launch.Map]], list[tuple[launch.Group, launch.Numbers, launch.Numbers]]]:
+    """Student and teacher as kernels address them, and the launches of the tiles and of what finishes."""
+    maps, heights = launch.maps_of(student, teacher), [shape[2] for shape, _, _ in student]
+    groups = launch.groups(*maps, parameters=parameters)
+    return maps, [(group, *_forward_numbers(group, group.own(heights), variant, device)) for group in groups]
 
 
 def _forward_numbers(
-    group: launch.Group, config: tuning.Config, heights: Sequence[int], variant: _Variant
+    group: launch.Group, heights: Sequence[int], variant: _Variant, device: torch.device
 ) -> tuple[launch.Numbers, launch.Numbers]:
-    s, t = group.maps
+    s, num_tokens = group.maps[0], variant.num_tokens
+    config = group.config("forward_kernel", num_tokens, device)
+    rows, dtypes = tuning.token_rows(num_tokens), [maps[0].dtype for maps in group.maps]
+    splits = [launch.split(dtype) for dtype in dtypes]
     widths = [m.p // h for m, h in zip(s, heights, strict=True)]
-    sizes = zip(s, heights, widths, strict=True)
-    first, programs = launch.first_programs([m.n * _partials_of(h, w, variant.weighted, config) for m, h, w in sizes])
+    counts = [_partials_of(h, w, variant.weighted, config) for h, w in zip(heights, widths, strict=True)]
     # the cosine adds up three tiles where other distances add up one
-    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and s[0].dtype.itemsize == 2 else config.block_c
-    rows, splits = tuning.token_rows(variant.num_tokens), [launch.split(each[0].dtype) for each in (s, t)]
+    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and splits[0] == 2 else config.block_c
     common = {
-        "WEIGHTED": variant.weighted, "DISTANCE": variant.distance, "ACC": launch.acc_type(s[0].dtype),
-        "T": variant.num_tokens, "TP": rows, "BLOCK_P": config.block_p,
+        "WEIGHTED": variant.weighted, "DISTANCE": variant.distance, "ACC": launch.acc_type(dtypes[0]),
+        "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p,
     }  # fmt: skip
-    tiles = {
-        "CUSTOM": variant.custom_mask, "CHOSEN": variant.chosen, "STANDARD": variant.standard,
-        "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "BETA": variant.beta,
-        "S_SPLIT": splits[0], "T_SPLIT": splits[1],
-        "S_FAST": group.axes[0], "T_FAST": group.axes[1], "UPCAST": launch.INTERPRETED,
-        "BLOCK_C": block_c, "STAGES": launch.stages(config, max(splits) * rows), **config.program, **group.constants, **common,
-    }  # fmt: skip
+    tiles = launch.numbers(
+        group, counts, (0, 1), widths, CUSTOM=variant.custom_mask, CHOSEN=variant.chosen, STANDARD=variant.standard,
+        GIVEN=variant.given, VALID=variant.valid, POWER=variant.mask_power, BETA=variant.beta,
+        S_SPLIT=splits[0], T_SPLIT=splits[1], S_FAST=group.axes[0], T_FAST=group.axes[1], UPCAST=launch.INTERPRETED,
+        BLOCK_C=block_c, STAGES=launch.stages(config, max(splits) * rows), **config.program, **common,
+    )  # fmt: skip
     finish = {
         "LEVELS": len(s), "STANDARD": variant.weighted and variant.standard, "WEIGHTS": variant.weights,
         "EMPTY": variant.given or variant.valid, "EPS": variant.eps, "N": s[0].n,
         "BLOCK": max(16, 1024 // rows), "num_warps": 4, **common,
     }  # fmt: skip
-    finish_tables = launch.tables(first, [m.c for m in s], heights, widths, group.levels)
-    return (
-        launch.Numbers(programs, [*launch.tables(first), *group.tables(0, 1), *launch.tables(widths)], tiles),
-        launch.Numbers(len(s) * s[0].n, finish_tables, finish),
-    )
+    tables = [*tiles.tables[:1], *launch.tables([m.c for m in s], heights, widths, group.levels)]
+    return tiles, launch.Numbers(len(s) * s[0].n, tables, finish)
 
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
@@ -491,7 +481,7 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
     statistics = [x.contiguous() for x in kept.statistics]
     variant = coefficients.shape[2], len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance, kept.beta
     looks = launch.looks(student), launch.looks(teacher), launch.looks(grads)
-    maps, launches = _plan_backward(looks, variant, coefficients.device, tuning.generation())
+    maps, launches = _plan_backward(*looks, variant, coefficients.device, tuning.generation())
     student, teacher = launch.readable(student, maps[0]), launch.readable(teacher, maps[1])
     written = launch.writable(grads, maps[2])
     with launch.device_of(coefficients):
@@ -506,24 +496,24 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
 
 @functools.lru_cache(launch.PLANS)
 def _plan_backward(
-    looks: Sequence[Sequence[launch.Look]],
+    student: launch.Looks,
+    teacher: launch.Looks,
+    grads: launch.Looks,
     variant: tuple[int, bool, bool, int, str, float],
     device: torch.device,
     _generation: int,
 ) -> tuple[list[list[launch.Map]], list[tuple[launch.Group, launch.Numbers]]]:
     """Student, teacher and gradients as kernels address them, and the launches."""
     num_tokens, standard, valid, mask_power, distance, beta = variant
-    maps = [[launch.Map.of(look) for look in each] for each in looks]
+    maps = launch.maps_of(student, teacher, grads)
     launches = []
     for group in launch.groups(*maps):
-        s = group.maps[0]
+        s, (s_fast, t_fast, g_fast) = group.maps[0], group.axes
         config = group.config("backward_kernel", num_tokens, device)
-        first, programs = launch.tile_programs(s, config)
-        constants = {
-            "VALID": valid, "POWER": mask_power, "DISTANCE": distance, "BETA": beta, "STANDARD": standard,
-            "ACC": launch.acc_type(s[0].dtype), "T": num_tokens, "TP": tuning.power_of_2(num_tokens), "N": s[0].n,
-            "S_FAST": group.axes[0], "T_FAST": group.axes[1], "G_FAST": group.axes[2], **config.tile, **group.constants,
-        }  # fmt: skip
-        tables = [*launch.tables(first), *group.tables(0, 1, 2), *launch.tables(group.levels)]
-        launches.append((group, launch.Numbers(programs, tables, constants)))
+        numbers = launch.numbers(
+            group, launch.tiles(s, config), (0, 1, 2), group.levels, VALID=valid, POWER=mask_power, DISTANCE=distance,
+            BETA=beta, STANDARD=standard, ACC=launch.acc_type(s[0].dtype), T=num_tokens, TP=tuning.power_of_2(num_tokens),
+            N=s[0].n, S_FAST=s_fast, T_FAST=t_fast, G_FAST=g_fast, **config.tile,
+        )  # fmt: skip
+        launches.append((group, numbers))
     return maps, launches

@@ -50,9 +50,10 @@ class Numbers(NamedTuple):
 
 
 Look = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
+Looks = Sequence[Look]  # of the levels of one sequence of feature maps
 
 
-def looks(tensors: Iterable[Tensor]) -> tuple[Look, ...]:
+def looks(tensors: Iterable[Tensor]) -> Looks:
     """All that a launch depends on of feature maps."""
     return tuple((x.shape, x.stride(), x.dtype) for x in tensors)
 
@@ -100,6 +101,10 @@ class Map(NamedTuple):
     def is_wide(self) -> bool:
         """Whether an offset inside one image leaves 32 bits."""
         return (self.c - 1) * self.strides[1] + (self.p - 1) * self.strides[2] >= 2**31
+
+
+def maps_of(*looks: Looks) -> list[list[Map]]:
+    return [[Map.of(look) for look in each] for each in looks]
 
 
 def readable(tensors: Sequence[Tensor], maps: Sequence[Map]) -> list[Tensor]:
@@ -211,10 +216,21 @@ def first_programs(counts: Sequence[int]) -> tuple[list[int], int]:
     return [sum(counts[:i]) for i in range(len(counts))], sum(counts)
 
 
-def tile_programs(maps: Sequence[Map], config: Config) -> tuple[list[int], int]:
-    """`first_programs` of kernels in which a program takes one tile of one image."""
+def tiles(maps: Sequence[Map], config: Config) -> list[int]:
+    """Tiles of an image of each level."""
     ceil = tuning.ceil_div
-    return first_programs([m.n * ceil(m.c, config.block_c) * ceil(m.p, config.block_p) for m in maps])
+    return [ceil(m.c, config.block_c) * ceil(m.p, config.block_p) for m in maps]
+
+
+def runs(maps: Sequence[Map], config: Config) -> list[int]:
+    """Tiles of an image of each level where a program takes all channels of its pixels."""
+    return [tuning.ceil_div(m.p, config.block_p) for m in maps]
+
+
+def numbers(group: Group, counts: Sequence[int], which: Sequence[int], *others: Iterable[int], **constants: Any) -> Numbers:
+    """Of a kernel with ``counts`` programs an image; tables: first programs, lengths, strides of maps ``which``, others."""
+    first, programs = first_programs([m.n * count for m, count in zip(group.maps[0], counts, strict=True)])
+    return Numbers(programs, [*tables(first), *group.tables(*which), *tables(*others)], {**constants, **group.constants})
 
 
 def acc_type(dtype: torch.dtype) -> tl.dtype:

@@ -522,7 +522,7 @@ class _Attached(Hooked):
         found = self.where.find(result, label, None if learner.names is None else learner.names[own])
         shapes = [x.shape for x in found.tensors]
         first = own.start + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
-        used = self.use(first, self._maps(found, first, label), self.valid(name))
+        used = self.use(first, self._maps(found, first, label), self.valid(name, repeated))
         if used is None:
             return None
         masked, dice, seen = used

@@ -538,13 +538,16 @@ def test_compiled_inside_the_block(fullgraph: bool) -> None:
             s.mean().backward()
             frames.append(counter.frame_count)
     assert frames[1] == frames[-1]
-    plain = teacher(IMAGES)
+    plain, valid = teacher(IMAGES), torch.rand(2, 8, 12) > 0.3
     want = learner(teacher.neck(teacher.blocks(IMAGES)).detach())
     compiled = torch.compile(teacher, backend="aot_eager", fullgraph=fullgraph)
     with learner.attach(teacher, "neck"):
         torch.testing.assert_close(compiled(IMAGES), want)
         gradients(learner, learner.dice_loss())
     torch.testing.assert_close(compiled(IMAGES), plain)
+    with learner.attach(teacher, "neck", valid=lambda _: valid):
+        teacher.compile(backend="aot_eager", fullgraph=fullgraph)
+        torch.testing.assert_close(teacher(IMAGES), learner(plain.detach(), valid))
 
 
 def test_levels_of_a_pyramid_that_a_mapping_names() -> None:

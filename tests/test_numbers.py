@@ -119,21 +119,6 @@ def test_an_output_without_use_has_no_gradient(used: int, weighted: bool, target
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_one_backward_only(target: Target) -> None:
-    """Second derivatives are not offered: an error rather than a silent zero."""
-    given = given_by(case_of(dtypes="fp32")).on(target[1])
-    student = [s.detach().requires_grad_() for s in given.student]
-    module = module_of(target)
-    y, dice = module(level(target, 2, 5, 2, 3))
-    for output, leaf in (
-        (criterion_of(given, target[0])(student, given.teacher), student[0]),
-        (y.sum() + dice, module.mask_token),
-    ):
-        (grad,) = torch.autograd.grad(output, leaf, create_graph=True)
-        with pytest.raises(RuntimeError):
-            (leaf.sum() + grad.square().sum()).backward()
-
-
 def test_features_made_in_inference_mode(target: Target) -> None:
     """Nothing is kept of them where nothing learns; else an error says what to do."""
     given = given_by(case_of(dtypes="fp32")).on(target[1])
