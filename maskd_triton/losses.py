@@ -35,10 +35,10 @@ class MaskedDistillLoss(Options):
     $$
 
     for the student's features ``s`` and the teacher's ``t``, with sums over images n, tokens t, pixels p and channels c, and
-    ``loss_weight`` as lambda. A level is one feature map. The masks are ``m = sigmoid(E t)`` for the learned tokens ``E [T,
-    C]``. A small learned head, the *mask weighting*, gives each image a softmax weight ``w`` for every mask. After the warm-up
-    masks are customised, that is, multiplied by the student's own: ``m = sigmoid(E t) * sigmoid(E s)``. No gradient goes
-    through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
+    ``loss_weight`` as lambda. A level is one feature map. The learned tokens ``E [T, C]`` give the masks ``m = sigmoid(E t)``.
+    A small learned head, the *mask weighting*, gives each image a softmax weight ``w`` for every mask. After the warm-up masks
+    are customised, that is, multiplied by the student's own: ``m = sigmoid(E t) * sigmoid(E s)``. No gradient goes through
+    ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
 
     Args:
         channels: channels of the teacher's features, one per level; an int means a single level. A mapping ``{name: C}`` names
