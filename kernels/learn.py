@@ -324,7 +324,7 @@ _Launches = list[tuple[launch.Group, list[int], launch.Numbers, launch.Numbers]]
 def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
     """Masked features in the dtype and, where they are dense, the strides of ``features``; fills ``dice [levels, N]``
     and ``kept``."""
-    weights, pairs, masks, sums = kept
+    weights, grams, masks, sums = kept
     launch.check_device(dice)
     masked = [torch.empty_like(x) for x in features]
     if not len(features[0]):
@@ -340,14 +340,15 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
     with launch.device_of(dice):
         for group, counts, (programs, tables, constants), gate in launches:
             totals = [weights.new_empty((n, k, m.c)) for k, m in zip(counts, group.maps[0], strict=True)]
-            grams = [weights.new_empty((n, k, t, t)) for k in counts]
+            products = [weights.new_empty((n, k, t, t)) for k in counts]
             launch.run(
                 mask_kernel, programs,
                 *group.addresses(features, tokens, token_bias, options.valid, masks),
-                *map(launch.per_level, (totals, grams)), *group.addresses(written), *tables, weights, n, **constants,
+                *map(launch.per_level, (totals, products)), *group.addresses(written), *tables, weights, n, **constants,
             )  # fmt: skip
-            for i, total, gram in zip(group.levels, totals, grams, strict=True):
-                dice[i], pairs[i] = _eager.dice_of_gram(gram.sum(1))
+            for i, total, product in zip(group.levels, totals, products, strict=True):
+                torch.sum(product, 1, out=grams[i])
+                dice[i] = _eager.dice_of_gram(grams[i])
                 if variant.weighted:
                     size = variant.heights[i], maps[0][i].p // variant.heights[i]
                     sums[i].copy_(_eager.strip_sums(features[i], *size, total.sum(1)))
@@ -401,7 +402,7 @@ def backward(
     need_features: bool,
 ) -> list[Tensor]:
     """Gradients of ``features``, if needed; fills ``to_tables`` and ``to_weights``."""
-    weights, pairs, masks, sums = kept
+    weights, grams, masks, sums = kept
     launch.check_device(weights)
     result = [torch.empty_like(x) for x in features] if need_features else []
     if not len(features[0]):
@@ -416,7 +417,7 @@ def backward(
     features, grads = launch.readable(features, maps[0]), launch.readable(grads, maps[1])
     written = launch.writable(result, maps[2]) if need_features else []
     gx = [weights.new_empty((n, m.p)) for m in maps[0]] if need_features else []
-    to_sums, of_all = list(sums), (weights, pairs, grad_dice)
+    to_sums, of_all = list(sums), (weights, torch.stack([_pairs(gram) for gram in grams]), grad_dice)
     with launch.device_of(weights):
         for group, counts, (programs, tables, constants), last in launches:
             token_shares = [weights.new_empty((n, k, t, m.c)) for k, m in zip(counts, group.maps[0], strict=True)]
@@ -444,11 +445,25 @@ def backward(
     return launch.copied_back(result, written)
 
 
+def _pairs(gram: Tensor) -> Tensor:
+    """``pairs [N, T, T]``: the gradient of the Dice loss for the masks m is ``pairs @ m``; ``gram``: their products."""
+    with torch.enable_grad():
+        gram = gram.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(_eager.dice_of_gram(gram).sum(), gram)
+    return gradient + gradient.transpose(1, 2)
+
+
 def _sums_gradient(i: int, of_weights: Tensor, options: LearnOptions, kept: LearnKept, to_tables: LearnTables) -> Tensor:
     """The gradient ``[N, 9, C]`` of the strip sums of level ``i``, from that of its mask weights; fills its weighting's."""
-    pixels, to_weighting = kept.masks[i].shape[2], (to_tables.pool_rows[i], to_tables.pool_bias[i])
-    of_scores = _eager.scores_gradient(of_weights, kept.weights[i], kept.sums[i], *to_weighting, options.heights[i], pixels)
-    return ((of_scores / pixels)[:, None, :, None] * options.tables.pool_rows[i].to(of_scores.dtype)).sum(2)
+    height, pixels = options.heights[i], kept.masks[i].shape[2]
+    with torch.enable_grad():
+        given = kept.sums[i], options.tables.pool_rows[i], options.tables.pool_bias[i]
+        inputs = [x.detach().requires_grad_() for x in given]
+        weights = _eager.weights_of_sums(*inputs, height, pixels // height)
+    to_sums, to_rows, to_bias = torch.autograd.grad(weights, inputs, of_weights)
+    to_tables.pool_rows[i].copy_(to_rows)
+    to_tables.pool_bias[i].copy_(to_bias)
+    return to_sums.contiguous()  # as the kernel reads it
 
 
 @functools.lru_cache(launch.PLANS)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from . import _checks as check
-from ._records import Distilled, DistillKept, DistillOptions, LearnKept, LearnOptions, LearnTables
+from ._records import Distilled, DistillKept, DistillOptions, LearnOptions
 
 DICE_EPS = 2e-12  # added to the sum of a pair's areas, as published
 
@@ -386,125 +386,42 @@ def gram(m: Tensor) -> Tensor:
     return torch.bmm(m, m.transpose(1, 2))
 
 
-def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Every image's share ``[N]`` of the mean Dice coefficient of the ``T (T - 1)`` ordered pairs (0 for ``T = 1``), and its
-    gradient for the masks, ``pairs @ m`` with ``pairs [N, T, T]``; ``gram [N, T, T]``."""
+def dice_of_gram(gram: Tensor) -> Tensor:
+    """Every image's share ``[N]`` of the mean Dice coefficient of the ``T (T - 1)`` ordered pairs of masks, 0 for ``T = 1``."""
     n, t, _ = gram.shape
     area = torch.diagonal(gram, dim1=1, dim2=2)
     others = 1 - torch.eye(t, dtype=gram.dtype, device=gram.device)
-    areas = area[:, :, None] + area[:, None, :] + DICE_EPS
-    share = others / areas / max(n * t * (t - 1), 1)
-    dice = 2 * share * gram
-    # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
-    falling = (dice / areas).sum(2)
-    return dice.sum((1, 2)), 4 * share - 4 * torch.diag_embed(falling)
+    coefficients = 2 * gram / (area[:, :, None] + area[:, None, :] + DICE_EPS) * others
+    return coefficients.sum((1, 2)) / max(n * t * (t - 1), 1)
 
 
 @_full_precision
-def learn_forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
-    """Stage 1 of all levels ``[N, C, P]``: masked features; fills ``dice [levels, N]`` and ``kept``."""
-    masked = []
-    for i, (x, height, m) in enumerate(zip(features, options.heights, kept.masks, strict=True)):
-        tokens, token_bias, rows, bias = (_of_level(field, i) for field in options.tables)
-        m.copy_(masks(x, tokens, token_bias))
-        padding = (options.valid[i] == 0)[:, None] if options.valid else None
-        if padding is not None:
-            m.masked_fill_(padding, 0)
-        dice[i], kept.pairs[i] = dice_of_gram(gram(m))
-        if options.weights:
-            kept.weights[i] = options.weights[i]
-        elif rows is None:
-            kept.weights[i].fill_(1)
-        else:
-            width = x.shape[2] // height
-            kept.sums[i].copy_(strip_sums(x, height, width))
-            kept.weights[i] = weights_of_sums(kept.sums[i], rows, bias, height, width)
-        masked.append(gate(x, m, kept.weights[i]))
-        if padding is not None:
-            masked[i].masked_fill_(padding, 0)
-    return masked
+def learn(features: Sequence[Tensor], options: LearnOptions) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+    """Stage 1 of all levels ``[N, C, P]``, differentiable in everything: masked features, Dice losses ``[levels]``, masks
+    ``[N, T, P]`` and mask weights ``[N, T]``."""
+    levels = [_learn_level(x, options, i) for i, x in enumerate(features)]
+    masked, dice, m, w = ([level[k] for level in levels] for k in range(4))
+    return masked, torch.stack(dice), m, w
 
 
-@_full_precision
-def learn_backward(
-    features: Sequence[Tensor],
-    options: LearnOptions,
-    grad_masked: Sequence[Tensor],
-    grad_dice: Tensor,
-    kept: LearnKept,
-    to_tables: LearnTables,
-    to_weights: Sequence[Tensor],
-    need_features: bool,
-) -> list[Tensor]:
-    """Gradients of ``features``, if needed; fills ``to_tables`` and ``to_weights``."""
-    to_features = []
-    for i, (x, grad, height, m) in enumerate(zip(features, grad_masked, options.heights, kept.masks, strict=True)):
-        w, pairs, pixels = kept.weights[i], kept.pairs[i] * grad_dice[i], x.shape[2]
-        gx, counted = (grad.to(m.dtype) * x.to(m.dtype)).sum(1), x
-        if options.valid:
-            padding = options.valid[i] == 0
-            gx.masked_fill_(padding, 0)
-            counted = x.masked_fill(padding[:, None], 0)
-        dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)
-        # an einsum over images and pixels would copy x
-        to_tables.tokens[i].copy_(torch.bmm(dl, counted.to(m.dtype).transpose(1, 2)).sum(0))
-        if to_tables.token_bias:
-            to_tables.token_bias[i].copy_(dl.sum((0, 2)))
-        of_weights, strips = torch.einsum("ntp,np->nt", m, gx), None
-        if to_weights:
-            to_weights[i].copy_(of_weights)
-        if to_tables.pool_rows:
-            to_scores = scores_gradient(
-                of_weights, w, kept.sums[i], to_tables.pool_rows[i], to_tables.pool_bias[i], height, pixels
-            )
-            strips = torch.einsum("nt,stc->nsc", to_scores / pixels, options.tables.pool_rows[i].to(m.dtype))
-        if need_features:
-            to_features.append(_feature_gradient(grad, x, dl, m, w, options.tables.tokens[i], strips, height))
-            if options.valid:
-                to_features[i].masked_fill_(padding[:, None], 0)
-    return to_features
-
-
-@_full_precision
-def scores_gradient(
-    of_weights: Tensor, w: Tensor, sums: Tensor, to_rows: Tensor, to_bias: Tensor, height: int, pixels: int
-) -> Tensor:
-    """Gradient ``[N, T]`` of the logits of the mask weights ``w [N, T]``, whose own is ``of_weights``; fills ``to_rows`` and
-    ``to_bias``. ``sums [N, 9, C]``: strip sums."""
-    to_scores = w * (of_weights - (w * of_weights).sum(1, keepdim=True))
-    to_rows.copy_(torch.einsum("nt,nsc->stc", to_scores / pixels, sums))
-    total = to_scores.sum(0)
-    if to_bias.dim() == 2:
-        corners = total / pixels
-        total = torch.stack([total, total / height, total / (pixels // height), corners, corners])
-    to_bias.copy_(total)
-    return to_scores
-
-
-def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
-    """``x * sum_t w[n, t] m[n, t, p]`` in the dtype and, where it is dense, the strides of ``x``."""
-    a = torch.einsum("nt,ntp->np", w, m)[:, None, :]
-    y = torch.empty_like(x)
-    return torch.mul(x, a, out=y) if x.dtype == a.dtype else y.copy_(x * a)
-
-
-def _feature_gradient(
-    grad: Tensor, x: Tensor, dl: Tensor, m: Tensor, w: Tensor, tokens: Tensor, strips: Tensor | None, height: int
-) -> Tensor:
-    """Gradient of ``x [N, C, P]``; ``dl [N, T, P]`` is that of the mask logits, ``strips [N, 9, C]`` that of the strip sums."""
-    d = grad.to(m.dtype) * torch.einsum("nt,ntp->np", w, m)[:, None, :]
-    d += torch.bmm(tokens.to(m.dtype).t().expand(len(m), -1, -1), dl)
-    if strips is not None:
-        image = d.unflatten(2, (height, -1))
-        every, top, bottom, left, right, *corners = strips.unbind(1)
-        d += every[:, :, None]
-        image[:, :, 0] += top[:, :, None]
-        image[:, :, -1] += bottom[:, :, None]
-        image[:, :, :, 0] += left[:, :, None]
-        image[:, :, :, -1] += right[:, :, None]
-        for (i, j), corner in zip(((0, 0), (0, -1), (-1, 0), (-1, -1)), corners, strict=True):
-            image[:, :, i, j] += corner
-    return torch.empty_like(x).copy_(d)
+def _learn_level(x: Tensor, options: LearnOptions, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, token_bias, rows, bias = (_of_level(field, i) for field in options.tables)
+    valid, given, height = _of_level(options.valid, i), _of_level(options.weights, i), options.heights[i]
+    value = x.to(acc_dtype(x.dtype))  # once, so that its gradient is rounded once
+    padding = None if valid is None else (valid == 0)[:, None]
+    if padding is not None:
+        value = torch.where(padding, 0, value)  # keeps strides, as masked_fill does not; a NaN would stay in gradients
+    m = masks(value, tokens, token_bias)
+    if padding is not None:
+        m = m.masked_fill(padding, 0)
+    if given is not None:
+        w = given.to(m.dtype)
+    elif rows is None:
+        w = m.new_ones(m.shape[:2])
+    else:
+        w = weights(value, rows, bias, height, x.shape[2] // height)
+    gate = torch.einsum("nt,ntp->np", w, m)[:, None]
+    return (value * gate).to(x.dtype), dice_of_gram(gram(m)).sum(), m, w
 
 
 @_full_precision

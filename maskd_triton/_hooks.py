@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._levels import Unpacked, is_record, refilled, tensor_of, unpack
-from ._torch import graph_task, tracing
+from ._torch import compiled, graph_task, tracing
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher
 
@@ -196,6 +196,7 @@ class Hooked:
         modules: those that ``where`` names.
         inside: a pass is running. A module that runs outside of one was called by itself.
         images: height and width of the images of the pass, where a grid of tokens needs them.
+        arguments: of the model's call, until ``valid`` has read the valid ``pixels`` in them.
     """
 
     FIRST: ClassVar[bool] = False  # whether `act` runs before other hooks, which then see what it puts into the output
@@ -206,7 +207,8 @@ class Hooked:
         self.modules = [self._module(name) for name in where.names]
         self.labels = [f"output of the {role}'s {name!r}" for name in where.names]
         self.read = None if valid is None else _reader(valid, self.root)
-        self.pixels: Callable[[], Any] | None = None
+        self.arguments: tuple[Any, Any] | None = None
+        self.pixels: Any = None
         self.images: tuple[int, int] | None = None
         self.inside = False
         self.children: dict[str, str] = {}
@@ -219,7 +221,7 @@ class Hooked:
             for i, module in enumerate(self.modules):
                 hook = _Hook(module, functools.partial(self._output, i))
                 stack.callback(module.register_forward_hook(hook, prepend=self.FIRST).remove)
-                for name, child in module.named_children():
+                for name, child in _children(module):
                     ran = _Hook(child, functools.partial(self._child_ran, self.where.names[i], name))
                     stack.callback(child.register_forward_hook(ran).remove)
             stack.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
@@ -229,7 +231,7 @@ class Hooked:
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
-        self.pixels = None
+        self.arguments = self.pixels = None
 
     def act(self, i: int, result: Any, repeated: bool) -> Any:
         """What the i-th module returns in place of ``result``; None: ``result``.
@@ -240,26 +242,28 @@ class Hooked:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins."""
-        self.inside, self.images, self.pixels = True, None, None
+        self.inside, self.images, self.arguments = True, None, None
         if self.where.layout == "tokens" and self.where.grid is None:
             self.images = _image_size([*args, *kwargs.values()])
-        if self.read is not None:  # only when its first level arrives: a module may pad the images
-            self.pixels = functools.cache(functools.partial(self.read, args, kwargs))
+        if self.read is not None:
+            self.arguments = args, kwargs
 
     def end(self, result: Any) -> None:
         """A pass is over; ``result`` is None if it raised."""
         self.inside = False
 
-    def valid(self, name: str) -> Any:
-        """The valid pixels of the pass."""
+    def valid(self, name: str, repeated: bool) -> Any:
+        """The valid pixels of the pass, read when its first level arrives: the model may have padded the images by then."""
         if self.read is None:
             return None
-        if self.pixels is None:
+        if not (self.inside or repeated):
             raise RuntimeError(
                 f"{self.caller}: valid= is read in a call of the {self.role}, but {name!r} ran outside of one; call the "
-                f"{self.role} itself"
+                f"{self.role} itself, compiled by {self.role}.compile() rather than torch.compile({self.role})"
             )
-        return self.pixels()
+        if self.arguments is not None:
+            self.pixels, self.arguments = self.read(*self.arguments), None
+        return self.pixels
 
     def not_run(self, names: Sequence[str]) -> str:
         """Why modules of these names have not run, and what to do."""
@@ -296,24 +300,34 @@ class Hooked:
 
     def _module(self, name: str) -> nn.Module:
         """The submodule of that dotted name; AttributeError with the names that come near."""
-        module: nn.Module | None = self.root
-        for step in name.split(".") if name else ():
-            module = None if module is None else looked_through(module)._modules.get(step)
-        if module is None:
+        module = self.root
+        try:
+            for step in name.split(".") if name else ():
+                module = looked_through(module).get_submodule(step)
+            return module
+        except AttributeError:
             known = [path for path, _ in self.root.named_modules()]
             inside = [path for path in known if path.endswith(f".{name}")]  # the name before something was wrapped
             near = inside[:5] or difflib.get_close_matches(name, known, n=5, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {list(self.root._modules)}"
+            own = [child for child, _ in self.root.named_children()]
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {own}"
             kind = type(self.root).__name__
-            raise AttributeError(f"{self.caller}: the {self.role} {kind} has no module {name!r}; {hint}")
-        return module
+            raise AttributeError(f"{self.caller}: the {self.role} {kind} has no module {name!r}; {hint}") from None
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Its children, and in place of those that have no ``forward`` (ModuleLists, containers of torch.fx) theirs."""
+    for name, child in module.named_children():
+        if getattr(child.forward, "__func__", None) is nn.Module.forward:
+            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _children(child))
+        elif not isinstance(child, torch.jit.ScriptModule):  # which nobody can hook
+            yield name, child
 
 
 def looked_through(module: nn.Module) -> nn.Module:
     """What a `FrozenTeacher` holds, or torch.compile wraps; other modules as they are."""
-    while isinstance(module, FrozenTeacher) or "_orig_mod" in module._modules:
-        module = module.model if isinstance(module, FrozenTeacher) else module._modules["_orig_mod"]  # type: ignore[assignment]
-    return module
+    inner = module.model if isinstance(module, FrozenTeacher) else compiled(module)
+    return module if inner is None else looked_through(inner)
 
 
 def _image_size(arguments: list[Any]) -> tuple[int, int] | None:
@@ -352,7 +366,9 @@ def _reader(valid: Valid, model: nn.Module) -> Callable[[tuple[Any, ...], dict[s
 # Freezing
 
 
-_FIXED = re.compile(r"BatchNorm|InstanceNorm|Drop(?:Path|Block|out)|StochasticDepth|MultiheadAttention|RNNBase|RReLU")
+_FIXED = re.compile(
+    r"(?<!Frozen)BatchNorm|InstanceNorm|Drop(?:Path|Block|out)|StochasticDepth|MultiheadAttention|RNNBase|RReLU"
+)
 
 
 def changes_in_train_mode(module: nn.Module) -> bool:
@@ -374,7 +390,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     modules, root = _all_modules(model), looked_through(model)
     holders = [(m, m.with_gradient) for m in modules if isinstance(m, FrozenTeacher)]
-    trained = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+    trained = [p for m in modules for p in m.parameters(recurse=False) if p.requires_grad]
     training = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen TorchScript has none
     fixed = [m for m in modules if changes_in_train_mode(m)]
     handles = []

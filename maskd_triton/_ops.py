@@ -214,14 +214,13 @@ def distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
     return _distilled(_apply(_Distill, student, impl, list(teacher), options, *student), len(student))
 
 
-# Stage 1
+# Stage 1 on Triton; in plain torch it needs no gradient of its own (`_eager.learn`)
 
 
-def _learn(features: Sequence[Tensor], impl: str, options: LearnOptions) -> tuple[list[Tensor], Tensor, LearnKept]:
+def _learn(features: Sequence[Tensor], options: LearnOptions) -> tuple[list[Tensor], Tensor, LearnKept]:
     kept = LearnKept.empty(features, options.tables, _eager.acc_dtype(features[0].dtype))
     dice = kept.weights.new_empty(kept.weights.shape[:2])
-    forward = kernels("learn").forward if impl == "triton" else _eager.learn_forward
-    return forward(features, options, dice, kept), dice.sum(1), kept
+    return kernels("learn").forward(features, options, dice, kept), dice.sum(1), kept
 
 
 def _learn_options(*options: Any) -> LearnOptions:
@@ -230,7 +229,7 @@ def _learn_options(*options: Any) -> LearnOptions:
 
 
 _LEARN_OPTIONS = (
-    "Tensor[] features, str impl, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, "
+    "Tensor[] features, Tensor[] tokens, Tensor[] token_bias, Tensor[] pool_rows, Tensor[] pool_bias, "
     "Tensor[] weights, Tensor[] valid, int[] heights"
 )
 
@@ -240,22 +239,21 @@ _LEARN_OPTIONS = (
     mutates_args=(),
     schema=f"({_LEARN_OPTIONS}) -> (Tensor[], Tensor, Tensor, Tensor, Tensor[], Tensor[])",
 )
-def learn_operator(features: list[Tensor], impl: str, *options: Any) -> tuple[Any, ...]:
+def learn_operator(features: list[Tensor], *options: Any) -> tuple[Any, ...]:
     """Masked features ``[N, C_i, P_i]``, Dice losses ``[levels]`` and a `LearnKept` of features ``[N, C_i, P_i]``, any strides;
     ``options``: a `LearnOptions`, its tables flat."""
-    masked, dice, kept = _learn(features, impl, _learn_options(*options))
+    masked, dice, kept = _learn(features, _learn_options(*options))
     return masked, dice, *kept
 
 
 @learn_operator.register_fake
-def _(features: list[Tensor], impl: str, *options: Any) -> tuple[Any, ...]:
+def _(features: list[Tensor], *options: Any) -> tuple[Any, ...]:
     kept = LearnKept.empty(features, _learn_options(*options).tables, _eager.acc_dtype(features[0].dtype))
     return [torch.empty_like(x) for x in features], kept.weights.new_empty(len(features)), *kept
 
 
 def _learn_backward(
     features: Sequence[Tensor],
-    impl: str,
     options: LearnOptions,
     grad_masked: Sequence[Tensor],
     grad_dice: Tensor,
@@ -265,7 +263,7 @@ def _learn_backward(
     """Gradients of the tables, field by field, of given weights, and of ``features``, if needed."""
     to_tables = LearnTables(*map(_contiguous_like, options.tables))
     to_weights = _contiguous_like(options.weights)
-    backward = kernels("learn").backward if impl == "triton" else _eager.learn_backward
+    backward = kernels("learn").backward
     to_features = backward(features, options, grad_masked, grad_dice, kept, to_tables, to_weights, need_features)
     return [*itertools.chain(*to_tables), *to_weights, *to_features]
 
@@ -277,18 +275,18 @@ def _contiguous_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.library.custom_op(
     "maskd_triton::learn_backward",
     mutates_args=(),
-    schema=f"({_LEARN_OPTIONS}, Tensor[] grad_masked, Tensor grad_dice, Tensor used_weights, Tensor pairs, Tensor[] masks, "
+    schema=f"({_LEARN_OPTIONS}, Tensor[] grad_masked, Tensor grad_dice, Tensor used_weights, Tensor grams, Tensor[] masks, "
     "Tensor[] sums, bool need_features) -> Tensor[]",
 )
-def learn_backward_operator(features: list[Tensor], impl: str, *args: Any) -> list[Tensor]:
+def learn_backward_operator(features: list[Tensor], *args: Any) -> list[Tensor]:
     """What `_learn_backward` gives, of flat arguments."""
-    *options, grad_masked, grad_dice, used_weights, pairs, masks, sums, need_features = args
-    kept = LearnKept(used_weights, pairs, masks, sums)
-    return _learn_backward(features, impl, _learn_options(*options), grad_masked, grad_dice, kept, need_features)
+    *options, grad_masked, grad_dice, used_weights, grams, masks, sums, need_features = args
+    kept = LearnKept(used_weights, grams, masks, sums)
+    return _learn_backward(features, _learn_options(*options), grad_masked, grad_dice, kept, need_features)
 
 
 @learn_backward_operator.register_fake
-def _(features: list[Tensor], impl: str, *args: Any) -> list[Tensor]:
+def _(features: list[Tensor], *args: Any) -> list[Tensor]:
     tables, weights = args[: len(LearnTables._fields)], args[len(LearnTables._fields)]
     return _contiguous_like([*itertools.chain(*tables), *weights]) + [torch.empty_like(x) for x in features if args[-1]]
 
@@ -299,18 +297,18 @@ class _Learn(torch.autograd.Function):
     @staticmethod
     @bound_once
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        impl, lengths, valid, heights, *tensors = inputs
+        lengths, valid, heights, *tensors = inputs
         features, *tables, weights = in_lists(tensors, lengths)
         if torch.compiler.is_compiling():
-            masked, dice, *kept = learn_operator(features, impl, *tables, weights, valid, heights)
+            masked, dice, *kept = learn_operator(features, *tables, weights, valid, heights)
         else:
-            masked, dice, kept = _learn(features, impl, LearnOptions(LearnTables(*tables), weights, valid, heights))
-        used_weights, pairs, masks, sums = kept
-        return *masked, dice, used_weights, pairs, *masks, *sums
+            masked, dice, kept = _learn(features, LearnOptions(LearnTables(*tables), weights, valid, heights))
+        used_weights, grams, masks, sums = kept
+        return *masked, dice, used_weights, grams, *masks, *sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.impl, lengths, valid, ctx.heights, *tensors = inputs
+        lengths, valid, ctx.heights, *tensors = inputs
         levels = lengths[0]
         kept = output[levels + 1 :]
         ctx.lengths = *lengths, len(valid), 1, 1, levels, len(kept) - 2 - levels
@@ -322,32 +320,32 @@ class _Learn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         lists = in_lists(ctx.saved_tensors, ctx.lengths)
-        features, *tables, weights, valid, (used_weights,), (pairs,), masks, sums = lists
+        features, *tables, weights, valid, (used_weights,), (grams,), masks, sums = lists
         levels = len(features)
         grad_masked = [torch.zeros_like(x) if g is None else g.resolve_neg() for g, x in zip(grads, features, strict=False)]
         grad_dice = grads[levels]
         grad_dice = used_weights.new_zeros(levels) if grad_dice is None else grad_dice.resolve_neg()
-        need_features = any(ctx.needs_input_grad[4 : 4 + levels])
+        need_features = any(ctx.needs_input_grad[3 : 3 + levels])
         if torch.compiler.is_compiling() or in_transforms():
             results = learn_backward_operator(
-                features, ctx.impl, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, pairs, masks,
+                features, *tables, weights, valid, ctx.heights, grad_masked, grad_dice, used_weights, grams, masks,
                 sums, need_features,
             )  # fmt: skip
         else:
             options = LearnOptions(LearnTables(*tables), weights, valid, ctx.heights)
-            kept = LearnKept(used_weights, pairs, masks, sums)
-            results = _learn_backward(features, ctx.impl, options, grad_masked, grad_dice, kept, need_features)
+            kept = LearnKept(used_weights, grams, masks, sums)
+            results = _learn_backward(features, options, grad_masked, grad_dice, kept, need_features)
         parameters = sum(map(len, (*tables, weights)))
         to_features = results[parameters:] if need_features else (None,) * levels
-        return None, None, None, None, *to_features, *results[:parameters]
+        return None, None, None, *to_features, *results[:parameters]
 
 
-def learn(features: Sequence[Tensor], options: LearnOptions, impl: str) -> tuple[list[Tensor], Tensor, LearnKept]:
-    """Masked features ``[N, C_i, P_i]`` and Dice losses ``[levels]``, differentiable in all but ``valid``; and what is kept."""
+def learn(features: Sequence[Tensor], options: LearnOptions) -> tuple[list[Tensor], Tensor, list[Tensor], Sequence[Tensor]]:
+    """As `_eager.learn`, but differentiable once."""
     tables, weights, valid, heights = options
     lists = features, *tables, weights
     lengths, tensors = tuple(map(len, lists)), list(itertools.chain(*lists))
-    outputs = _apply(_Learn, tensors, impl, lengths, list(valid), list(heights), *tensors)
+    outputs = _apply(_Learn, tensors, lengths, list(valid), list(heights), *tensors)
     levels = len(features)
-    masked, (dice, used_weights, pairs), masks, sums = in_lists(outputs, (levels, 3, levels, len(tables.pool_rows)))
-    return masked, dice, LearnKept(used_weights, pairs, masks, sums)
+    masked, (dice, used_weights, _), masks = in_lists(outputs, (levels, 3, levels))
+    return masked, dice, masks, list(used_weights)

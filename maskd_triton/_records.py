@@ -191,13 +191,13 @@ class LearnKept(NamedTuple):
 
     Attributes:
         weights: mask weights ``[levels, N, T]``.
-        pairs: ``[levels, N, T, T]``: the gradient of the Dice loss for the masks is ``pairs @ m``.
+        grams: products of masks ``[levels, N, T, T]``, of which the Dice losses are made.
         masks: ``[N, T, P_i]`` of every level.
         sums: strip sums ``[N, 9, C_i]`` of every level with weighting.
     """
 
     weights: Tensor
-    pairs: Tensor
+    grams: Tensor
     masks: Tensors
     sums: Tensors
 

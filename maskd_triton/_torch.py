@@ -4,7 +4,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx import _symbolic_trace
+from torch.jit import _trace
 
 
 def graph_task() -> int:
@@ -33,5 +36,10 @@ def tracing() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return torch.compiler.is_exporting()
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    jit = torch.jit._trace.is_tracing() or torch.jit._trace._trace_module_map is not None  # also while it checks its trace
-    return fake or jit or torch.fx._symbolic_trace._is_fx_tracing_flag
+    jit = _trace.is_tracing() or _trace._trace_module_map is not None  # also while it checks its trace
+    return fake or jit or _symbolic_trace._is_fx_tracing_flag
+
+
+def compiled(module: nn.Module) -> nn.Module | None:
+    """What ``torch.compile(module)`` wraps, whose submodules go by their own names; None for other modules."""
+    return module._modules.get("_orig_mod")

@@ -26,7 +26,7 @@ class FeatureCapture:
         output: which part of a module's output holds the levels: a field, a key, or a position in a tuple; None:
             ``"feature_maps"`` of a dataclass, otherwise the output itself.
         layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``), which are handed over as views ``[N, C, H, W]``;
-            None: as they are.
+            None: tensors are handed over unchanged.
         grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the model is called with.
         prefix_tokens: how many class and register tokens stand in front; they are left out.
 

@@ -120,7 +120,7 @@ def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
 
     Args:
         level: what `describe` or ``diagnostics()`` gave. NaN, from an empty batch, reports nothing.
-        overlap: also report masks that are the same. The Dice loss shows those, and untrained tokens are among them.
+        overlap: also report identical masks. Untrained tokens give these, and the Dice loss shows them, too.
 
     Returns:
         A sentence for each kind of failure; an empty list for healthy masks.

@@ -331,7 +331,7 @@ def dice_loss(masks: Tensor) -> Tensor:
         (tensor(0.), tensor(1.))
     """
     check.features(masks, "masks")
-    return _eager.dice_of_gram(_eager.gram(masks.flatten(2)))[0].sum()
+    return _eager.dice_of_gram(_eager.gram(masks.flatten(2))).sum()
 
 
 def masked_features_and_dice(
@@ -421,7 +421,9 @@ def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
         weights = [_eager.weights_of_valid(*level) for level in pools]
         tables = tables._replace(pool_rows=(), pool_bias=())
     options = LearnOptions(tables, weights, pixels, heights)
-    masked, dice, kept = _ops.learn(flat, options, resolve_impl(impl, first.device))
+    learn_levels = _ops.learn if resolve_impl(impl, first.device) == "triton" else _eager.learn
+    masked, dice, masks, used = learn_levels(flat, options)
     maps = [v.unflatten(1, size) for v, size in zip(pixels, sizes, strict=True)] if pixels else [None] * len(features)
-    seen = [Seen(m.unflatten(2, size), w, v) for m, w, v, size in zip(kept.masks, kept.weights, maps, sizes, strict=True)]
+    each = zip(masks, used, maps, sizes, strict=True)
+    seen = [Seen(m.detach().unflatten(2, size), w.detach(), v) for m, w, v, size in each]
     return [y.unflatten(2, size) for y, size in zip(masked, sizes, strict=True)], dice, seen

@@ -35,7 +35,7 @@ class MaskModule(MaskLevel):
     Args:
         channels: C, channels of the teacher's features.
         num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
-        weight_mask: weigh the masks per image; False sums them without weights.
+        weight_mask: learn a weight of every mask for each image; False adds the masks up.
         standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``, while ``y`` is made of ``x``
             itself. See `MaskLearner`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`; concerns ``forward``.
@@ -141,7 +141,7 @@ class MaskLearner(Options):
         channels: channels of each level, an int for a single level, or a mapping ``{name: C}``, which names the levels: then
             mappings of features must have these names, in any order.
         num_tokens: T, receptive tokens per level, at most 32.
-        weight_mask: weigh the masks per image.
+        weight_mask: learn a weight of every mask for each image; False adds the masks up.
         standardize: masks and weights see standardised features of the teacher, by statistics that `calibrate` gathers once.
             The teacher's heads still see features as they are. ``"channel"`` (or True): every channel with mean 0 and
             deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
@@ -522,7 +522,7 @@ class _Attached(Hooked):
         found = self.where.find(result, label, None if learner.names is None else learner.names[own])
         shapes = [x.shape for x in found.tensors]
         first = own.start + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
-        used = self.use(first, self._maps(found, first, label), self.valid(name))
+        used = self.use(first, self._maps(found, first, label), self.valid(name, repeated))
         if used is None:
             return None
         masked, dice, seen = used

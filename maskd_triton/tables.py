@@ -1,6 +1,6 @@
 """The frozen tables of one level that stage 2 reads, composed once, in float64, from what stage 1 learned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -155,16 +155,6 @@ class MaskLevel(Options):
         if weighting is None:
             raise ValueError("weight_mask=False: this module has no mask weights")
         return mask_weights(x, *weighting)
-
-
-def of_shapes(entries: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """``entries``; their shapes are those of the module that holds them."""
-    return entries
-
-
-def fitting(levels: Sequence[Any], *_: Any) -> list[Any]:
-    """``levels``."""
-    return list(levels)
 
 
 class LevelTables(MaskLevel):

@@ -15,7 +15,7 @@ class FrozenTeacher(nn.Module):
 
     The model is held, not registered: an optimiser, DDP, FSDP, a state dict, ``to_empty()`` and ``train()`` of the module that
     holds it do not reach it. It still follows ``.to()``, ``.cuda()`` and ``.half()``, unless it is offloaded or spread over
-    devices: then its owner places it. A deep copy (an EMA of the holder) shares the model; a pickle contains it.
+    devices; then it is left where it is. A deep copy (an EMA of the holder) shares the model; a pickle contains it.
 
     Args:
         model: the teacher, compiled or not. It is put into eval mode, and its parameters are frozen. It can be replaced later:

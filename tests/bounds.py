@@ -17,6 +17,7 @@ from torch.nn.functional import conv2d
 from maskd_triton import reference
 
 UNITS_OF_TERMS = 64
+UNITS_OF_HALVES = 8  # half units of what torch rounds to half precision on the way: aligned and resized features
 SAMPLES = 3
 UNITS_OF_SUMS = {torch.float32: 8, torch.float64: 100}  # of the largest value; in float64, of the formulas themselves, too
 
@@ -91,7 +92,7 @@ class Moved:
         return y
 
     def resized(self, formula: Callable[..., Any], x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor | None]:
-        (y, near), half = formula(self(x), *others), 2 * self.rounded / self.unit
+        (y, near), half = formula(self(x), *others), UNITS_OF_HALVES * self.rounded / self.unit
         return self.gradient(self(y, units=half), half), near
 
     def masks(self, formula: Callable[..., Tensor], x: Tensor, tokens: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Moved:
 
     def aligned(self, x: Tensor, weight: Tensor, bias: Tensor, half: float) -> Tensor:
         """A 1x1 convolution; ``half``: relative error of what is rounded to half precision, its parameters and its output."""
-        units = UNITS_OF_TERMS + 2 * half / self.unit
+        units = UNITS_OF_TERMS + UNITS_OF_HALVES * half / self.unit
         y = conv2d(x, self(weight, units=units), self(bias, units=units))
         return self.gradient(self(y, units=units), units)
 

@@ -52,7 +52,8 @@ class Case:
         pretrained: what the module is loaded from.
 
         student: its values may also be "equal" or "near" to the teacher's.
-        masks: given ones: "" (none), "boxes" (0 and 1), "scores" (0 to 2), "expanded" (over the images).
+        masks: given ones: "" (none), "boxes" (0 and 1), "bool", "scores" (0 to 2), "expanded" (over the
+            images).
         tokenless: a criterion without tokens of its own.
         mask_weights: given ones.
         custom: "no", "from the start", "warm-up" (not yet) or "warmed up".
@@ -128,7 +129,7 @@ STAGE_2: dict[str, tuple[Any, ...]] = {
     "standardize": ("", "channel", "isotropic"),
     "valid": ("", "rectangles", "letterbox", "pixels"),
     "rubbish": ("nan", "inf"),
-    "masks": ("", "boxes", "scores", "expanded"),
+    "masks": ("", "boxes", "bool", "scores", "expanded"),
     "tokenless": (False, True),
     "mask_weights": (False, True),
     "custom": ("from the start", "no", "warm-up", "warmed up"),

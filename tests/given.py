@@ -91,8 +91,9 @@ def _distillation(given: Given, i: int, generator: torch.Generator) -> None:
     if case.masks:
         h, w = given.student[i].shape[2:] if case.resize == "teacher" else given.teacher[i].shape[2:]
         m = 2 * torch.rand(1 if case.masks == "expanded" else case.images, case.tokens, h, w, generator=generator)
-        m = (m > 1).float() if case.masks == "boxes" else m
-        given.masks.append(counted(m.expand(case.images, -1, -1, -1), given.valid, float(case.rubbish)).to(case.precise))
+        m = (m > 1).to(m.dtype) if case.masks in ("boxes", "bool") else m
+        spoiled = counted(m.expand(case.images, -1, -1, -1), given.valid, float(case.rubbish)).to(case.precise)
+        given.masks.append(m.expand(case.images, -1, -1, -1) > 0 if case.masks == "bool" else spoiled)
     if case.mask_weights:
         given.mask_weights.append(torch.rand(case.images, case.tokens, generator=generator).to(case.precise))
 

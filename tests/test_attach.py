@@ -61,6 +61,16 @@ def test_calls_of_a_shared_head() -> None:
             torch.testing.assert_close(learner.dice_loss(), sum(dice for _, dice in want))
 
 
+def test_mappings_of_single_levels() -> None:
+    """Equal keys of several modules, or of several calls, name no levels."""
+    teacher = seeded(lambda: nn.ModuleDict({"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 4, 1), "pack": nn.Identity()}))
+    teacher.forward = lambda x: teacher["pack"]({"0": teacher["b"](teacher["pack"]({"0": teacher["a"](x)})["0"])})
+    learner = learner_of(4, 4)
+    with learner.attach(teacher, "pack"):
+        gradients(learner, teacher(IMAGES)["0"].mean() + learner.dice_loss())
+        assert list(learner.diagnostics()) == [0, 1]
+
+
 WRONG: list[tuple[list[int], Any, type[Exception], str]] = [
     ([4], "tower", ValueError, "output of the teacher's 'tower': expected 1 level, got 2 in one pass"),
     ([4, 4, 4], "tower", ValueError, "output of the teacher's 'tower': expected 3 levels, got 2 in one pass"),

@@ -178,6 +178,10 @@ class Inlined(nn.Module):
 WITHOUT_PARENT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "torch.fx": (lambda: torch.fx.symbolic_trace(Inlined(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), [0, 1])), "neck.1"),
     "ModuleList": (lambda: Inlined(nn.ModuleList([nn.Conv2d(3, 4, 1), nn.ReLU()]), [0, 1]), "neck.1"),
+    "nested": (
+        lambda: torch.fx.symbolic_trace(Inlined(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())), [0])),
+        "neck.0.1",
+    ),
     "backwards": (lambda: Inlined(Backwards(), [1, 0]), "neck.0"),
 }
 
@@ -448,6 +452,8 @@ def test_torchscript_inside_of_a_model() -> None:
     assert not teacher["neck"]._forward_hooks
     with learner.attach(teacher, "neck"):
         gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
+    with (whole := learner_of(4)).attach(teacher, ""):
+        gradients(whole, teacher(IMAGES).mean() + whole.dice_loss())
 
 
 # Compiled models
@@ -538,13 +544,16 @@ def test_compiled_inside_the_block(fullgraph: bool) -> None:
             s.mean().backward()
             frames.append(counter.frame_count)
     assert frames[1] == frames[-1]
-    plain = teacher(IMAGES)
+    plain, valid = teacher(IMAGES), torch.rand(2, 8, 12) > 0.3
     want = learner(teacher.neck(teacher.blocks(IMAGES)).detach())
     compiled = torch.compile(teacher, backend="aot_eager", fullgraph=fullgraph)
     with learner.attach(teacher, "neck"):
         torch.testing.assert_close(compiled(IMAGES), want)
         gradients(learner, learner.dice_loss())
     torch.testing.assert_close(compiled(IMAGES), plain)
+    with learner.attach(teacher, "neck", valid=lambda _: valid):
+        teacher.compile(backend="aot_eager", fullgraph=fullgraph)
+        torch.testing.assert_close(teacher(IMAGES), learner(plain.detach(), valid))
 
 
 def test_levels_of_a_pyramid_that_a_mapping_names() -> None:

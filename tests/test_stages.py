@@ -1,9 +1,7 @@
 """Checkpoints in the middle of the warm-up, accumulated gradients, a teacher that is in nobody's state dict."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +10,7 @@ from torch import Tensor
 from examples.recipes.plain import Distillation, build
 from examples.recipes.tiny import Segmenter, batches
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner
-from tests.answers import criterion_of, literal
-from tests.cases import case_of
-from tests.given import Given, given_by
 from tests.helpers import SEED
-from tests.problems import Target
 
 
 def trainer(seed: int) -> tuple[Distillation, torch.optim.Optimizer]:
@@ -49,37 +43,6 @@ def test_resumed_run_is_bitwise_the_same(at: int, tmp_path: Path) -> None:
         assert torch.equal(step(model, optimizer, i), step(resumed, other, i))
     for (name, a), b in zip(model.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-
-
-def expected(given: Given) -> tuple[Tensor, Tensor]:
-    """The loss before and after the warm-up."""
-    before, after = (literal(replace(given, case=replace(given.case, custom=custom)))["loss"] for custom in ("no", "warmed up"))
-    assert (before - after).abs() > 1e-3 * before
-    return before, after
-
-
-def test_warm_up_counts_training_calls(target: Target) -> None:
-    """Not those in eval mode, with ``advance=False``, or refused; and it is saved."""
-    given = given_by(case_of(custom="warm-up", reduction="sum", through="module"))
-    before, after = expected(given)
-    there = given.on(target[1])
-    criterion, resumed = (criterion_of(there, target[0]) for _ in range(2))  # with 3 of 5 calls behind them
-
-    def call(criterion: MaskedDistillLoss, want: Tensor, **options: Any) -> None:
-        torch.testing.assert_close(criterion(there.student, there.teacher, **options).cpu(), want, rtol=1e-11, atol=0)
-
-    call(criterion.eval(), before)
-    call(criterion.train(), before, advance=False)
-    with pytest.raises(ValueError, match="student"):
-        criterion([x[:, :, :1] for x in there.student], there.teacher)
-    assert int(criterion.warmup_step) == 3
-    call(criterion, before)
-    resumed.load_state_dict(criterion.state_dict())
-    for each in (criterion, resumed):
-        call(each, before)
-        call(each, after)
-        call(each.eval(), after)
-        assert int(each.warmup_step) == 6
 
 
 def test_accumulated_gradients_advance_once() -> None:

@@ -10,7 +10,6 @@ from problems import Problem, Shape, Target, close, normal
 from torch import Tensor, nn
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
-from maskd_triton.checkpoints import mask_state
 
 
 def standard(shapes: list[Shape], num_tokens: int) -> Problem:
@@ -88,38 +87,6 @@ def test_calibrate_errors_name_what_is_wrong() -> None:
         teacher(normal(2, 2, 3, 3))
 
 
-def test_statistics_travel_with_the_tokens(tmp_path: Path) -> None:
-    problem = standard([(2, 4, 5, 5), (2, 6, 5, 5)], 3)
-    learner = problem.learner
-    learner.save(tmp_path / "tokens.pt")
-    want = {k: v.clone() for k, v in learner.state_dict().items()}
-    assert sorted(k for k in want if "mask_modules.0" in k and "prob" not in k) == [
-        f"mask_modules.0.{name}" for name in ("channel_mean", "channel_std", "mask_token", "pixels_seen")
-    ]
-    loaded = mask_state(MaskLearner([4, 6], 3, standardize=True, pretrained=tmp_path / "tokens.pt"))
-    assert loaded.keys() == want.keys()
-    assert all(torch.equal(loaded[k], v) for k, v in want.items())
-    criteria = [MaskedDistillLoss([4, 6], 3, standardize=True, pretrained=p) for p in (tmp_path / "tokens.pt", learner)]
-    criteria.append(MaskedDistillLoss([4, 6], 3, standardize=True, pretrained=criteria[0]))
-    for criterion in criteria:
-        for got, module, features in zip(criterion.masks(problem.teacher), learner.mask_modules, problem.teacher, strict=True):
-            close(got, module.masks(features).detach(), 1e-6)
-
-
-def test_tokens_of_the_other_kind_are_refused() -> None:
-    learner, plain = standard([(1, 4, 1, 1)], 3).learner, MaskLearner(4, 3)
-    with pytest.raises(ValueError, match=r" standardised; expected .* not standardised: pass standardize=True here, too"):
-        MaskedDistillLoss(4, 3, pretrained=learner)
-    with pytest.raises(ValueError, match=r"not standardised; expected .* pass standardize=False here, too"):
-        MaskedDistillLoss(4, 3, standardize=True, pretrained=plain)
-    with pytest.raises(ValueError, match=r"mask_modules.0.pixels_seen is 0: no statistics"):
-        MaskedDistillLoss(4, 3, standardize=True, pretrained=MaskLearner(4, 3, standardize=True))
-    state = learner.state_dict()
-    state["mask_modules.0.channel_std"] = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"mask_modules.0.channel_std: expected deviations above 0"):
-        MaskedDistillLoss(4, 3, standardize=True, pretrained=state)
-
-
 # --- one scale for all channels ---------------------------------------------------------------------------------------
 
 
@@ -179,17 +146,3 @@ def test_isotropic_is_phi_s(distance: str, target: Target) -> None:
     (loss, grad), (turned, turned_grad) = found
     torch.testing.assert_close(turned, loss, rtol=1e-11, atol=0)
     torch.testing.assert_close(turned_grad, grad, rtol=1e-9, atol=1e-13)
-
-
-def test_kinds_are_told_apart(tmp_path: Path) -> None:
-    x = Problem([(3, 5, 6, 7)], 3, standardize=True).teacher[0]
-    for kind in ("channel", "isotropic"):
-        gathered(kind, x).save(tmp_path / f"{kind}.pt")
-    for module in (MaskLearner, MaskedDistillLoss):
-        with pytest.raises(ValueError, match=r"expected .*isotropic.: pass standardize=True here, too"):
-            module(5, 3, standardize="isotropic", pretrained=tmp_path / "channel.pt")
-        found = module(5, 3, standardize="isotropic", pretrained=tmp_path / "isotropic.pt")
-        assert "standardize='isotropic'" in repr(found)
-    for wrong in ("batch", 2, None):
-        with pytest.raises(ValueError, match="standardize: expected False, True, 'channel' or 'isotropic', got"):
-            MaskLearner(5, 3, standardize=wrong)

@@ -146,8 +146,13 @@ def test_validation_under_inference_mode_then_training(copied: Callable[[MaskedD
 def test_entries_of_a_learner(dtype: torch.dtype, assign: bool, weight_mask: bool, standardize: bool) -> None:
     """Composed in float64 from what is given, whatever the criterion's dtype."""
     learner = learned(2, weight_mask, standardize).double()
+    with torch.no_grad():
+        for p in learner.parameters():
+            p /= 3  # digits that float32 does not hold
+    entries = {**dict(learner.mask_modules.named_parameters()), **dict(learner.mask_modules.named_buffers())}
     modules = criterion_of(learned(1, weight_mask, standardize)).to(dtype).mask_modules
-    modules.load_state_dict(learner.mask_modules.state_dict(), assign=assign)
+    modules.load_state_dict(entries, assign=assign)
+    assert not any(x.requires_grad for x in modules.buffers())
     for tables, module in zip(modules, learner.mask_modules, strict=True):
         want = module.tables(torch.float64)
         values = [want.tokens, *(want.weighting or ()), *(want.standardization or ())]
@@ -280,7 +285,8 @@ def test_other_moves_still_work() -> None:
     assert {x.dtype for x in criterion.double().mask_modules.buffers()} == {torch.float64}
     assert {x.dtype for x in criterion.half().mask_modules.buffers()} == {torch.float64}
     assert {x.dtype for x in criterion.float().mask_modules.buffers()} == {torch.float32}
-    assert all(x.is_meta and x.dtype == torch.float32 for x in criterion.to("meta").half().mask_modules.buffers())
+    for moved in (criterion.to("meta", torch.float16), criterion.half()):
+        assert all(x.is_meta and x.dtype == torch.float32 for x in moved.mask_modules.buffers())
     empty = criterion.to_empty(device="cpu").mask_modules
     assert {(x.device.type, x.dtype) for x in empty.buffers()} == {("cpu", torch.float32)}
 

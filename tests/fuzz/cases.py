@@ -67,7 +67,8 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, str]] = {
     MaskedDistillLoss.forward: {**_FEATURES, "advance": "advance", "reduction": "reduction"},
     F.masked_distill_loss: {
         **_FEATURES, **_DISTANCE, "tokens": "tokens", "weighting": "weighted", "standardize": "standardize",
-        "custom_mask": "custom", "loss_weight": "loss_weight", "reduction": "reduction",
+        "custom_mask": "custom", "warmup_step": "custom", "custom_mask_warmup": "custom", "loss_weight": "loss_weight",
+        "reduction": "reduction",
     },
     MaskLearner: {**_LEARNED, "channels": "levels", "impl": "tester"},
     MaskLearner.forward: {"features": "teacher", "valid": "valid"},
