@@ -1,4 +1,4 @@
-"""Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels and images.
+"""Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels that are aligned alike.
 
 Forward reads student and teacher once: a program takes all channels of BLOCK_P pixels of an image and writes their masks and
 three partial sums per token, A = sum m^2 d (or sum m d) of the distances d, B = sum m and Z = sum_p (pool_rows[0] @ t). For the
