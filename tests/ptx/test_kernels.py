@@ -32,8 +32,7 @@ class Case:
     """``dtype`` and ``layout`` are the teacher's; ``other`` are the student's, in stage 1 those of the upstream gradient.
 
     ``place``: a slice of channels or columns of larger maps, or a storage offset of 3 elements; ``given``: masks come with the
-    call; ``inputs``: the features' gradient is wanted; ``stages``: of the pipeline of kernels that read all channels, as a tuner
-    may choose.
+    call; ``inputs``: the features' gradient is wanted; ``stages``: of the load pipeline, where a tuner chose another one.
     """
 
     dtype: str = "fp32"
