@@ -234,7 +234,8 @@ CASES = {
 }
 # Half of the last place of what enters a product: float32 tokens enter one with half features in two parts
 UNITS = {"fp64": 2**-53, "fp32": 2**-24, "fp16": 2**-22, "bf16": 2**-16}
-STEPS = 8  # roundings on the way from input to output, each as large as one of the input
+STEPS = 8  # roundings of this size on the way from input to output
+SUMS = 32  # roundings of the size of the accumulator's unit: those of sums over channels, tiles and images, one after another
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -245,13 +246,14 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def bounds(case: Case, measured: Measured, want: Outputs) -> dict[str, list[float]]:
-    """The error that rounding may make of each output, but for that of its own dtype: how far it moves in float64, at most,
-    when all inputs are off by a unit, so that sums which cancel are allowed more; and a unit for what follows the sums."""
+    """The error that rounding may make of each output, but for that of its own dtype. It follows from how far the output moves
+    in float64, at most, when all inputs are off by a unit, so that sums which cancel are allowed more."""
     unit = max(UNITS[dtype] for dtype in (case.dtype, case.other_dtype or case.dtype))
     last = UNITS["fp64" if case.dtype == "fp64" else "fp32"]
+    steps = STEPS + SUMS * last / unit
     moved = [measured("eager", torch.float64, unit) for _ in range(16)]
     return {
-        name: [STEPS * (last + max(error(each[name][i], exact) for each in moved)) for i, exact in enumerate(values)]
+        name: [steps * max(error(each[name][i], exact) for each in moved) + STEPS * last for i, exact in enumerate(values)]
         for name, values in want.items()
     }
 
