@@ -1,4 +1,4 @@
-# make demo: set up, train and distil on real images, about 5 minutes on 2 cores. make test: set up and run every check.
+# make demo: set up, train and distil on real images, about 5 minutes on 2 idle cores. make test: set up and run every check.
 # make docs: the site, into build/site, without a network.
 # make grid: the kernels' tests on other versions of torch, too; makes environments of 12 GB. make coverage: which lines tests run.
 PYTHON ?= python3
@@ -11,11 +11,12 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.digits --out demo_output
 
 test: $(VENV)/test.stamp
+	@echo 'Every check: about 8 minutes on 2 free cores. `pytest -n auto -m "not slow"` answers in one.'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) docs
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist worksteal --durations 10
 	$(BIN)/python -m pytest -n auto --dist worksteal -p tests.ptx.plugin tests/ptx
 	$(MAKE) test-newest
 

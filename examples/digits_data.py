@@ -10,63 +10,42 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 SIZE = 40  # pixels per side of a scene
 NUM_CLASSES = 11  # 0 is background, 1 + d is the digit d
-MOST_DIGITS = 3
+SIZES = range(15, 21)  # of a digit in pixels: at most a quarter of a scene
 
 # Shares of the digits (in the data set's order) and of the photographs' columns: splits share nothing.
 SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How many digits a scene has, and how large they are in pixels: at most a quarter of a scene."""
-
-    least: int
-    most: int
-    sizes: range
-
-
-DENSE = Kind(2, MOST_DIGITS, range(15, 21))
-SPARSE = Kind(1, 1, range(15, 21))
-
-
-@dataclass(frozen=True)
 class Scenes:
-    """``images [N, 3, 40, 40]`` in [-1, 1], ``labels [N, 40, 40]`` with values below NUM_CLASSES, and where the digits are.
-
-    ``digits [N, 3, 3]`` are row and column of the middle, in pixels from the corner of the first, and the digit; -1: none.
-    """
+    """``images [N, 3, 40, 40]`` in [-1, 1], and ``labels [N, 40, 40]`` with values below NUM_CLASSES."""
 
     images: Tensor
     labels: Tensor
-    digits: Tensor
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | slice) -> "Scenes":
-        return Scenes(self.images[index], self.labels[index], self.digits[index])
-
-    def split(self, size: int) -> "list[Scenes]":
-        return [self[start : start + size] for start in range(0, len(self), size)]
+        return Scenes(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Scenes":
-        return Scenes(self.images.to(device), self.labels.to(device), self.digits.to(device))
+        return Scenes(self.images.to(device), self.labels.to(device))
 
 
-def make_scenes(split: str, count: int, seed: int = 0, kind: Kind = DENSE) -> Scenes:
+def make_scenes(split: str, count: int, seed: int = 0) -> Scenes:
     """``count`` scenes of two or three digits, each in its own quarter so that none hides another."""
     rng = np.random.default_rng([seed, list(SPLITS).index(split)])
-    digits, classes = _digits(split, kind.sizes)
+    digits, classes = _digits(split)
     photos = _photos(split)
     images = np.empty((count, 3, SIZE, SIZE), dtype=np.float32)
     labels = np.zeros((count, SIZE, SIZE), dtype=np.int64)
-    places = np.full((count, MOST_DIGITS, 3), -1, dtype=np.float32)
-    for image, label, place in zip(images, labels, places, strict=True):
+    for image, label in zip(images, labels, strict=True):
         photo = photos[rng.integers(len(photos))]
         top, left = (rng.integers(side - SIZE + 1) for side in photo.shape[1:])
         image[:] = photo[:, top : top + SIZE, left : left + SIZE]
-        for i, quarter in enumerate(rng.permutation(4)[: rng.integers(kind.least, kind.most + 1)]):
-            index, size = rng.integers(len(classes)), int(rng.choice(kind.sizes))
+        for quarter in rng.permutation(4)[: rng.integers(2, 4)]:
+            index, size = rng.integers(len(classes)), int(rng.choice(SIZES))
             ink = digits[size][index]
             corner = np.array(divmod(quarter, 2)) * (SIZE // 2)
             row, column = corner + rng.integers(SIZE // 2 - size + 1, size=2)
@@ -74,16 +53,15 @@ def make_scenes(split: str, count: int, seed: int = 0, kind: Kind = DENSE) -> Sc
             colour = rng.uniform(size=(3, 1, 1))
             image[:, rows, columns] = ink * colour + (1 - ink) * image[:, rows, columns]
             label[rows, columns][ink > 0.4] = 1 + classes[index]
-            place[i] = row + size / 2, column + size / 2, classes[index]
-    return Scenes(torch.from_numpy(images) * 2 - 1, torch.from_numpy(labels), torch.from_numpy(places))
+    return Scenes(torch.from_numpy(images) * 2 - 1, torch.from_numpy(labels))
 
 
-def _digits(split: str, sizes: range) -> tuple[dict[int, np.ndarray], np.ndarray]:
+def _digits(split: str) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """The split's digits as opacities in [0, 1], enlarged to every size, and their classes."""
     data = load_digits()
     part = _share(split, len(data.target))
     ink = torch.from_numpy(data.images[part]).float()[:, None] / 16
-    enlarged = {s: interpolate(ink, (s, s), mode="bilinear")[:, 0].numpy() for s in sizes}
+    enlarged = {s: interpolate(ink, (s, s), mode="bilinear")[:, 0].numpy() for s in SIZES}
     return enlarged, data.target[part]
 
 

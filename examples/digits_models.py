@@ -11,32 +11,31 @@ from .digits_data import NUM_CLASSES, SIZE
 class PyramidNet(nn.Module):
     """Backbone (strides 2, 4, 8), feature pyramid ``neck`` with three levels, head that sums the levels."""
 
-    def __init__(self, widths: Sequence[int], neck_width: int, outputs: int = NUM_CLASSES, stride: int = 1) -> None:
+    def __init__(self, widths: Sequence[int], neck_width: int) -> None:
         super().__init__()
-        self.side = SIZE // stride
         self.neck_channels = [neck_width] * len(widths)
         self.backbone = Backbone(widths)
         self.neck = Pyramid(widths, neck_width)
-        self.head = Head(neck_width, len(widths), outputs)
+        self.head = Head(neck_width, len(widths))
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The levels that are distilled."""
         return self.neck(self.backbone(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores ``[N, outputs, H, W]`` at the size of the images, divided by the stride."""
+        """Scores ``[N, NUM_CLASSES, H, W]`` at the size of the images."""
         return self.scores(self.features(images))
 
     def scores(self, levels: list[Tensor]) -> Tensor:
-        return interpolate(self.head(levels), (self.side, self.side), mode="bilinear")
+        return interpolate(self.head(levels), (SIZE, SIZE), mode="bilinear")
 
 
-def make_teacher(outputs: int = NUM_CLASSES, stride: int = 1) -> PyramidNet:
-    return PyramidNet((32, 64, 128), 64, outputs, stride)
+def make_teacher() -> PyramidNet:
+    return PyramidNet((32, 64, 128), 64)
 
 
-def make_student(outputs: int = NUM_CLASSES, stride: int = 1) -> PyramidNet:
-    return PyramidNet((8, 16, 32), 16, outputs, stride)
+def make_student() -> PyramidNet:
+    return PyramidNet((8, 16, 32), 16)
 
 
 class Backbone(nn.Module):
@@ -80,10 +79,10 @@ class Pyramid(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self, width: int, levels: int, outputs: int) -> None:
+    def __init__(self, width: int, levels: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(conv_bn_relu(width, width) for _ in range(levels))
-        self.classify = nn.Conv2d(width, outputs, 1)
+        self.classify = nn.Conv2d(width, NUM_CLASSES, 1)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         first, *others = [conv(x) for conv, x in zip(self.convs, levels, strict=True)]

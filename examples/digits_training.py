@@ -1,6 +1,5 @@
 """The three trainings of the demo: the teacher, its receptive tokens (stage 1), and a student (stage 2)."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,7 +12,7 @@ from maskd_triton import MaskedDistillLoss, MaskLearner
 
 from .digits_data import Scenes
 from .digits_models import PyramidNet, make_student, make_teacher
-from .digits_tasks import SEGMENTATION, Task, mean_iou
+from .digits_tasks import mean_iou, task_loss
 
 BATCH = 32
 NUM_TOKENS = 6
@@ -27,7 +26,6 @@ VARIANTS = ("student alone", "plain feature MSE", "MasKD")
 
 Module = TypeVar("Module", bound=nn.Module)
 Tick = Callable[[], object]  # called once per training step: the progress bar
-Distance = Callable[[Tensor, Tensor], Tensor]  # of two levels [N, C, H, W], a scalar
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,10 @@ class StudentRun:
 
 
 class PlainFeatureLoss(nn.Module):
-    """The baseline: a distance over all pixels, with MasKD's aligns and of the same standardised features."""
+    """The baseline: the mean squared difference over all pixels, with MasKD's aligns and of the same standardised features."""
 
-    def __init__(
-        self, learner: MaskLearner, student_channels: Sequence[int], loss_weight: float, distance: Distance = mse_loss
-    ) -> None:
+    def __init__(self, learner: MaskLearner, student_channels: Sequence[int], loss_weight: float) -> None:
         super().__init__()
-        self.distance = distance
         pairs = zip(student_channels, learner.channels, strict=True)
         self.align = nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in pairs)
         self.statistics = [(m.channel_mean[:, None, None], m.channel_std[:, None, None]) for m in learner.mask_modules]
@@ -67,16 +62,16 @@ class PlainFeatureLoss(nn.Module):
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         levels = zip(self.align, student, teacher, self.statistics, strict=True)
-        return self.loss_weight * sum(self.distance(conv(s), (t - mean) / std) for conv, s, t, (mean, std) in levels)
+        return self.loss_weight * sum(mse_loss(conv(s), (t - mean) / std) for conv, s, t, (mean, std) in levels)
 
 
-def train_teacher(train: Scenes, steps: int, tick: Tick, seed: int = 0, task: Task = SEGMENTATION) -> PyramidNet:
+def train_teacher(train: Scenes, steps: int, tick: Tick, seed: int = 0) -> PyramidNet:
     torch.manual_seed(seed)
-    teacher = on_device_of(train, task.prepare(make_teacher(task.outputs, task.stride)))
+    teacher = on_device_of(train, make_teacher())
     optimizer, schedule = _adamw(teacher.parameters(), TEACHER_LR, steps)
     for batch in batches(len(train), steps, seed):
         scenes = train[batch]
-        _step(task.loss(teacher(scenes.images), scenes), optimizer, schedule)
+        _step(task_loss(teacher(scenes.images), scenes.labels), optimizer, schedule)
         tick()
     return teacher.eval()
 
@@ -88,15 +83,10 @@ def learn_tokens(
     tick: Tick,
     standardize: bool | str = True,
     seed: int = 0,
-    *,
-    task: Task = SEGMENTATION,
-    num_tokens: int = NUM_TOKENS,
-    weight_mask: bool = True,
-    with_dice: bool = True,
 ) -> tuple[MaskLearner, dict[str, list[float]]]:
     """Stage 1: the teacher must still solve its task on masked features, and the masks must differ (Dice)."""
     torch.manual_seed(seed)
-    learner = MaskLearner(teacher.neck_channels, num_tokens, weight_mask, standardize=standardize).to(train.images.device)
+    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=standardize).to(train.images.device)
     if standardize:
         with learner.calibrate(teacher, "neck"):
             for images in train.images.split(200):
@@ -107,9 +97,9 @@ def learn_tokens(
     with learner.attach(teacher, "neck"):
         for batch in batches(len(train), steps, seed):
             scenes = train[batch]
-            loss = task.loss(teacher(scenes.images), scenes)
+            loss = task_loss(teacher(scenes.images), scenes.labels)
             dice = learner.dice_loss()
-            _step(loss + dice if with_dice else loss, optimizer, schedule)
+            _step(loss + dice, optimizer, schedule)
             history["task loss"].append(loss.item())
             history["dice"].append(dice.item())
             tick()
@@ -124,56 +114,31 @@ def teacher_features(teacher: PyramidNet, scenes: Scenes) -> list[Tensor]:
 
 
 def train_student(study: Study, variant: str, loss_weight: float, seed: int, steps: int, tick: Tick) -> StudentRun:
-    """Stage 2 of the demo."""
+    """Stage 2: task loss plus distillation. A seed fixes initialisation, that of the aligns, and batches."""
+    torch.manual_seed(seed)
+    student = on_device_of(study.train, make_student())
+    trained = list(student.parameters())
     criterion = None
     if variant != "student alone":
-        criterion = make_criterion(study, variant, make_student().neck_channels, loss_weight, steps)
-    curve = []
-
-    def watch(step: int, student: PyramidNet) -> None:
-        if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
-            curve.append((step, mean_iou(student, study.validation)))
-        tick()
-
-    student, _ = distil(SEGMENTATION, study.train, study.levels, criterion, seed, steps, watch)
-    return StudentRun(variant, seed, mean_iou(student, study.test), curve)
-
-
-def distil(
-    task: Task,
-    train: Scenes,
-    levels: list[Tensor],
-    criterion: nn.Module | None,
-    seed: int,
-    steps: int,
-    watch: Callable[[int, PyramidNet], object],
-) -> tuple[PyramidNet, float]:
-    """Stage 2: task loss plus ``criterion(features, levels)``. A seed fixes initialisation, that of the aligns, and batches.
-
-    ``watch`` is called after every step. Returns the student, and the seconds of the steps without those of ``watch``.
-    """
-    torch.manual_seed(seed)
-    student = on_device_of(train, task.prepare(make_student(task.outputs, task.stride)))
-    trained = list(student.parameters())
-    if criterion is not None:
-        on_device_of(train, criterion)
+        criterion = make_criterion(study, variant, student.neck_channels, loss_weight, steps)
+        on_device_of(study.train, criterion)
         torch.manual_seed(seed)  # whatever a criterion drew for its own initialisation
         for conv in criterion.align:
             conv.reset_parameters()
         trained += criterion.align.parameters()
     optimizer, schedule = _adamw(trained, STUDENT_LR, steps)
-    seconds = 0.0
-    for step, batch in enumerate(batches(len(train), steps, seed), start=1):
-        start = time.perf_counter()
-        scenes = train[batch]
+    curve = []
+    for step, batch in enumerate(batches(len(study.train), steps, seed), start=1):
+        scenes = study.train[batch]
         features = student.features(scenes.images)
-        loss = task.loss(student.scores(features), scenes)
+        loss = task_loss(student.scores(features), scenes.labels)
         if criterion is not None:
-            loss = loss + criterion(features, [level[batch] for level in levels])
+            loss = loss + criterion(features, [level[batch] for level in study.levels])
         _step(loss, optimizer, schedule)
-        seconds += time.perf_counter() - start
-        watch(step, student)
-    return student, seconds
+        if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
+            curve.append((step, mean_iou(student, study.validation)))
+        tick()
+    return StudentRun(variant, seed, mean_iou(student, study.test), curve)
 
 
 def make_criterion(

@@ -1,8 +1,7 @@
 """Find the fastest launch configurations on this GPU: ``python -m maskd_triton.kernels.autotune``.
 
 Times every candidate with a cold L2 cache, for every kernel, dtype and layout given, in two buckets of pixels (a pyramid of 2
-and one of 16 images). Then the variants of stage 2's backward kernel, which are about what the forward pass leaves in L2, by
-both passes together. Writes ``~/.config/maskd_triton/<GPU>.json`` (or ``$MASKD_TRITON_CONFIGS/<GPU>.json``), where the
+and one of 16 images). Writes ``~/.config/maskd_triton/<GPU>.json`` (or ``$MASKD_TRITON_CONFIGS/<GPU>.json``), where the
 library finds it. To ship it with the library, copy it to ``kernels/configs/`` and commit it as it is. Without a GPU it says so
 and exits with 2.
 
@@ -16,7 +15,6 @@ import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,30 +34,19 @@ KERNELS = (*tuning.READING, *tuning.WRITING)
 
 def enable() -> None:
     """From now on tune online, in this process."""
-    tuning.on_miss = _tune_one
-
-
-def _tune_one(key: Key, device: torch.device) -> None:
-    tune([key], device)
+    tuning.search = lambda key, device: tune([key], device)
 
 
 def candidates(key: Key) -> list[Config]:
     """The default first, then every tile with 8 to 32 elements a thread and runs of at least 128 contiguous bytes."""
     stages = (1, 2, 3) if key.kernel in tuning.READING else (1,)
-    default = tuning.default(key)
-    found = [default]
+    found = [tuning.default(key)]
     for c, p, threads, n in itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (128, 256), stages):
         run = (c if key.layout == "nhwc" else p) * key.bits // 8
-        config = Config(c, p, threads, n, default.registers)
+        config = Config(c, p, threads, n)
         if 8 <= c * p // threads <= 32 and run >= 128 and config not in found:
             found.append(config)
     return found
-
-
-def variants(config: Config) -> list[Config]:
-    """The configuration of stage 2's backward kernel as it is, then with its variants."""
-    found = [replace(config, reverse=r, hints=h) for r in (False, True) for h in (False, True)]
-    return [replace(c, keep=how == "keep", with_loss=how == "with loss") for how in ("", "keep", "with loss") for c in found]
 
 
 def cold_median(call: Callable[[], object]) -> float:
@@ -80,28 +67,22 @@ def tune(
     """
     best: dict[Key, Config] = {}
     for key in keys:
-        best[key] = _fastest(key, "default", candidates(key), _launch(key, device), clock, say)
-        if key.kernel == "backward_kernel":
-            both_passes = _launch(key, device, both_passes=True)
-            best[key] = _fastest(key, "plain", variants(best[key]), both_passes, clock, say)
+        best[key] = _fastest(key, _launch(key, device), clock, say)
     tuning.write(tuning.gpu_name(device), best, _about(by, device))
     return best
 
 
-def _fastest(
-    key: Key, first: str, configs: Sequence[Config], call: Callable[[], object], clock: Clock, say: Callable[[str], None]
-) -> Config:
-    """``first``: what the first configuration is."""
+def _fastest(key: Key, call: Callable[[], object], clock: Clock, say: Callable[[str], None]) -> Config:
     times: dict[Config, float] = {}
-    for config in configs:
+    for config in candidates(key):
         with tuning.forced(key.kernel, config):
             try:
                 times[config] = clock(call)
             except OutOfResources:  # more shared memory or registers than this GPU has
                 continue
     best = min(times, key=lambda config: times[config])
-    other = times.get(configs[0], float("nan"))
-    say(f"{' '.join(map(str, key))}: {best} {times[best]:.4f} ms, {first} {other:.4f} ms, {len(times)} tried")
+    other = times.get(tuning.default(key), float("nan"))
+    say(f"{' '.join(map(str, key))}: {best} {times[best]:.4f} ms, default {other:.4f} ms, {len(times)} tried")
     return best
 
 
@@ -116,14 +97,14 @@ def _about(by: str, device: torch.device) -> dict[str, str]:
     }
 
 
-def _launch(key: Key, device: torch.device, both_passes: bool = False) -> Callable[[], object]:
+def _launch(key: Key, device: torch.device) -> Callable[[], object]:
     """A call that launches the key's kernel over one level with about as many pixels; whatever else it launches costs the same
-    with every candidate. ``both_passes``, of stage 2: the forward pass, too."""
+    with every candidate."""
     with tuning.forced(key.kernel, tuning.default(key)):  # a launch that comes before the timed one is not searched for
-        return _prepared(key, device, both_passes)
+        return _prepared(key, device)
 
 
-def _prepared(key: Key, device: torch.device, both_passes: bool) -> Callable[[], object]:
+def _prepared(key: Key, device: torch.device) -> Callable[[], object]:
     dtype = DTYPES[key.bits]
     n = min(4, 2**key.log2_pixels)
     height = 2 ** (key.log2_pixels // 2) // 2 or 1
@@ -141,8 +122,8 @@ def _prepared(key: Key, device: torch.device, both_passes: bool) -> Callable[[],
     student, teacher = features(), features()
     tokens, rows, bias = parameters(t, c), parameters(9, t, c), parameters(t)
     if key.kernel in ("forward_kernel", "backward_kernel"):
-        counter = torch.zeros((), dtype=torch.int64, device=device)
-        distill_options = DistillOptions(DistillTables(tokens, rows, bias), step=counter, custom_mask=True)
+        customised = torch.ones((), dtype=torch.bool, device=device)
+        distill_options = DistillOptions(DistillTables(tokens, rows, bias), customised=customised, custom_mask=True)
 
         def forward() -> Distilled:
             outputs = Distilled.empty(student, distill_options, acc_dtype(dtype))
@@ -152,8 +133,6 @@ def _prepared(key: Key, device: torch.device, both_passes: bool) -> Callable[[],
         if key.kernel == "forward_kernel":
             return forward
         outputs = forward()
-        if both_passes:
-            return lambda: step(student, teacher, distill_options)
         return lambda: distill.backward(student, teacher, outputs.per_image, outputs.kept(distill_options))
 
     student, teacher = [student[0].flatten(2)], [teacher[0].flatten(2)]
@@ -171,17 +150,6 @@ def _prepared(key: Key, device: torch.device, both_passes: bool) -> Callable[[],
     gradients = LearnTables(*([torch.empty_like(x) for x in field] for field in learn_options.tables))
     need_features = key.kernel == "feature_gradient_kernel"
     return lambda: learn.backward(teacher, learn_options, student, dice, kept, gradients, [], need_features)
-
-
-def step(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions) -> Sequence[Tensor]:
-    """Forward and backward pass of stage 2, however the backward kernel is configured; the gradients of the summed losses."""
-    outputs = Distilled.empty(student, options, acc_dtype(student[0].dtype))
-    upstream = torch.ones_like(outputs.per_image)
-    grads = distill.forward(student, teacher, options, outputs, upstream[0, 0])
-    if not grads:
-        return distill.backward(student, teacher, upstream, outputs.kept(options))
-    distill.rescale(grads, upstream, valid=False)
-    return grads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,10 +6,10 @@ cosine it also writes two numbers per pixel that the gradient needs. Programs ov
 the mask weighting module miss there (method.md, identity 2); they follow those of the image, which is then in L2. Masks and
 weights may also be given; pixels that do not count get masks of 0. A second launch with one program per level and image adds
 the partial sums in a fixed order (no atomics) and writes the loss and the gradient's coefficients. Backward reads student,
-teacher and masks and writes the gradient: 5 passes over a feature tensor in all. Where `tuning.Config.with_loss` says so, it
-follows in the forward pass, part by part of the pyramid, and what is left for later is to multiply the gradient, if not by 1.
+teacher and masks and writes the gradient: 5 passes over a feature tensor in all.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,7 +32,6 @@ from .tiles import (
     reconstructed,
     sigmoid,
     smooth_l1,
-    sum_rows,
     tile_of,
     tile_offsets,
 )
@@ -40,15 +39,15 @@ from .tiles import (
 
 @triton.jit
 def _forward_tile(
-    n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, given_ptr, valid_ptr, step_ptr,
-    mask_ptr, cosine_ptr, part_ptr, warmup, beta_high, beta_low, C, P, s_row, t_row,
-    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
-    CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    n, tile, s_ptr, t_ptr, token_ptr, raw_token_ptr, raw_bias_ptr, affine_ptr, pool_ptr, given_ptr, valid_ptr, customised_ptr,
+    mask_ptr, cosine_ptr, part_ptr, C, P, s_row, t_row,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
+    CUSTOM: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Masks and partial sums of BLOCK_P pixels; ``s_ptr`` and ``t_ptr`` are those of the image. EVICTION: of features."""
+    """Masks and partial sums of BLOCK_P pixels; ``s_ptr`` and ``t_ptr`` are those of the image."""
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
     logits = tl.zeros((T_SPLIT * TP, BLOCK_P), ACC)
@@ -57,14 +56,13 @@ def _forward_tile(
     sums = tl.zeros((BLOCK_C, BLOCK_P), ACC)  # of the distance, or of the products for the cosine
     own_squares = sums
     other_squares = sums
-    beta = tl.full((1, 1), beta_high, ACC) + beta_low
     for c0 in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & inside[None, :]
         t_at = t_ptr + tile_offsets(c, p, t_row, T_FAST, ALIGN, WIDE)
         s_at = s_ptr + tile_offsets(c, p, s_row, S_FAST, ALIGN, WIDE)
-        t = tl.load(t_at, mask=mask, other=0.0, eviction_policy=EVICTION)
-        s = tl.load(s_at, mask=mask, other=0.0, eviction_policy=EVICTION)
+        t = tl.load(t_at, mask=mask, other=0.0)
+        s = tl.load(s_at, mask=mask, other=0.0)
         if not GIVEN:
             logits = add_projection(logits, load_rows(raw_token_ptr, c, C, t.dtype, T, TP, T_SPLIT), t, ACC, UPCAST)
         if WEIGHTED:
@@ -78,8 +76,9 @@ def _forward_tile(
             own_squares += value * value
             other_squares += target * target
         elif DISTANCE == "smooth_l1":
-            sums += smooth_l1(value - target, beta)
+            sums += smooth_l1(value - target, BETA)
         else:
+            tl.static_assert(DISTANCE == "squared", "no branch for the distance " + DISTANCE)
             sums += (value - target) * (value - target)
     token = tl.arange(0, TP)
     real = token < T
@@ -94,15 +93,15 @@ def _forward_tile(
         m = sigmoid(scores)
     if CUSTOM:
         followed = m * sigmoid(join_split(own, TP, S_SPLIT, BLOCK_P))
-        if WARMUP:
-            m = tl.where(tl.load(step_ptr) >= warmup, followed, m)
+        if CHOSEN:
+            m = tl.where(tl.load(customised_ptr) != 0, followed, m)
         else:
             m = followed
-    d = sum_rows(sums, T_FAST == 0)
+    d = tl.sum(sums, axis=0)
     if DISTANCE == "cosine":
         least = tl.full((BLOCK_P,), 1e-8, ACC)
-        length = tl.sqrt(sum_rows(own_squares, T_FAST == 0))
-        other = tl.sqrt(sum_rows(other_squares, T_FAST == 0))
+        length = tl.sqrt(tl.sum(own_squares, axis=0))
+        other = tl.sqrt(tl.sum(other_squares, axis=0))
         clamped = length <= least
         length = tl.where(clamped, least, length)
         reciprocal = 1.0 / length / tl.where(other <= least, least, other)
@@ -176,9 +175,7 @@ def _partials(H, W, WEIGHTED: tl.constexpr, BLOCK_P: tl.constexpr):
     return count
 
 
-@triton.jit(
-    do_not_specialize=["first", "aligns", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "start", "warmup", "step_ptr"]
-)
+@triton.jit(do_not_specialize=["first", "Cs", "Ps", "Ws", "s_ns", "s_rows", "t_ns", "t_rows", "customised_ptr"])
 def forward_kernel(
     # of every level
     s_ptrs,  # [N, C, P] by strides
@@ -192,61 +189,51 @@ def forward_kernel(
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     mask_ptrs,  # [N, T, P], written
     cosine_ptrs,  # [N, 2, P], written for the cosine
-    first, aligns, Cs, Ps, Ws, s_ns, s_rows, t_ns, t_rows,
+    first, Cs, Ps, s_ns, s_rows, t_ns, t_rows, Ws,
     # of all
-    step_ptr,  # int64 scalar
+    customised_ptr,  # bool scalar where CHOSEN: whether masks follow the student
     part_ptr,  # [programs, 3, T], written
-    start,  # the first image
-    warmup, beta_high, beta_low,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
-    CUSTOM: tl.constexpr, WARMUP: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    GIVEN: tl.constexpr, VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
+    CUSTOM: tl.constexpr, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, S_SPLIT: tl.constexpr, T_SPLIT: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part_ptr += program.to(tl.int64) * 3 * T
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
     W = pick_int(Ws, level, LEVELS)
-    s_ptr = pick(s_ptrs, level, LEVELS)
-    t_ptr = pick(t_ptrs, level, LEVELS)
     pool_ptr = pick(pool_ptrs, level, LEVELS)
-    s_row = pick_int(s_rows, level, LEVELS)
     t_row = pick_int(t_rows, level, LEVELS)
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            tiles = tl.cdiv(P, BLOCK_P)
-            blocks = _partials(P // W, W, WEIGHTED, BLOCK_P)
-            n = (program // blocks + start).to(tl.int64)
-            block = program % blocks
-            image = s_ptr + n * pick_int(s_ns, level, LEVELS) * align
-            target = t_ptr + n * pick_int(t_ns, level, LEVELS) * align
-            if block < tiles:
-                _forward_tile(
-                    n, block, image, target, pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS),
-                    pick(raw_bias_ptrs, level, LEVELS), pick(affine_ptrs, level, LEVELS), pool_ptr,
-                    pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS), step_ptr,
-                    pick(mask_ptrs, level, LEVELS), pick(cosine_ptrs, level, LEVELS), part_ptr,
-                    warmup, beta_high, beta_low, C, P, s_row, t_row, GIVEN, VALID, POWER, DISTANCE,
-                    CUSTOM, WARMUP, WEIGHTED, STANDARD, ACC,
-                    T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES, EVICTION,
-                )  # fmt: skip
-            elif WEIGHTED:
-                _border_run(
-                    block - tiles, target, pool_ptr, part_ptr, P // W, W, C, t_row,
-                    ACC, T, TP, T_SPLIT, T_FAST, align, WIDE, UPCAST, BLOCK_C, BLOCK_P,
-                )  # fmt: skip
+    tiles = tl.cdiv(P, BLOCK_P)
+    blocks = _partials(P // W, W, WEIGHTED, BLOCK_P)
+    n = (program // blocks).to(tl.int64)
+    block = program % blocks
+    target = pick(t_ptrs, level, LEVELS) + n * pick_int(t_ns, level, LEVELS) * ALIGN
+    if block < tiles:
+        _forward_tile(
+            n, block, pick(s_ptrs, level, LEVELS) + n * pick_int(s_ns, level, LEVELS) * ALIGN, target,
+            pick(token_ptrs, level, LEVELS), pick(raw_token_ptrs, level, LEVELS), pick(raw_bias_ptrs, level, LEVELS),
+            pick(affine_ptrs, level, LEVELS), pool_ptr, pick(given_ptrs, level, LEVELS), pick(valid_ptrs, level, LEVELS),
+            customised_ptr, pick(mask_ptrs, level, LEVELS), pick(cosine_ptrs, level, LEVELS), part_ptr,
+            C, P, pick_int(s_rows, level, LEVELS), t_row, GIVEN, VALID, POWER, DISTANCE, BETA,
+            CUSTOM, CHOSEN, WEIGHTED, STANDARD, ACC,
+            T, TP, S_SPLIT, T_SPLIT, S_FAST, T_FAST, ALIGN, WIDE, UPCAST, BLOCK_C, BLOCK_P, STAGES,
+        )  # fmt: skip
+    elif WEIGHTED:
+        _border_run(
+            block - tiles, target, pool_ptr, part_ptr, P // W, W, C, t_row,
+            ACC, T, TP, T_SPLIT, T_FAST, ALIGN, WIDE, UPCAST, BLOCK_C, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "Cs", "Hs", "Ws", "indices", "start", "images", "N", "weight_ptr", "loss_ptr", "coefficient_ptr"),
+        *("first", "Cs", "Hs", "Ws", "indices", "N", "weight_ptr", "loss_ptr", "coefficient_ptr"),
     ]
 )
 def finish_kernel(
@@ -258,21 +245,20 @@ def finish_kernel(
     weight_ptr,  # [levels, N, T], written unless WEIGHTS
     loss_ptr,  # [levels, N], written
     coefficient_ptr,  # [levels, N, T], written
-    start, images,  # the first image, and how many
-    N, eps_high, eps_low,
-    LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr, DISTANCE: tl.constexpr,
+    N,
+    LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, EMPTY: tl.constexpr, DISTANCE: tl.constexpr, EPS: tl.constexpr,
     WEIGHTED: tl.constexpr, STANDARD: tl.constexpr, ACC: tl.constexpr,
     T: tl.constexpr, TP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    level = tl.program_id(0) // images
-    n = (tl.program_id(0) % images).to(tl.int64)
+    level = tl.program_id(0) // N
+    n = (tl.program_id(0) % N).to(tl.int64)
     C = pick_int(Cs, level, LEVELS)
     H = pick_int(Hs, level, LEVELS)
     W = pick_int(Ws, level, LEVELS)
     bias_ptr = pick(bias_ptrs, level, LEVELS)
     partials = _partials(H, W, WEIGHTED, BLOCK_P)
     part_ptr += (pick_int(first, level, LEVELS) + n * partials) * 3 * T
-    out = pick_int(indices, level, LEVELS) * N + start + n  # a launch need not have all levels
+    out = pick_int(indices, level, LEVELS) * N + n  # a launch need not have all levels
     token = tl.arange(0, TP)
     real = token < T
     row = tl.arange(0, BLOCK)
@@ -302,10 +288,10 @@ def finish_kernel(
         weight = tl.full((TP,), 1.0, ACC) / T
     if not WEIGHTS:
         tl.store(weight_ptr + out * T + token, weight, mask=real)
-    # a float argument arrives as float32: float64 takes it in two parts
-    area = tl.sum(b, axis=0) + eps_high + eps_low
+    area = tl.sum(b, axis=0) + EPS
     share = weight / N
     if DISTANCE != "cosine":
+        tl.static_assert((DISTANCE == "squared") | (DISTANCE == "smooth_l1"), "no branch for the distance " + DISTANCE)
         share = share / C
     share = tl.where(real, share / area, 0.0)
     if EMPTY:  # an image without valid pixels, or a box that is on no pixel, counts nothing also without eps
@@ -316,8 +302,8 @@ def finish_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("first", "aligns", "indices", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows"),
-        *("up_level", "up_n", "start", "N", "up_ptr", "coefficient_ptr"),
+        *("first", "Cs", "Ps", "s_ns", "s_rows", "t_ns", "t_rows", "g_ns", "g_rows", "indices"),
+        *("up_level", "up_n", "N", "up_ptr", "coefficient_ptr"),
     ]
 )
 def backward_kernel(
@@ -329,177 +315,102 @@ def backward_kernel(
     valid_ptrs,  # [N, P] of bytes: pixels that count, where VALID
     cosine_ptrs,  # [N, 2, P] for the cosine
     g_ptrs,  # [N, C, P] by strides, written
-    first, aligns, indices, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows,
+    first, Cs, Ps, s_ns, s_rows, t_ns, t_rows, g_ns, g_rows, indices,
     # of all
     up_ptr,  # [levels, N] by strides
     coefficient_ptr,  # [levels, N, T]
-    up_level, up_n,
-    start,  # the first image
-    N, beta_high, beta_low,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr,
+    up_level, up_n, N,
+    LEVELS: tl.constexpr, ALIGN: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    VALID: tl.constexpr, POWER: tl.constexpr, DISTANCE: tl.constexpr, BETA: tl.constexpr,
     STANDARD: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, TP: tl.constexpr,
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, G_FAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, REVERSE: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of `_records.Distilled`.
-
-    REVERSE: from the last tile to the first, as what the forward pass read last may still be in L2. EVICTION: the policy of
-    features, which are not read again, and of their gradients."""
+    """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of `_records.Distilled`."""
     program = tl.program_id(0)
-    if REVERSE:
-        program = tl.num_programs(0) - 1 - program
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
-    s_ptr = pick(s_ptrs, level, LEVELS)
-    t_ptr = pick(t_ptrs, level, LEVELS)
-    g_ptr = pick(g_ptrs, level, LEVELS)
-    mask_ptr = pick(mask_ptrs, level, LEVELS)
-    affine_ptr = pick(affine_ptrs, level, LEVELS)
-    valid_ptr = pick(valid_ptrs, level, LEVELS)
-    cosine_ptr = pick(cosine_ptrs, level, LEVELS)
-    s_row = pick_int(s_rows, level, LEVELS)
-    t_row = pick_int(t_rows, level, LEVELS)
-    g_row = pick_int(g_rows, level, LEVELS)
+    C = pick_int(Cs, level, LEVELS) * C_UNIT
+    P = pick_int(Ps, level, LEVELS) * P_UNIT
+    s_row, t_row, g_row = pick_int(s_rows, level, LEVELS), pick_int(t_rows, level, LEVELS), pick_int(g_rows, level, LEVELS)
+    n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
+    mask = (c < C)[:, None] & (p < P)[None, :]
+    s_ptr = pick(s_ptrs, level, LEVELS) + n * pick_int(s_ns, level, LEVELS) * ALIGN
+    t_ptr = pick(t_ptrs, level, LEVELS) + n * pick_int(t_ns, level, LEVELS) * ALIGN
+    g_ptr = pick(g_ptrs, level, LEVELS) + n * pick_int(g_ns, level, LEVELS) * ALIGN
+    s = tl.load(s_ptr + tile_offsets(c, p, s_row, S_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+    t = tl.load(t_ptr + tile_offsets(c, p, t_row, T_FAST, ALIGN, WIDE), mask=mask, other=0.0)
+    m = load_masks(pick(mask_ptrs, level, LEVELS), n, p, P, T, TP)
     token = tl.arange(0, TP)
-    real = token < T
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
-            n += start
-            mask = (c < C)[:, None] & (p < P)[None, :]
-            s_at = s_ptr + n * pick_int(s_ns, level, LEVELS) * align + tile_offsets(c, p, s_row, S_FAST, align, WIDE)
-            t_at = t_ptr + n * pick_int(t_ns, level, LEVELS) * align + tile_offsets(c, p, t_row, T_FAST, align, WIDE)
-            g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
-            s = tl.load(s_at, mask=mask, other=0.0, eviction_policy=EVICTION)
-            t = tl.load(t_at, mask=mask, other=0.0, eviction_policy=EVICTION)
-            m = load_masks(mask_ptr, n, p, P, T, TP)
-            coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=real, other=0.0)
-            coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
-            scale = sum_rows((m * m if POWER == 2 else m) * coefficient[:, None], P_UNIT)
-            value = s.to(ACC)
-            target = reconstructed(t, affine_ptr, c, C, STANDARD, ACC)
-            if DISTANCE == "cosine":
-                u = tl.load(cosine_ptr + n * 2 * P + p, mask=p < P, other=0.0)
-                v = tl.load(cosine_ptr + n * 2 * P + P + p, mask=p < P, other=0.0)
-                slope = u[None, :] * value - v[None, :] * target
-            elif DISTANCE == "smooth_l1":
-                slope = (value - target) / (tl.full((1, 1), beta_high, ACC) + beta_low)
-                slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
-            else:
-                slope = value - target
-            g = slope * scale[None, :]
-            if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:
-                g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
-            if VALID:
-                g = tl.where(load_valid(valid_ptr, n, p, P)[None, :], g, 0.0)
-            tl.store(g_at, g.to(g_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
+    coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=token < T, other=0.0)
+    coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
+    scale = tl.sum((m * m if POWER == 2 else m) * coefficient[:, None], axis=0)
+    value = s.to(ACC)
+    target = reconstructed(t, pick(affine_ptrs, level, LEVELS), c, C, STANDARD, ACC)
+    if DISTANCE == "cosine":
+        cosine_ptr = pick(cosine_ptrs, level, LEVELS) + n * 2 * P + p
+        u = tl.load(cosine_ptr, mask=p < P, other=0.0)
+        v = tl.load(cosine_ptr + P, mask=p < P, other=0.0)
+        slope = u[None, :] * value - v[None, :] * target
+    elif DISTANCE == "smooth_l1":
+        slope = (value - target) / BETA
+        slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
+    else:
+        tl.static_assert(DISTANCE == "squared", "no branch for the distance " + DISTANCE)
+        slope = value - target
+    g = slope * scale[None, :]
+    if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:
+        g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
+    if VALID:
+        g = tl.where(load_valid(pick(valid_ptrs, level, LEVELS), n, p, P)[None, :], g, 0.0)
+    tl.store(g_ptr + tile_offsets(c, p, g_row, G_FAST, ALIGN, WIDE), g.to(g_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "aligns", "indices", "Cs", "Ps", "g_ns", "g_rows", "up_level", "up_n", "up_ptr"])
-def rescale_kernel(
-    # of every level
-    g_ptrs,  # [N, C, P] by strides, read and written
-    first, aligns, indices, Cs, Ps, g_ns, g_rows,
-    # of all
-    up_ptr,  # [levels, N] by strides
-    up_level, up_n,
-    LEVELS: tl.constexpr, ALIGN: tl.constexpr, END: tl.constexpr, STEP: tl.constexpr,
-    C_UNIT: tl.constexpr, P_UNIT: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-    VALID: tl.constexpr, G_FAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """g *= upstream; nothing is read where that is 1. VALID: a 0 stays, as it may be that of a pixel that does not count."""
-    program = tl.program_id(0)
-    level = find_level(program, first, LEVELS)
-    program -= pick_int(first, level, LEVELS)
-    own = pick_int(aligns, level, LEVELS)
-    index = pick_int(indices, level, LEVELS).to(tl.int64)
-    g_ptr = pick(g_ptrs, level, LEVELS)
-    g_row = pick_int(g_rows, level, LEVELS)
-    for align in tl.static_range(ALIGN, END, STEP):
-        if align == own:
-            C = pick_int(Cs, level, LEVELS) * (align if C_UNIT else 1)
-            P = pick_int(Ps, level, LEVELS) * (align if P_UNIT else 1)
-            n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
-            up = tl.load(up_ptr + index * up_level + n * up_n)
-            if up != 1.0:
-                mask = (c < C)[:, None] & (p < P)[None, :]
-                g_at = g_ptr + n * pick_int(g_ns, level, LEVELS) * align + tile_offsets(c, p, g_row, G_FAST, align, WIDE)
-                g = tl.load(g_at, mask=mask, other=0.0).to(ACC)
-                product = g * up
-                if VALID:
-                    product = tl.where(g == 0.0, g, product)
-                tl.store(g_at, product.to(g_ptr.dtype.element_ty), mask=mask)
-
-
-def forward(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    options: DistillOptions,
-    outputs: Distilled,
-    scale: Tensor | None = None,
-) -> list[Tensor]:
-    """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``.
-
-    Where a ``scale`` of the losses is given and the configuration has ``with_loss``, also returns the gradients that `backward`
-    would for it, written as soon as the losses of a few images are known.
-    """
+def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, outputs: Distilled) -> None:
+    """Stage 2 of all levels ``[N, C, H, W]``; fills ``outputs``."""
     loss, weights, coefficients, masks, cosines = outputs
     launch.check_device(loss)
-    n, num_tokens = coefficients.shape[1:]
-    if n == 0:
-        return []
+    if not len(student[0]):
+        return
     if options.weights is not None:
         weights.copy_(options.weights)
     tokens, rows, bias, teacher_tokens, token_bias, statistics = [[x.contiguous() for x in field] for field in options.tables]
     teacher_tokens = teacher_tokens or tokens
-    variant = _Variant(
-        num_tokens, len(rows) > 0, len(statistics) > 0, options.custom_mask, options.step is not None,
-        len(options.masks) > 0, len(options.valid) > 0, options.weights is not None, options.mask_power, options.distance,
-        options.beta, options.eps, scale is not None,
-    )  # fmt: skip
     parameters = tokens, teacher_tokens, rows, bias, options.masks
-    in_place, with_loss, passes = launch.planned("forward", variant, (student, teacher), parameters, _plan_forward)
-    grads = [torch.empty_like(s) for s in student if with_loss]
-    if not in_place:
-        student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
+    variant = _Variant(
+        coefficients.shape[2], len(rows) > 0, len(statistics) > 0, options.custom_mask,
+        options.custom_mask and options.customised is not None, len(options.masks) > 0, len(options.valid) > 0,
+        options.weights is not None, options.mask_power, options.distance, options.beta, options.eps,
+    )  # fmt: skip
+    looks = launch.looks(student), launch.looks(teacher)
+    maps, launches = _plan_forward(*looks, launch.dtypes(*parameters), variant, loss.device, tuning.generation())
+    student, teacher = launch.readable(student, maps[0]), launch.readable(teacher, maps[1])
     with launch.device_of(loss):
-        for forwards, backwards in passes:
-            for group, start, (programs, tables, constants), (images, finish_tables, finish_constants) in forwards:
-                part = loss.new_empty((programs, 3, num_tokens))
-                launch.run(
-                    forward_kernel, programs,
-                    *group.addresses(
-                        *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
-                        *(options.masks, options.valid, masks, cosines),
-                    ),
-                    *tables, loss if options.step is None else options.step, part, start, options.warmup, **constants,
-                )  # fmt: skip
-                launch.run(
-                    finish_kernel, images,
-                    *group.addresses(bias or masks), *finish_tables, part, weights, loss, coefficients, start,
-                    **finish_constants,
-                )  # fmt: skip
-            if backwards and scale is not None:
-                kept = outputs.kept(options)
-                upstream = scale.to(loss, non_blocking=True).expand_as(loss)  # a number on the CPU is one, too
-                _run_backward(backwards, student, teacher, upstream, kept, statistics, grads)
-    return grads
+        for group, tiles, finish in launches:
+            part = loss.new_empty((tiles.programs, 3, variant.num_tokens))
+            launch.run(
+                forward_kernel, tiles.programs,
+                *group.addresses(
+                    *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
+                    *(options.masks, options.valid, masks, cosines),
+                ),
+                *tiles.tables, options.customised if variant.chosen else loss, part, **tiles.constants,
+            )  # fmt: skip
+            launch.run(
+                finish_kernel, finish.programs,
+                *group.addresses(bias or masks), *finish.tables, part, weights, loss, coefficients, **finish.constants,
+            )  # fmt: skip
 
 
 class _Variant(NamedTuple):
-    """What a forward pass is planned for."""
+    """What a forward pass depends on beside what its tensors look like."""
 
     num_tokens: int
     weighted: bool
     standard: bool
     custom_mask: bool
-    warmup: bool
+    chosen: bool
     given: bool
     valid: bool
     weights: bool
@@ -507,97 +418,51 @@ class _Variant(NamedTuple):
     distance: str
     beta: float
     eps: float
-    differentiable: bool
 
 
-_Forward = tuple[launch.Group, int, launch.Numbers, launch.Numbers]  # the first image, numbers of both kernels
-_Backward = tuple[launch.Group, int, launch.Numbers]
-
-
+@functools.lru_cache(launch.PLANS)
 def _plan_forward(
-    variant: _Variant, maps: Sequence[Sequence[Tensor]], parameters: Sequence[Sequence[Tensor]]
-) -> tuple[bool, bool, list[tuple[list[_Forward], list[_Backward]]]]:
-    """Whether the maps can be read in place; whether gradients are written with the loss; the launches, in parts where the
-    configuration asks for that."""
-    heights = [s.shape[2] for s in maps[0]]
-    student, teacher = ([launch.addressable(x) for x in each] for each in maps)
-    groups = launch.groups(student, teacher, parameters=parameters)
-    in_place = launch.in_place(maps, (student, teacher))
-    n, num_tokens = student[0].shape[0], variant.num_tokens
-    configs = [group.config("forward_kernel", num_tokens, student, teacher) for group in groups]
-    chosen = [group.config("backward_kernel", num_tokens, student, teacher) for group in groups if variant.differentiable]
-    with_loss = len(chosen) > 0 and all(c.with_loss for c in chosen) and in_place and _may_go_with_loss(student)
-    backwards = launch.groups(student, teacher, student) if with_loss else []
-    configs_backward = [group.config("backward_kernel", num_tokens, student, teacher) for group in backwards]
-    kept: list[tuning.Part] = []
-    parts: list[tuning.Part] = [(range(len(student)), 0, n)]
-    if with_loss:
-        parts = tuning.parts_in_l2(n, student, teacher, student)
-    elif chosen and all(c.keep for c in chosen):
-        parts, kept = tuning.kept_in_l2(n, student, teacher)
-    options = num_tokens, variant.standard, variant.valid, variant.mask_power, variant.distance, variant.beta
-    passes = []
-    for levels, start, images in (*parts, *kept):
-        forward, backward = [], []
-        keep = (levels, start, images) in kept
-        for group, config in zip(groups, configs, strict=True):
-            if part := group.of(levels):
-                numbers = _forward_numbers(part, config, student, teacher, heights, variant, images, keep)
-                forward.append((part, start, *numbers))
-        for group, config in zip(backwards, configs_backward, strict=True):
-            if part := group.of(levels):
-                numbers_backward = _backward_numbers(part, config, student, teacher, student, images, *options)
-                backward.append((part, start, numbers_backward))
-        passes.append((forward, backward))
-    return in_place, with_loss, passes
-
-
-def _may_go_with_loss(student: Sequence[Tensor]) -> bool:
-    """Not float16: a loss scale must come before the rounding. Not maps with gaps: their gradients have other strides."""
-    return all(s.dtype != torch.float16 and launch.is_dense(s) for s in student)
+    student: launch.Looks,
+    teacher: launch.Looks,
+    parameters: Sequence[Sequence[torch.dtype]],
+    variant: _Variant,
+    device: torch.device,
+    _generation: int,
+) -> tuple[list[list[launch.Map]], list[tuple[launch.Group, launch.Numbers, launch.Numbers]]]:
+    """Student and teacher as kernels address them, and the launches of the tiles and of what finishes."""
+    maps, heights = launch.maps_of(student, teacher), [shape[2] for shape, _, _ in student]
+    groups = launch.groups(*maps, parameters=parameters)
+    return maps, [(group, *_forward_numbers(group, group.own(heights), variant, device)) for group in groups]
 
 
 def _forward_numbers(
-    group: launch.Group,
-    config: tuning.Config,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    heights: Sequence[int],
-    variant: _Variant,
-    images: int,
-    keep: bool,
+    group: launch.Group, heights: Sequence[int], variant: _Variant, device: torch.device
 ) -> tuple[launch.Numbers, launch.Numbers]:
-    s, n = group.own(student), student[0].shape[0]
-    num_tokens, weighted = variant.num_tokens, variant.weighted
-    hs = group.own(heights)
-    ws = [x.shape[2] // h for x, h in zip(s, hs, strict=True)]
-    first, programs = launch.first_programs(
-        [images * _partials_of(h, w, weighted, config) for h, w in zip(hs, ws, strict=True)]
-    )
+    s, num_tokens = group.maps[0], variant.num_tokens
+    config = group.config("forward_kernel", num_tokens, device)
+    rows, dtypes = tuning.token_rows(num_tokens), [maps[0].dtype for maps in group.maps]
+    splits = [launch.split(dtype) for dtype in dtypes]
+    widths = [m.p // h for m, h in zip(s, heights, strict=True)]
+    counts = [_partials_of(h, w, variant.weighted, config) for h, w in zip(heights, widths, strict=True)]
     # the cosine adds up three tiles where other distances add up one
-    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and launch.split(s[0]) == 2 else config.block_c
-    rows = tuning.token_rows(num_tokens)
-    common = {"WEIGHTED": weighted, "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p}
-    tables = [
-        *launch.tables(first, group.aligns), *group.lengths(student), launch.table(ws), *group.strides(student, teacher),
-    ]  # fmt: skip
-    constants = {
-        "CUSTOM": variant.custom_mask, "WARMUP": variant.warmup, "STANDARD": variant.standard,
-        "GIVEN": variant.given, "VALID": variant.valid, "POWER": variant.mask_power, "DISTANCE": variant.distance,
-        "S_SPLIT": launch.split(s[0]), "T_SPLIT": launch.split(group.own(teacher)[0]),
-        "S_FAST": group.fast[0], "T_FAST": group.fast[1], "UPCAST": launch.INTERPRETED,
-        "BLOCK_C": block_c, "STAGES": config.num_stages, "EVICTION": "evict_last" if keep else "",
-        **config.program, **group.constants, **common,
-        **launch.two_parts("beta", variant.beta),
+    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and splits[0] == 2 else config.block_c
+    common = {
+        "WEIGHTED": variant.weighted, "DISTANCE": variant.distance, "ACC": launch.acc_type(dtypes[0]),
+        "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p,
     }  # fmt: skip
-    finish_tables = launch.tables(first, (x.shape[1] for x in s), hs, ws, group.levels)
-    finish_constants = {
-        "LEVELS": len(s), "STANDARD": weighted and variant.standard, "WEIGHTS": variant.weights,
-        "EMPTY": variant.given or variant.valid, "DISTANCE": variant.distance,
-        "BLOCK": tuning.finish_block(rows), "num_warps": 4, **common, "images": images, "N": n,
-        **launch.two_parts("eps", variant.eps),
+    tiles = launch.numbers(
+        group, counts, (0, 1), widths, CUSTOM=variant.custom_mask, CHOSEN=variant.chosen, STANDARD=variant.standard,
+        GIVEN=variant.given, VALID=variant.valid, POWER=variant.mask_power, BETA=variant.beta,
+        S_SPLIT=splits[0], T_SPLIT=splits[1], S_FAST=group.axes[0], T_FAST=group.axes[1], UPCAST=launch.INTERPRETED,
+        BLOCK_C=block_c, STAGES=launch.stages(config, max(splits) * rows), **config.program, **common,
+    )  # fmt: skip
+    finish = {
+        "LEVELS": len(s), "STANDARD": variant.weighted and variant.standard, "WEIGHTS": variant.weights,
+        "EMPTY": variant.given or variant.valid, "EPS": variant.eps, "N": s[0].n,
+        "BLOCK": max(16, 1024 // rows), "num_warps": 4, **common,
     }  # fmt: skip
-    return (programs, tables, constants), (len(s) * images, finish_tables, finish_constants)
+    tables = [*tiles.tables[:1], *launch.tables([m.c for m in s], heights, widths, group.levels)]
+    return tiles, launch.Numbers(len(s) * s[0].n, tables, finish)
 
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
@@ -610,115 +475,45 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
     """Gradients of every level for the student, in its dtype and, where it is dense, its strides."""
     coefficients = kept.coefficients
     launch.check_device(coefficients)
-    n, num_tokens = coefficients.shape[1:]
     grads = [torch.empty_like(s) for s in student]
-    if n == 0:
+    if not len(student[0]):
         return grads
     statistics = [x.contiguous() for x in kept.statistics]
-    variant = num_tokens, len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance, kept.beta
-    in_place, launches = launch.planned("backward", variant, (student, teacher), (grads,), _plan_backward)
-    written: Sequence[Tensor] = grads
-    if not in_place:
-        student, teacher = [launch.addressable(x) for x in student], [launch.addressable(x) for x in teacher]
-        written = [launch.writable(g) for g in grads]
+    variant = coefficients.shape[2], len(statistics) > 0, len(kept.valid) > 0, kept.mask_power, kept.distance, kept.beta
+    looks = launch.looks(student), launch.looks(teacher), launch.looks(grads)
+    maps, launches = _plan_backward(*looks, variant, coefficients.device, tuning.generation())
+    student, teacher = launch.readable(student, maps[0]), launch.readable(teacher, maps[1])
+    written = launch.writable(grads, maps[2])
     with launch.device_of(coefficients):
-        _run_backward(launches, student, teacher, grad, kept, statistics, written)
-    return grads if in_place else launch.written_to(grads, written)
+        for group, (programs, tables, constants) in launches:
+            launch.run(
+                backward_kernel, programs,
+                *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
+                grad, kept.coefficients, *grad.stride(), **constants,
+            )  # fmt: skip
+    return launch.copied_back(grads, written)
 
 
-def _run_backward(
-    launches: Sequence[_Backward],
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    grad: Tensor,
-    kept: DistillKept,
-    statistics: Sequence[Tensor],
-    written: Sequence[Tensor],
-) -> None:
-    """``statistics`` are those of ``kept``, contiguous."""
-    for group, start, (programs, tables, constants) in launches:
-        launch.run(
-            backward_kernel, programs,
-            *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
-            grad, kept.coefficients, *grad.stride(), start, **constants,
-        )  # fmt: skip
-
-
+@functools.lru_cache(launch.PLANS)
 def _plan_backward(
-    options: tuple[int, bool, bool, int, str, float], maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
-) -> tuple[bool, list[_Backward]]:
-    """Whether the maps can be read and written in place; groups and numbers of the backward kernel.
-
-    The gradients among ``others`` have strides that follow from the student's.
-    """
-    student, teacher = ([launch.addressable(x) for x in each] for each in maps)
-    written = [launch.writable(x) for x in others[0]]
-    groups = launch.groups(student, teacher, written)
+    student: launch.Looks,
+    teacher: launch.Looks,
+    grads: launch.Looks,
+    variant: tuple[int, bool, bool, int, str, float],
+    device: torch.device,
+    _generation: int,
+) -> tuple[list[list[launch.Map]], list[tuple[launch.Group, launch.Numbers]]]:
+    """Student, teacher and gradients as kernels address them, and the launches."""
+    num_tokens, standard, valid, mask_power, distance, beta = variant
+    maps = launch.maps_of(student, teacher, grads)
     launches = []
-    for group in groups:
-        config = group.config("backward_kernel", options[0], student, teacher)
-        numbers = _backward_numbers(group, config, student, teacher, written, student[0].shape[0], *options)
-        launches.append((group, 0, numbers))
-    return launch.in_place((*maps, others[0]), (student, teacher, written)), launches
-
-
-def _backward_numbers(
-    group: launch.Group,
-    config: tuning.Config,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    written: Sequence[Tensor],
-    images: int,
-    num_tokens: int,
-    standard: bool,
-    valid: bool,
-    mask_power: int,
-    distance: str,
-    beta: float,
-) -> launch.Numbers:
-    s = group.own(student)
-    first, programs = launch.first_programs([images * launch.tiles(x, config) for x in s])
-    tables = [
-        *launch.tables(first, group.aligns, group.levels), *group.lengths(student),
-        *group.strides(student, teacher, written),
-    ]  # fmt: skip
-    # no level is aligned: elements are loaded one by one, each with a register for its address, which sm_80 would spill
-    bound = max(group.aligns) == 1 and config.registers == 0 and s[0].dtype.itemsize < 8
-    registers = tuning.most_registers(min(255, 32768 // config.threads)) if bound else {}
-    constants = {
-        "VALID": valid, "POWER": mask_power, "DISTANCE": distance, "STANDARD": standard,
-        "ACC": launch.acc_type(s[0]), "T": num_tokens, "TP": tuning.power_of_2(num_tokens),
-        "S_FAST": group.fast[0], "T_FAST": group.fast[1], "G_FAST": group.fast[2],
-        "BLOCK_C": config.block_c, "BLOCK_P": config.block_p, **config.program, **registers, **group.constants,
-        "REVERSE": config.reverse, "EVICTION": "evict_first" if config.hints else "",
-        "N": s[0].shape[0], **launch.two_parts("beta", beta),
-    }  # fmt: skip
-    return programs, tables, constants
-
-
-def rescale(grads: Sequence[Tensor], grad: Tensor, valid: bool) -> None:
-    """``grads``, as `forward` gave them, times ``grad [levels, N]``; where that is 1, on the device, nothing is read.
-
-    ``valid``: there may be pixels that do not count, whose gradient stays 0.
-    """
-    with launch.device_of(grad):
-        for group, (programs, tables, constants) in launch.planned("rescale", valid, (grads,), (), _plan_rescale):
-            launch.run(rescale_kernel, programs, *group.addresses(grads), *tables, grad, *grad.stride(), **constants)
-
-
-def _plan_rescale(
-    valid: bool, maps: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]
-) -> list[tuple[launch.Group, launch.Numbers]]:
-    flat = [launch.addressable(x) for x in maps[0]]
-    launches = []
-    for group in launch.groups(flat):
-        g = group.own(flat)
-        config = tuning.rescale_config(g, group.fast[0])
-        first, programs = launch.first_programs([x.shape[0] * launch.tiles(x, config) for x in g])
-        tables = [*launch.tables(first, group.aligns, group.levels), *group.lengths(flat), *group.strides(flat)]
-        constants = {
-            "VALID": valid, "ACC": launch.acc_type(g[0]), "G_FAST": group.fast[0], "BLOCK_C": config.block_c,
-            "BLOCK_P": config.block_p, **config.program, **group.constants,
-        }  # fmt: skip
-        launches.append((group, (programs, tables, constants)))
-    return launches
+    for group in launch.groups(*maps):
+        s, (s_fast, t_fast, g_fast) = group.maps[0], group.axes
+        config = group.config("backward_kernel", num_tokens, device)
+        numbers = launch.numbers(
+            group, launch.tiles(s, config), (0, 1, 2), group.levels, VALID=valid, POWER=mask_power, DISTANCE=distance,
+            BETA=beta, STANDARD=standard, ACC=launch.acc_type(s[0].dtype), T=num_tokens, TP=tuning.power_of_2(num_tokens),
+            N=s[0].n, S_FAST=s_fast, T_FAST=t_fast, G_FAST=g_fast, **config.tile,
+        )  # fmt: skip
+        launches.append((group, numbers))
+    return maps, launches

@@ -1,25 +1,25 @@
 """What every launcher needs to know about its tensors: device, layout, alignment, and how levels reach a kernel.
 
-The tables of a pyramid are arguments by value: nothing is copied to the device, nothing is synchronised, and a captured CUDA
-graph keeps them.
+Everything about a launch but the addresses follows from what its tensors look like (`looks`), so each pass makes it once for
+each look, in a function under ``functools.lru_cache``. The tables of a pyramid are arguments by value: nothing is copied to the
+device, nothing is synchronised, and a captured CUDA graph keeps them.
 """
 
-import ctypes
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _memo
 from . import tuning
 from .tiles import CHANNELS, PIXELS, sigmoid
 from .tuning import Config
 
 INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
+PLANS = 128  # looks that a pass remembers
 
 
 def check_device(x: Tensor) -> None:
@@ -41,218 +41,169 @@ def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=True, **constants)
 
 
-def two_parts(name: str, value: float) -> dict[str, float]:
-    """``value`` rounded to float32, as a kernel's float argument is, and what that leaves: arguments of these names."""
-    high = ctypes.c_float(value).value
-    return {f"{name}_high": high, f"{name}_low": value - high}
+class Numbers(NamedTuple):
+    """What a launch takes beside tensors: how many programs, tables of the levels, constants."""
+
+    programs: int
+    tables: Sequence[Any]
+    constants: dict[str, Any]
 
 
-def acc_type(x: Tensor) -> tl.dtype:
-    """What sums over ``x`` are taken in."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+Look = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype
+Looks = Sequence[Look]  # of the levels of one sequence of feature maps
 
 
-def split(x: Tensor) -> int:
-    """Parts in which a float32 factor enters a product with ``x``: 2 for half features."""
-    return 2 if x.dtype.itemsize == 2 else 1
+def looks(tensors: Iterable[Tensor]) -> Looks:
+    """All that a launch depends on of feature maps."""
+    return tuple((x.shape, x.stride(), x.dtype) for x in tensors)
 
 
-def addressable(x: Tensor) -> Tensor:
-    """Features as ``[N, C, P]`` with pixels or channels next to each other; a copy where neither are."""
-    if x.dim() == 4:
-        x = x.flatten(2)
-    return x if _contiguous_along(x, PIXELS) or _contiguous_along(x, CHANNELS) else x.contiguous()
+def dtypes(*tensors: Iterable[Tensor]) -> tuple[tuple[torch.dtype, ...], ...]:
+    """All that a launch depends on of parameters."""
+    return tuple(tuple(x.dtype for x in each) for each in tensors)
 
 
-def writable(x: Tensor) -> Tensor:
-    """``x`` as ``[N, C, P]`` if a kernel can write it, else an empty contiguous tensor; `written_to` copies that."""
-    flat = addressable(x)
-    return flat if flat.data_ptr() == x.data_ptr() else torch.empty_like(flat, memory_format=torch.contiguous_format)
+class Map(NamedTuple):
+    """A feature map ``[N, C, P]`` as a kernel addresses it; ``copied``: only a contiguous copy of it has such strides."""
+
+    n: int
+    c: int
+    p: int
+    strides: tuple[int, int, int]
+    dtype: torch.dtype
+    copied: bool
+
+    @classmethod
+    def of(cls, look: Look) -> "Map":
+        """Of ``[N, C, P]`` or ``[N, C, H, W]``; pixels or channels must lie next to each other."""
+        (n, c, *sizes), (image, channel, *steps), dtype = look
+        p, fits = math.prod(sizes), True
+        if len(sizes) == 2:
+            fits = 1 in sizes or steps[0] == sizes[1] * steps[1]
+            steps = steps[:1] if sizes[1] == 1 else steps[1:]
+        strides = image, channel, steps[0]
+        fits = fits and (c == 1 or p == 1 or 1 in strides[1:])
+        return cls(n, c, p, strides if fits else (c * p, p, 1), dtype, not fits)
+
+    def is_contiguous(self, axis: int) -> bool:
+        return self.strides[2] == 1 or self.p == 1 if axis == PIXELS else self.strides[1] == 1 or self.c == 1
+
+    def row(self, axis: int) -> int:
+        """The stride of the other axis than the contiguous one; 0 where that has one entry."""
+        length, stride = (self.c, self.strides[1]) if axis == PIXELS else (self.p, self.strides[2])
+        return stride if length > 1 else 0
+
+    def is_aligned(self, axis: int, elements: int) -> bool:
+        """Whether ``elements`` divides images, rows and the length of one."""
+        return all(x % elements == 0 for x in (self.strides[0], self.row(axis), self.p if axis == PIXELS else self.c))
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether an offset inside one image leaves 32 bits."""
+        return (self.c - 1) * self.strides[1] + (self.p - 1) * self.strides[2] >= 2**31
 
 
-def written_to(maps: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor]:
-    """``maps``, with what a kernel wrote in their stead."""
-    for x, y in zip(maps, written, strict=True):
-        if x.data_ptr() != y.data_ptr():
-            x.copy_(y.view(x.shape))
-    return list(maps)
+def maps_of(*looks: Looks) -> list[list[Map]]:
+    return [[Map.of(look) for look in each] for each in looks]
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements lie next to each other, in some order of the axes: ``empty_like`` then has the same strides."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def readable(tensors: Sequence[Tensor], maps: Sequence[Map]) -> list[Tensor]:
+    """``tensors`` where kernels can address them."""
+    return [x.contiguous() if m.copied else x for x, m in zip(tensors, maps, strict=True)]
 
 
-def _contiguous_along(x: Tensor, axis: int) -> bool:
-    dim = 2 if axis == PIXELS else 1
-    return x.stride(dim) == 1 or x.shape[dim] == 1
+def writable(tensors: Sequence[Tensor], maps: Sequence[Map]) -> list[Tensor]:
+    """``tensors``, or contiguous ones in their stead, of which `copied_back` makes them."""
+    contiguous = torch.contiguous_format
+    return [torch.empty_like(x, memory_format=contiguous) if m.copied else x for x, m in zip(tensors, maps, strict=True)]
 
 
-Plan = TypeVar("Plan")
-Numbers = tuple[int, list[Any], dict[str, Any]]  # what a launch takes beside tensors: programs, tables, constants
+def copied_back(tensors: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors``, with what a kernel wrote in their stead."""
+    return [x if x is y else x.copy_(y) for x, y in zip(tensors, written, strict=True)]
 
 
-@dataclass(frozen=True)
-class Group:
-    """Levels that one launch covers, and how it addresses their feature maps.
+class Group(NamedTuple):
+    """Levels that one launch covers, which are alike in dtypes, layouts and alignment.
 
     Attributes:
         levels: their indices.
-        fast: the contiguous axis of each of the maps.
+        maps: of each sequence of feature maps, those of these levels.
+        axes: the contiguous axis of each sequence.
+        align: elements that every stride and contiguous length is a multiple of: what 16-byte accesses need, or 1. No finer
+            distinction: each would be compiled anew.
         wide: whether an offset inside one image leaves 32 bits.
-        aligns: every level's alignment in elements: that which 16-byte accesses need, or 1. No finer distinction: each would be
-            compiled anew.
     """
 
-    levels: list[int]
-    fast: tuple[int, ...]
+    levels: Sequence[int]
+    maps: Sequence[Sequence[Map]]
+    axes: Sequence[int]
+    align: int
     wide: bool
-    aligns: list[int]
-
-    def of(self, levels: Container[int]) -> "Group | None":
-        """The same for those of its levels that are among ``levels``, if any."""
-        kept = [(i, align) for i, align in zip(self.levels, self.aligns, strict=True) if i in levels]
-        return Group([i for i, _ in kept], self.fast, self.wide, [align for _, align in kept]) if kept else None
 
     def own(self, values: Sequence[Any]) -> list[Any]:
         """The entries of these levels."""
         return [values[i] for i in self.levels]
 
-    def addresses(self, *arguments: Sequence[Tensor]) -> list[Any]:
-        """The tensors of these levels as a kernel takes them; the first argument stands in for one that there is none of."""
-        first = arguments[0]
-        if len(first) == len(self.levels):
-            return [per_level(tensors or first) for tensors in arguments]
-        return [per_level(self.own(tensors or first)) for tensors in arguments]
+    def addresses(self, *tensors: Sequence[Tensor]) -> list[Any]:
+        """The tensors of these levels as a kernel takes them. The first stand in for those that are missing: never read."""
+        return [per_level(self.own(each or tensors[0])) for each in tensors]
 
-    def config(self, kernel: str, num_tokens: int, *maps: Sequence[Tensor], axis: int | None = None) -> Config:
-        """The configuration of ``kernel`` over ``maps`` of these levels; its tiles follow ``axis``, that of the first map."""
-        own = [self.own(tensors) for tensors in maps]
-        bits = 8 * max(tensors[0].dtype.itemsize for tensors in own)
-        return tuning.config(kernel, own[0], bits, self.fast[0] if axis is None else axis, num_tokens)
+    def config(self, kernel: str, num_tokens: int, device: torch.device, of: int = 0) -> Config:
+        """The configuration of ``kernel``, whose tiles follow the maps ``of``."""
+        maps = self.maps[of]
+        bits = 8 * max(each[0].dtype.itemsize for each in self.maps)
+        pixels, channels = sum(m.n * m.p for m in maps), max(m.c for m in maps)
+        layout = "nhwc" if self.axes[of] == CHANNELS else "nchw"
+        key = tuning.Key(kernel, bits, layout, channels, tuning.token_rows(num_tokens), (pixels - 1).bit_length())
+        return tuning.config(key, device)
 
-    def lengths(self, like: Sequence[Tensor]) -> list[Any]:
-        """Tables of channels and pixels, in units of the alignment where C_UNIT and P_UNIT say so."""
-        own = self.own(like)
-        c = [x.shape[1] // (a if CHANNELS in self.fast else 1) for x, a in zip(own, self.aligns, strict=True)]
-        p = [x.shape[2] // (a if PIXELS in self.fast else 1) for x, a in zip(own, self.aligns, strict=True)]
-        return tables(c, p)
-
-    def strides(self, *maps: Sequence[Tensor]) -> list[Any]:
-        """For each map the tables of image and row strides in units of the alignment."""
-        result = []
-        for axis, tensors in zip(self.fast, maps, strict=True):
-            for dim in (0, _row(axis)):
-                result.append(table(x.stride(dim) // a for x, a in zip(self.own(tensors), self.aligns, strict=True)))
-        return result
+    def tables(self, *which: int) -> list[Any]:
+        """Channels and pixels in C_UNIT and P_UNIT; of each sequence of maps asked for, strides of images and rows in ALIGN."""
+        units = self.constants
+        values = [[m.c // units["C_UNIT"] for m in self.maps[0]], [m.p // units["P_UNIT"] for m in self.maps[0]]]
+        for i in which:
+            values.append([m.strides[0] // self.align for m in self.maps[i]])
+            values.append([m.row(self.axes[i]) // self.align for m in self.maps[i]])
+        return tables(*values)
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The constexpr arguments that all kernels over feature maps take; ALIGN, END and STEP range over the alignments."""
-        largest, smallest = max(self.aligns), min(self.aligns)
-        return {
-            "LEVELS": len(self.levels),
-            "ALIGN": largest,
-            "END": smallest - 1,
-            "STEP": smallest - largest or -1,
-            "C_UNIT": CHANNELS in self.fast,
-            "P_UNIT": PIXELS in self.fast,
-            "WIDE": self.wide,
-        }
+        """The constexpr arguments that all kernels over feature maps take."""
+        units = {"C_UNIT": self.align if CHANNELS in self.axes else 1, "P_UNIT": self.align if PIXELS in self.axes else 1}
+        return {"LEVELS": len(self.levels), "ALIGN": self.align, "WIDE": self.wide, **units}
 
 
-def groups(*maps: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]] = ()) -> list[Group]:
-    """The launches for a pyramid: one, unless levels differ in dtypes or layouts, or have 2**31 elements in an image.
+def groups(*maps: Sequence[Map], parameters: Sequence[Sequence[torch.dtype]] = ()) -> list[Group]:
+    """The launches for a pyramid: one, unless levels differ in dtypes, layouts or alignment, or leave 32 bits.
 
-    ``maps``: the feature maps ``[N, C, P]`` that a kernel addresses, a sequence of levels each; ``parameters``: what it reads.
+    ``maps``: the feature maps that a kernel addresses, a sequence of levels each; ``parameters``: dtypes of what else it reads.
     """
     found: dict[Any, list[int]] = {}
-    axes = [_axes(tensors) for tensors in maps]
+    axes = [_axes(each) for each in maps]
     for i, level in enumerate(zip(*maps, strict=True)):
-        dtypes = *(x.dtype for x in level), *(each[i].dtype for each in parameters if each)
-        fast = tuple(each[i] for each in axes)
-        found.setdefault((dtypes, fast, is_wide(*level)), []).append(i)
-    return [_group(levels, maps, fast, wide) for (_, fast, wide), levels in found.items()]
+        own = [each[i] for each in axes]
+        full = 16 // min(m.dtype.itemsize for m in level)
+        align = full if all(m.is_aligned(axis, full) for m, axis in zip(level, own, strict=True)) else 1
+        kinds = *(m.dtype for m in level), *(each[i] for each in parameters if each)
+        found.setdefault((kinds, *own, align, any(m.is_wide for m in level)), []).append(i)
+    return [
+        Group(levels, [[each[i] for i in levels] for each in maps], own, align, wide)
+        for (_, *own, align, wide), levels in found.items()
+    ]
 
 
-def planned(
-    kernel: str,
-    options: Any,
-    maps: Sequence[Sequence[Tensor]],
-    parameters: Sequence[Sequence[Tensor]],
-    plan: Callable[..., Plan],
-) -> Plan:
-    """``plan(options, maps, parameters)``, made anew only for maps of other shapes, strides or dtypes, parameters of other
-    dtypes, and other configurations.
-
-    To find addresses, tables and configuration of five levels takes longer than a small pyramid's kernels run.
-    """
-    key = (
-        *(kernel, options, tuning.state(), maps[0][0].device),
-        *[(x.shape, x.stride(), x.dtype) for tensors in maps for x in tensors],
-        *[x.dtype for tensors in parameters for x in tensors],
-    )
-    found = PLANS.get(key)
-    if found is None:
-        found = _memo.remember(PLANS, key, plan(options, maps, parameters), MOST_PLANS)
-    return found  # type: ignore[no-any-return]
-
-
-MOST_PLANS = _memo.MOST
-PLANS: dict[Any, Any] = {}
-
-
-def in_place(maps: Sequence[Sequence[Tensor]], flat: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether ``flat``, what kernels address, are all ``maps`` where they are."""
-    return all(x.data_ptr() == y.data_ptr() for each in zip(maps, flat, strict=True) for x, y in zip(*each, strict=True))
-
-
-def _axes(tensors: Sequence[Tensor]) -> list[int]:
+def _axes(maps: Sequence[Map]) -> list[int]:
     """The contiguous axis of every level: of both, where a level has one pixel or one channel, that of the largest level."""
-    largest = max(tensors, key=Tensor.numel)
-    preferred = PIXELS if _contiguous_along(largest, PIXELS) else CHANNELS
-    return [preferred if _contiguous_along(x, preferred) else 1 - preferred for x in tensors]
-
-
-def _group(levels: list[int], maps: Sequence[Sequence[Tensor]], axes: tuple[int, ...], wide: bool) -> Group:
-    first = [tensors[levels[0]] for tensors in maps]
-    full = 16 // min(x.dtype.itemsize for x in first)
-    aligned = [is_aligned(full, axes, [tensors[i] for tensors in maps]) for i in levels]
-    return Group(levels, axes, wide, [full if x else 1 for x in aligned])
-
-
-def is_aligned(full: int, axes: Sequence[int], level: Sequence[Tensor]) -> bool:
-    """Whether ``full`` divides the rows, images and contiguous lengths of one level."""
-    lengths = (
-        (x.stride(0), x.stride(_row(axis)), x.shape[1 if axis == CHANNELS else 2]) for x, axis in zip(level, axes, strict=True)
-    )
-    return all(length % full == 0 for each in lengths for length in each)
-
-
-def _row(axis: int) -> int:
-    """The dimension that is not contiguous."""
-    return 2 if axis == CHANNELS else 1
-
-
-def is_wide(*tensors: Tensor) -> bool:
-    """Whether an offset inside one image leaves 32 bits."""
-    return any((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) >= 2**31 for x in tensors)
+    largest = max(maps, key=lambda m: m.c * m.p)
+    preferred = PIXELS if largest.is_contiguous(PIXELS) else CHANNELS
+    return [preferred if m.is_contiguous(preferred) else 1 - preferred for m in maps]
 
 
 def tables(*values: Iterable[int]) -> list[Any]:
-    """A `table` of each."""
-    return [table(each) for each in values]
-
-
-def table(values: Iterable[int]) -> Any:
     """Integers per level as a kernel takes them. Triton specialises the integers of a tuple on 1 and on multiples of 16, which
-    would compile anew for every size: an odd number above 1 is neither."""
-    return per_level([2 * value + 3 for value in values])
+    would compile anew for every size: an odd number above 1 is neither. `tiles.pick_int` gives them back."""
+    return [per_level([2 * value + 3 for value in each]) for each in values]
 
 
 def per_level(values: Sequence[Any]) -> Any:
@@ -260,12 +211,39 @@ def per_level(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def tiles(x: Tensor, config: Config) -> int:
-    """Tiles of an image of ``x [N, C, P]``."""
-    return tuning.ceil_div(x.shape[1], config.block_c) * tuning.ceil_div(x.shape[2], config.block_p)
-
-
 def first_programs(counts: Sequence[int]) -> tuple[list[int], int]:
     """Every level's first program, and the number of all programs, given those of each level."""
-    first = [sum(counts[:i]) for i in range(len(counts))]
-    return first, sum(counts)
+    return [sum(counts[:i]) for i in range(len(counts))], sum(counts)
+
+
+def tiles(maps: Sequence[Map], config: Config) -> list[int]:
+    """Tiles of an image of each level."""
+    ceil = tuning.ceil_div
+    return [ceil(m.c, config.block_c) * ceil(m.p, config.block_p) for m in maps]
+
+
+def runs(maps: Sequence[Map], config: Config) -> list[int]:
+    """Tiles of an image of each level where a program takes all channels of its pixels."""
+    return [tuning.ceil_div(m.p, config.block_p) for m in maps]
+
+
+def numbers(group: Group, counts: Sequence[int], which: Sequence[int], *others: Iterable[int], **constants: Any) -> Numbers:
+    """Of a kernel with ``counts`` programs an image; tables: first programs, lengths, strides of maps ``which``, others."""
+    first, programs = first_programs([m.n * count for m, count in zip(group.maps[0], counts, strict=True)])
+    return Numbers(programs, [*tables(first), *group.tables(*which), *tables(*others)], {**constants, **group.constants})
+
+
+def acc_type(dtype: torch.dtype) -> tl.dtype:
+    """What sums are taken in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def split(dtype: torch.dtype) -> int:
+    """Parts in which a float32 factor enters a product with features of this dtype: 2 for half features."""
+    return 2 if dtype.itemsize == 2 else 1
+
+
+def stages(config: Config, rows: int) -> int:
+    """Stages of the pipeline of a matrix product with so many ``rows``. From Hopper on, 64 rows are multiplied asynchronously;
+    for a load that is used in registers, too, Triton's pipeline is then one buffer short."""
+    return config.num_stages if rows < 64 else 1

@@ -2,13 +2,12 @@
 
 A launch covers all levels of a pyramid. What differs from level to level (addresses, lengths, strides) comes as a tuple with an
 entry per level, or as the entry itself where there is one level; a program finds its level and picks its own. A tile is
-``[BLOCK_C, BLOCK_P]`` of a feature map, channels by pixels. Strides come as ``quotient * ALIGN`` with a constexpr ``ALIGN`` (a
-divisor of 8), which tells the compiler how wide an access may be at sizes that 16 does not divide.
+``[BLOCK_C, BLOCK_P]`` of a feature map, channels by pixels. Strides come as ``quotient * ALIGN`` with a constexpr ``ALIGN``
+(what 16-byte accesses need, or 1), which tells the compiler how wide an access may be at sizes that 16 does not divide.
 """
 
 import triton
 import triton.language as tl
-from triton.language.target_info import cuda_capability_geq
 
 PIXELS, CHANNELS = 0, 1  # the axis along which a tensor is contiguous
 
@@ -111,12 +110,6 @@ def add_projection(acc, rows, x, ACC: tl.constexpr, UPCAST: tl.constexpr):
     elif UPCAST:  # the interpreter has no bfloat16 arithmetic
         acc = tl.dot(rows.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
     else:
-        if rows.shape[0] >= 64:
-            if cuda_capability_geq(9):
-                # From Hopper on, 64 rows are multiplied asynchronously, out of shared memory. Triton leaves a load that is used
-                # in registers, too, one buffer short for that, and the next copy could overwrite x. A sum is another value
-                # than the one that was copied.
-                x += 0.0
         acc = tl.dot(rows, x, acc, input_precision="ieee")
     return acc
 
@@ -153,53 +146,23 @@ def smooth_l1(x, beta):
 
 
 @triton.jit
-def _halve(x):
-    """``x [BLOCK, ROWS]`` with neighbouring columns added."""
-    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return a + b
-
-
-@triton.jit
-def sum_rows(x, SPREAD: tl.constexpr, ROWS: tl.constexpr = 8):
-    """Sums [BLOCK] over the rows of ``x``, a power of 2 of them.
-
-    SPREAD: a thread holds 16 bytes of a row, as after a load along rows; ROWS, 16 at most, threads hold the same columns.
-    ``tl.sum`` then hands over number by number, with conflicts in shared memory; halves that are split off are moved whole.
-    """
-    if not SPREAD:
-        return tl.sum(x, axis=0)
-    if x.shape[0] > ROWS:
-        x = tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), axis=0)
-    x = tl.trans(x)
-    if x.shape[1] == 16:
-        x = _halve(x)
-    if x.shape[1] == 8:
-        x = _halve(x)
-    if x.shape[1] == 4:
-        x = _halve(x)
-    if x.shape[1] == 2:
-        x = _halve(x)
-    return tl.reshape(x, (x.shape[0],))
-
-
-@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def pick_row(x, i, ROWS: tl.constexpr, SPREAD: tl.constexpr):
-    """Row ``i`` of ``x [ROWS, BLOCK]``; SPREAD as in `sum_rows`."""
-    return sum_rows(tl.where((tl.arange(0, ROWS) == i)[:, None], x, 0.0), SPREAD)
+def pick_row(x, i, ROWS: tl.constexpr):
+    """Row ``i`` of ``x [ROWS, BLOCK]``."""
+    return tl.sum(tl.where((tl.arange(0, ROWS) == i)[:, None], x, 0.0), axis=0)
 
 
 @triton.jit
-def mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr, SPREAD: tl.constexpr):
+def mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr):
     """Gradient [TP, BLOCK_P] of the mask logits: ``dm = weight * gx + dice * pair @ m``, ``dl = dm m (1 - m)``."""
     token = tl.arange(0, TP)
     real = token < T
     dm = tl.load(weight_ptr + token, mask=real, other=0.0)[:, None] * gx[None, :]
     for j in range(T):
         column = tl.load(pair_ptr + j * T + token, mask=real, other=0.0) * dice
-        dm += column[:, None] * pick_row(m, j, TP, SPREAD)[None, :]
+        dm += column[:, None] * pick_row(m, j, TP)[None, :]
     return dm * m * (1.0 - m)

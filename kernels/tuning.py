@@ -5,27 +5,22 @@ Nothing is timed, and nothing compiled twice, while a model trains. In this orde
 1. ``<folder>/<GPU>.json`` of the user, written by ``python -m maskd_triton.kernels.autotune`` or by online tuning; the folder
    is ``$MASKD_TRITON_CONFIGS`` or else ``~/.config/maskd_triton``.
 2. ``configs/<GPU>.json`` beside this file, for GPUs that were measured. None was yet.
-3. `default`, chosen by compiling (``python -m bench.inspect``) and by counts (``python -m bench.defaults``): no spill and
-   16-byte loads on sm_80, sm_90, sm_100 and gfx942, runs of at least 64 contiguous bytes, and for bfloat16 and up to 8
-   tokens a time, modelled by memory, instructions, shared memory and loads in flight, near that of the best candidate.
+3. `default`, chosen by compiling (``python -m bench.inspect``): no spill and 16-byte loads on sm_80 and sm_90.
 
-The search itself (``autotune.py``) lies above this file, which only calls `on_miss`.
+The search itself (``autotune.py``) lies above this file, which only calls `search`.
 """
 
-import functools
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-from .tiles import CHANNELS
 
 FOLDER = "MASKD_TRITON_CONFIGS"
 READING = ("forward_kernel", "mask_kernel", "token_gradient_kernel")  # a program takes all channels of its pixels
@@ -34,31 +29,20 @@ WRITING = ("backward_kernel", "gate_kernel", "feature_gradient_kernel")  # a pro
 
 @dataclass(frozen=True)
 class Config:
-    """Channels and pixels of a tile, threads of a program, stages of the load pipeline, registers of a thread.
-
-    Variants of stage 2's backward kernel, off until a measured file chooses them: ``reverse``: tiles are walked from the last
-    to the first. ``hints``: features are the first to leave L2 once they are read, and gradients. ``keep``: the
-    forward pass marks what it reads last as the last to leave, see `kept_in_l2`. ``with_loss``: it runs in the forward pass,
-    after each of the `parts_in_l2` of student, teacher and gradient; nothing is kept then.
-
-    Where ``registers`` is 0, NVIDIA's assembler chooses how many. For one more program per multiprocessor it then spills a few
-    of them, which Triton's versions do in different kernels; where it is told how many there may be, it does not.
-    """
+    """Channels and pixels of a tile, threads of a program, stages of the load pipeline."""
 
     block_c: int
     block_p: int
     threads: int
     num_stages: int = 1
-    registers: int = 0
-    reverse: bool = False
-    hints: bool = False
-    keep: bool = False
-    with_loss: bool = False
 
     @property
     def program(self) -> dict[str, int]:
-        """Warps and registers as a launch takes them."""
-        return {"num_warps": self.threads // warp_size(), **most_registers(self.registers)}
+        return {"num_warps": self.threads // warp_size()}
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, **self.program}
 
 
 class Key(NamedTuple):
@@ -101,104 +85,45 @@ def warp_size() -> int:
     return 64 if torch.version.hip else 32
 
 
-Part = tuple[Sequence[int], int, int]
-"""Levels, the first image, and how many images."""
-
-
-def parts_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> list[Part]:
-    """All levels of ``n`` images, in parts whose ``maps`` half of the L2 cache holds, or of one image of one level."""
-    sizes = [sum(x.nbytes for x in level) // n for level in zip(*maps, strict=True)]
-    return parts(n, sizes, _l2_bytes(maps[0][0].device) // 2)
-
-
-def kept_in_l2(n: int, *maps: Sequence[torch.Tensor]) -> tuple[list[Part], list[Part]]:
-    """All levels of ``n`` images in order, cut where three quarters of the L2 cache hold the rest, which is the second list."""
-    sizes = [sum(x.nbytes for x in level) // n for level in zip(*maps, strict=True)]
-    return cut(n, sizes, _l2_bytes(maps[0][0].device) * 3 // 4)
-
-
-def cut(n: int, sizes: Sequence[int], most: int) -> tuple[list[Part], list[Part]]:
-    """The last levels, and the last images of the level before them, that fit into ``most`` bytes; what comes before, first."""
-    level, left = len(sizes), most
-    while level and n * sizes[level - 1] <= left:
-        level -= 1
-        left -= n * sizes[level]
-    images = left // sizes[level - 1] if level else 0
-    before: list[Part] = [(range(level - 1), 0, n), (range(level - 1, level), 0, n - images)] if level else []
-    last: list[Part] = [(range(level - 1, level), n - images, images)] if images else []
-    last.append((range(level, len(sizes)), 0, n))
-    return [part for part in before if part[0]], [part for part in last if part[0]]
-
-
-def parts(n: int, sizes: Sequence[int], most: int) -> list[Part]:
-    """All levels of ``n`` images in parts of at most ``most`` bytes, or of one image of one level; ``sizes``: of an image."""
-    found: list[Part] = []
-    whole: list[int] = []  # levels whose images all go together
-    left = most
-    for level, size in enumerate(sizes):
-        if n * size > most:
-            images = max(1, most // size)
-            found += [([level], start, min(images, n - start)) for start in range(0, n, images)]
-            continue
-        if n * size > left:
-            found.append((whole, 0, n))
-            whole, left = [], most
-        whole.append(level)
-        left -= n * size
-    return [*found, (whole, 0, n)] if whole else found
-
-
-@functools.cache
-def _l2_bytes(device: torch.device) -> int:
-    """Of a GPU; the interpreter is given that of an H100."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 * 2**20
-
-
-def most_registers(registers: int) -> dict[str, int]:
-    """The argument of a launch that bounds the registers of a thread; AMD's compiler takes none."""
-    return {"maxnreg": registers} if registers and warp_size() == 32 else {}
-
-
-def config(kernel: str, maps: Sequence[torch.Tensor], bits: int, axis: int, num_tokens: int) -> Config:
-    """The configuration of a launch over ``maps [N, C, P]``, one per level, contiguous along ``axis``."""
-    if kernel in _forced:
-        return _forced[kernel]
-    device, pixels, channels = maps[0].device, 0, 0
-    for x in maps:
-        pixels += x.shape[0] * x.shape[2]
-        channels = max(channels, x.shape[1])
-    layout = "nhwc" if axis == CHANNELS else "nchw"
-    key = Key(kernel, bits, layout, channels, token_rows(num_tokens), (pixels - 1).bit_length())
-    search = on_miss and not _forced and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    return _choice(key, device, on_miss if search else None)
-
-
-Miss = Callable[[Key, torch.device], object]
-on_miss: Miss | None = None
+Search = Callable[[Key, torch.device], object]
+search: Search | None = None
 """Called where no file knows a key, unless a configuration is forced or a CUDA graph captured; it may `write` one."""
 
-
-def state() -> tuple[Any, ...]:
-    """All that `config` depends on beside its arguments."""
-    return _generation, on_miss, *_forced.items()
-
-
-def forget() -> None:
-    """Read all files again."""
-    global _generation
-    read.cache_clear()
-    _choice.cache_clear()
-    _generation += 1
-
-
+_forced: dict[str, Config] = {}
 _generation = 0
 
 
-@functools.cache
-def _choice(key: Key, device: torch.device, on_miss: Miss | None) -> Config:
+def generation() -> int:
+    """Another number whenever `config` may answer otherwise than before."""
+    return _generation
+
+
+def forget() -> None:
+    """From now on plan every launch anew."""
+    global _generation
+    _generation += 1
+
+
+@contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """Inside, every launch of ``kernel`` takes ``config``: to measure it."""
+    _forced[kernel] = config
+    forget()
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+        forget()
+
+
+def config(key: Key, device: torch.device) -> Config:
+    """The configuration of a launch."""
+    if key.kernel in _forced:
+        return _forced[key.kernel]
     gpu = gpu_name(device)
-    if on_miss and not any(key in read(path) for path in (user_file(gpu), shipped_file(gpu))):
-        on_miss(key, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if search and not _forced and not capturing and key not in read(shipped_file(gpu)) | read(user_file(gpu)):
+        search(key, device)
     return choose(key, gpu)
 
 
@@ -207,102 +132,32 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-_forced: dict[str, Config] = {}
-
-
-@contextmanager
-def forced(kernel: str, config: Config) -> Iterator[None]:
-    """Inside, every launch of ``kernel`` takes ``config``: to measure it."""
-    _forced[kernel] = config
-    try:
-        yield
-    finally:
-        del _forced[kernel]
-
-
-def default(key: Key) -> Config:
-    """The configuration where nothing was measured."""
-    return replace(_default_tile(key), registers=_default_registers(key))
-
-
-def _default_tile(key: Key) -> Config:
-    narrow = _is_narrow(key)
-    if key.kernel in WRITING:
-        if key.bits == 64:
-            return Config(64, 16, 256) if key.layout == "nhwc" else Config(16, 64, 256)
-        if key.layout == "nhwc":
-            size = 2048 if key.kernel == "feature_gradient_kernel" else 4096
-            block_c = min(size // 32, max(32, power_of_2(key.channels)))
-            return Config(block_c, size // block_c, 256 if narrow else 128)
-        if key.kernel == "feature_gradient_kernel":
-            return Config(32, 64, 256)
-        return Config(32, 64 if key.tokens > 16 else 128, 128)
-    masks = key.kernel == "mask_kernel"
-    if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
-        return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128, 1 if masks else 3)
-    if key.kernel == "forward_kernel" and key.bits == 32 and key.tokens > 32:
-        return Config(32, 32, 256)  # larger, or with a pipeline, every Triton spills some layout on sm_90 or sm_100
-    if narrow and key.bits < 64 and key.tokens <= 32:
-        few = key.bits == 16 and key.tokens <= 8
-        return Config(32, 1024 // key.bits if key.tokens <= 16 else 32, 128 if few else 256)
-    if key.bits == 16:  # one stage: what the pipeline copies into shared memory, matrix products read with conflicts
-        if key.kernel == "forward_kernel":  # it holds three sums for every token and pixel
-            if key.tokens <= 8 or (key.layout == "nchw" and key.tokens <= 16):
-                return Config(16 if key.layout == "nchw" else 32, 128, 128)
-            return Config(64, 32, 256) if key.tokens > 16 else Config(32, 2048 // key.tokens, 256)
-        if key.kernel == "token_gradient_kernel" and key.layout == "nchw" and key.tokens <= 8:
-            return Config(16, 128, 128)  # on gfx942 more channels spill
-        if key.tokens > 16 and masks and key.layout == "nhwc":
-            return Config(64, 64, 256)
-        if key.tokens > (16 if masks else 8):
-            return Config(32, 128 if key.tokens <= 32 else 64, 256)
-        return Config(64 if key.layout == "nhwc" else 32, 128, 128)
-    if key.kernel == "token_gradient_kernel" and key.tokens <= 8:
-        return Config(32, 64, 128)
-    if key.tokens > 8:
-        return Config(16, 64, 256, 2 if masks else 3)
-    return Config(32, 64, 256, 2) if key.layout == "nhwc" else Config(16, 128, 128)
-
-
-def _is_narrow(key: Key) -> bool:
-    """Whether 16 bytes do not divide a pixel: elements are then loaded one by one, each with a register for its address."""
-    return key.layout == "nhwc" and key.channels * key.bits % 128 != 0
-
-
-def _default_registers(key: Key) -> int:
-    """Enough for the kernels that were seen to spill when NVIDIA's assembler chose; 0 for all others."""
-    if key.kernel not in ("forward_kernel", "mask_kernel", "token_gradient_kernel", "feature_gradient_kernel"):
-        return 0
-    if key.bits == 64 or key.kernel in ("forward_kernel", "feature_gradient_kernel"):
-        return 255
-    if key.kernel == "token_gradient_kernel" and key.bits == 32:
-        return 0
-    if key.kernel == "mask_kernel":
-        return 128 if (key.bits, key.layout, key.tokens) == (16, "nchw", 8) else 168
-    return 168 if _default_tile(key).threads == 128 else 128
-
-
-def rescale_config(maps: Sequence[torch.Tensor], axis: int) -> Config:
-    """That of the kernel which multiplies gradients: it is not searched for, as it ends at once where the factor is 1."""
-    bits, channels = 8 * maps[0].dtype.itemsize, max(x.shape[1] for x in maps)
-    return default(Key("backward_kernel", bits, "nhwc" if axis == CHANNELS else "nchw", channels, 8, 0))
-
-
 def choose(key: Key, gpu: str) -> Config:
     """The nearest configuration measured on ``gpu`` with the same kernel, width, layout and tokens, or the default."""
     for path in (user_file(gpu), shipped_file(gpu)):
-        measured = {k: c for k, c in read(path).items() if _alike(k, key)}
-        if measured:
-            return measured[min(measured, key=lambda k: (_distance(k, key), k.channels, k.log2_pixels))]
+        alike = {k: c for k, c in read(path).items() if k[:3] == key[:3] and k.tokens == key.tokens}
+        if alike:
+            return alike[min(alike, key=lambda k: (_distance(k, key), k))]
     return default(key)
-
-
-def _alike(a: Key, b: Key) -> bool:
-    return (a.kernel, a.bits, a.layout, a.tokens) == (b.kernel, b.bits, b.layout, b.tokens)
 
 
 def _distance(a: Key, b: Key) -> int:
     return abs(a.channels.bit_length() - b.channels.bit_length()) + abs(a.log2_pixels - b.log2_pixels)
+
+
+def default(key: Key) -> Config:
+    """The configuration where nothing was measured."""
+    nhwc, narrow = key.layout == "nhwc", key.layout == "nhwc" and key.channels * key.bits % 128 != 0
+    if key.kernel in WRITING:
+        across, along = (16, 64) if key.bits == 64 else (32, 64 if key.kernel == "feature_gradient_kernel" else 128)
+        threads = 256 if narrow or across * along < 4096 else 128
+        if not nhwc:
+            return Config(across, along, threads)
+        channels = min(along, max(across, power_of_2(key.channels)))
+        return Config(channels, across * along // channels, threads)
+    if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
+        return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128)
+    return Config(32, 1024 // key.tokens, 128 if key.bits == 16 and key.tokens == 8 and not narrow else 256)
 
 
 def user_file(gpu: str) -> Path:
@@ -320,7 +175,6 @@ def _file_name(gpu: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json"
 
 
-@functools.cache
 def read(path: Path) -> dict[Key, Config]:
     """The configurations in a file; none if there is no such file."""
     if not path.is_file():
@@ -337,37 +191,10 @@ def read(path: Path) -> dict[Key, Config]:
 def write(gpu: str, configs: dict[Key, Config], about: dict[str, str]) -> Path:
     """Add measured configurations, and how they were measured, to the user's file; an interrupted write changes nothing."""
     path = user_file(gpu)
-    entries = [{"key": k._asdict(), "config": asdict(c)} for k, c in (read(path) | configs).items()]
+    entries: list[dict[str, Any]] = [{"key": k._asdict(), "config": asdict(c)} for k, c in (read(path) | configs).items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump({"about": about, "configs": entries}, file, indent=1)
     os.replace(file.name, path)
     forget()
     return path
-
-
-def finish_block(rows: int) -> int:
-    """Rows of partial sums that the finishing kernel of stage 2 adds at a time."""
-    return max(16, 1024 // rows)
-
-
-def add_blocks(rows: int, itemsize: int) -> dict[str, int]:
-    """Blocks in which the finishing kernel of stage 1's forward pass adds sums of channels and of pairs of ``rows`` tokens."""
-    return {"ROWS": 64, "PAIR_ROWS": max(1, 16384 // itemsize // rows**2), **_parameter_block(rows, itemsize)}
-
-
-def share_blocks(rows: int, itemsize: int) -> dict[str, int]:
-    """Blocks in which the finishing kernel of stage 1's backward pass adds shares of gradients."""
-    return {"ROWS": 64, "SHARE_ROWS": max(16, 2048 // rows), **_parameter_block(rows, itemsize)}
-
-
-def _parameter_block(rows: int, itemsize: int) -> dict[str, int]:
-    """Channels of a block that holds pool rows of all strips and tokens in registers, and what a program takes: few run."""
-    return {"BLOCK_C": max(4, min(64, 1024 // (rows * itemsize))), "num_warps": itemsize, **most_registers(255)}
-
-
-def pool_blocks(itemsize: int) -> dict[str, int]:
-    """Tile of the kernel that adds up valid pixels, tiles in a program's run, and its warps."""
-    if itemsize == 8:  # no matrix instruction: the product is a [16, C, P] block
-        return {"BLOCK_C": 8, "BLOCK_P": 16, "RUN": 16, "num_warps": 4, **most_registers(255)}
-    return {"BLOCK_C": 64 if itemsize == 2 else 32, "BLOCK_P": 128 // itemsize, "RUN": 16, "num_warps": 4}

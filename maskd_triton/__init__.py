@@ -6,4 +6,4 @@ from .masks import MaskLearner, MaskModule
 from .teacher import FrozenTeacher
 
 __all__ = ["FrozenTeacher", "MaskLearner", "MaskModule", "MaskedDistillLoss", "functional"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

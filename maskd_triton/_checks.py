@@ -2,8 +2,7 @@
 
 import numbers
 import operator
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,37 +10,43 @@ from torch import Tensor
 
 Weighting = tuple[Tensor, Tensor]
 
+IMPLS = ("auto", "triton", "eager")
+MOST_TOKENS = 32  # the kernels keep a sum for each of them in registers; published are 6 and 8
+MOST_FLOAT = 3.4e38  # of float32
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def are_plain(values: Iterable[Any]) -> bool:
-    """Whether all are tensors or parameters, none of a subclass."""
-    return _PLAIN.issuperset(map(type, values))
+# Options: each function takes a value and its name, and gives the value to keep
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def choice(value: str, name: str, choices: Sequence[str]) -> None:
+def choice(value: Any, name: str, choices: Sequence[str]) -> str:
     """ValueError unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def impl(value: Any, name: str = "impl") -> str:
+    """ValueError unless it is one of `IMPLS`."""
+    return choice(value, name, IMPLS)
+
+
+def resize(value: Any, name: str = "resize") -> str | None:
+    """ValueError unless it is None, ``"student"`` or ``"teacher"``."""
+    return value if value is None else choice(value, name, ("student", "teacher"))
 
 
 def flag(value: Any, name: str) -> bool:
-    """``value`` as a bool; TypeError unless it is one, numpy's, 0 or 1."""
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    if str(getattr(value, "dtype", "")) != "bool" or getattr(value, "ndim", 0) != 0:  # torch's is "torch.bool"
+    """TypeError unless it is a bool."""
+    if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return bool(value)
+    return value
 
 
 def integer(value: Any) -> int | None:
-    """An int, numpy integer or integer scalar (tensor or array) as an int; None for anything else, bools among them."""
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+    """An int, numpy integer or integer scalar as an int; None for anything else, bools among them."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or "bool" in str(getattr(value, "dtype", "")):
         return None
     try:
         return operator.index(value)
@@ -49,79 +54,93 @@ def integer(value: Any) -> int | None:
         return None
 
 
-def number(value: Any) -> float | None:
-    """A number, also numpy's, or a scalar array as a Python number; None for anything else, bools and tensors among them."""
-    if type(value) in (int, float):
-        return value
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool | Tensor) or getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
-        return None
-    return number(value.item())
-
-
 def positive_int(value: Any, name: str) -> int:
-    """``value`` as an int; TypeError or ValueError unless it is an integer of at least 1."""
+    """TypeError or ValueError unless it is an integer of at least 1."""
     whole = integer(value)
-    if whole is None:
-        raise TypeError(f"{name}: expected a positive int, got {value!r}")
-    if whole < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    if whole is None or whole < 1:
+        raise (TypeError if whole is None else ValueError)(f"{name}: expected a positive int, got {value!r}")
+    return whole
+
+
+def num_tokens(value: Any, name: str = "num_tokens") -> int:
+    """TypeError or ValueError unless it is an integer from 1 to `MOST_TOKENS`."""
+    whole = positive_int(value, name)
+    if whole > MOST_TOKENS:
+        raise ValueError(f"{name}: expected at most {MOST_TOKENS} tokens, got {whole}")
     return whole
 
 
 def count(value: Any, name: str) -> int:
-    """``value`` as an int; TypeError or ValueError unless it is an integer of at least 0 that int64 can hold."""
+    """TypeError or ValueError unless it is an integer of at least 0 that int64 can hold."""
     whole = integer(value)
-    if whole is None:
-        raise TypeError(f"{name}: expected an int of at least 0, got {value!r}")
-    if not 0 <= whole < 2**63:
-        raise ValueError(f"{name}: expected an int of at least 0 and below 2**63, got {value!r}")
+    if whole is None or not 0 <= whole < 2**63:
+        raise (TypeError if whole is None else ValueError)(f"{name}: expected an int of at least 0, got {value!r}")
     return whole
 
 
-def amount(value: Any, name: str, most: float = sys.float_info.max) -> float:
-    """``value`` as a Python number; TypeError or ValueError unless it is a finite number of at least 0 and at most ``most``."""
-    found = number(value)
-    if found is not None and 0 <= found <= most:
-        return found
-    limit = f" and at most {most:g}" if most < sys.float_info.max else ""
-    error = TypeError if found is None else ValueError
-    raise error(f"{name}: expected a finite number of at least 0{limit}, got {value!r}")
+def mask_power(value: Any, name: str = "mask_power") -> int:
+    """ValueError unless it is 1 or 2."""
+    power = integer(value)
+    if power not in (1, 2):
+        raise ValueError(f"{name}: expected 1 or 2, got {value!r}")
+    return power
+
+
+def number(value: Any, name: str, least: float, most: float) -> float:
+    """TypeError or ValueError unless it is a number, also numpy's, from ``least`` to ``most``."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not least <= value <= most:
+        raise (ValueError if real else TypeError)(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+    return float(value)
+
+
+def eps(value: Any, name: str = "eps") -> float:
+    """TypeError or ValueError unless it is a number from 0 to 1e30."""
+    return number(value, name, 0, 1e30)
 
 
 def positive(value: Any, name: str) -> float:
-    """``value`` as a Python number; TypeError or ValueError unless it is from 1e-30 to 1e30, which float32 can divide by and,
-    in two parts, hold to 15 digits."""
-    found, expected = number(value), f"{name}: expected a number above 0, from 1e-30 to 1e30, got {value!r}"
-    if found is None:
-        raise TypeError(expected)
-    if not 1e-30 <= found <= 1e30:
-        raise ValueError(expected)
-    return found
+    """TypeError or ValueError unless it is a number that float32 can divide by."""
+    return number(value, name, 1e-30, 1e30)
 
 
-def standardize(value: Any) -> str | bool:
-    """``"channel"`` (also for True), ``"isotropic"`` or False; ValueError for anything else."""
-    if value is True or value is False or str(getattr(value, "dtype", "")) == "bool":  # numpy's
-        return bool(value) and "channel"
-    if value not in ("channel", "isotropic"):
-        raise ValueError(f"standardize: expected False, True, 'channel' or 'isotropic', got {value!r}")
+def loss_weight(value: Any, name: str = "loss_weight") -> float | Tensor:
+    """A number of at least 0; or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
+    if not isinstance(value, Tensor):
+        return number(value, name, 0, MOST_FLOAT)
+    if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{name}: expected a number or a scalar tensor, got {value.dtype} of shape {list(value.shape)}")
     return value
 
 
-def scale(value: Any, name: str) -> float | Tensor:
-    """`amount`, or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
-    if not isinstance(value, Tensor):
-        return amount(value, name)
-    if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
-        raise ValueError(f"{name}: expected a number or a scalar tensor, got {value.dtype} of shape {list(value.shape)}")
+def constant_loss_weight(value: Any, name: str) -> float | Tensor:
+    """`loss_weight`; ValueError for one that is to be learned."""
+    weight = loss_weight(value, name)
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(f"{name}: expected a number or a scalar tensor without gradient; to learn it, multiply the loss by it")
+    return weight
+
+
+def standardize(value: Any, name: str = "standardize") -> str | bool:
+    """``"channel"`` (also for True), ``"isotropic"`` or False; ValueError for anything else."""
+    if value is True or value is False:
+        return value and "channel"
+    if value not in ("channel", "isotropic"):
+        raise ValueError(f"{name}: expected False, True, 'channel' or 'isotropic', got {value!r}")
     return value
 
 
 def listed(value: Any) -> Any:
     """An array or tensor with a dimension as a list (of lists); anything else as it is. Waits for a tensor's device."""
     return value.tolist() if getattr(value, "ndim", 0) and hasattr(value, "tolist") else value
+
+
+# Tensors
+
+
+def counted(levels: int) -> str:
+    """``"1 level"``, ``"3 levels"``."""
+    return "1 level" if levels == 1 else f"{levels} levels"
 
 
 def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
@@ -131,37 +150,63 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     if isinstance(given, Tensor) or not isinstance(given, Sequence):
         raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(given).__name__}")
     if len(given) != levels:
-        raise ValueError(f"{name}: expected one entry for each of the {levels} levels, got {len(given)}")
+        raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(given)}")
 
 
-def features(x: Tensor, name: str, channels: int | None = None) -> None:
-    """TypeError or ValueError unless ``x`` is ``[N, C, H, W]`` of a float dtype, with a pixel and ``channels`` channels."""
+def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int | None]) -> None:
+    """ValueError unless there are as many levels as ``channels``."""
+    if len(levels) != len(channels):
+        raise ValueError(f"{name}: expected {counted(len(channels))}, got {len(levels)}")
+
+
+def levels(maps: Sequence[Tensor], name: str, labels: Sequence[str], channels: Sequence[int | None]) -> None:
+    """TypeError or ValueError unless ``maps`` are features of these channels, one per level; None: any."""
+    level_count(maps, name, channels)
+    for x, label, c in zip(maps, labels, channels, strict=True):
+        features(x, f"{name}{label}", c)
+
+
+def features(x: Tensor, name: str, channels: int | None = None, hint: str = "") -> None:
+    """TypeError or ValueError unless ``x`` is ``[N, C, H, W]`` of a float dtype, with a pixel and ``channels`` channels.
+
+    ``hint``: what to do about other channels, where no other layout fits.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [N, C, H, W], got {type(x).__name__}")
     dense(x, name)
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64 features, got {x.dtype}")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected features [N, C, H, W], got shape {list(x.shape)}")
-    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {list(x.shape)}")
-    if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]} (shape {list(x.shape)})")
+    shape = x.shape
+    if len(shape) != 4:
+        tokens = "; tokens [N, L, C]? shapes.from_tokens(x, (H, W)) makes them features" if len(shape) == 3 else ""
+        raise ValueError(f"{name}: expected features [N, C, H, W], got shape {list(shape)}{tokens}")
+    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {list(shape)}")
+    if channels is not None and shape[1] != channels:
+        if shape[3] == channels:
+            hint = "; channels last, [N, H, W, C]? shapes.from_nhwc(x) makes it [N, C, H, W]"
+        raise ValueError(f"{name}: expected {channels} channels, got {shape[1]} (shape {list(shape)}){hint}")
 
 
 def dense(x: Tensor, name: str) -> None:
     """TypeError or ValueError unless the numbers of ``x`` lie in memory as they are."""
     if x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it, and give valid=")
-    if x.layout != torch.strided:
+    if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; call to_dense()")
-    if not torch.compiler.is_compiling() and x.is_neg():
+    if type(x) not in _PLAIN and hasattr(x, "to_local"):
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; pass {name.partition('[')[0]}.to_local()")
+
+
+def readable(x: Tensor, name: str) -> None:
+    """ValueError for a view that says of its numbers that they are negative."""
+    if x.is_neg():
         raise ValueError(f"{name}: a view with the negative bit, as of a conjugate's imaginary part; call resolve_neg()")
 
 
 def recordable(x: Tensor, name: str, made: str = "it") -> None:
     """ValueError where a backward pass cannot keep ``x``."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
+    if x.is_inference() and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: an inference tensor cannot be kept for the backward pass; compute {made} under "
             f"torch.no_grad() instead of torch.inference_mode(), or pass {name.partition('[')[0]}.clone()"
@@ -197,17 +242,17 @@ def on_device(x: Tensor, name: str, device: torch.device | None) -> None:
         raise ValueError(f"{name}: expected the device of the features, {device}, got {x.device}")
 
 
-def tokens(e: Tensor, name: str, device: torch.device | None = None, num_tokens: int | None = None) -> None:
-    """TypeError or ValueError unless ``e`` is ``[T, C]`` with at least one token, ``num_tokens`` if given, on ``device``; None:
-    any."""
+def tokens(e: Tensor, name: str, device: torch.device | None = None, like: Tensor | None = None) -> None:
+    """TypeError or ValueError unless ``e`` is ``[T, C]``, with as many tokens as ``like``, on ``device``; None: any."""
     if not isinstance(e, Tensor):
         raise TypeError(f"{name}: expected a tensor [T, C], got {type(e).__name__}")
     dense(e, name)
     shape = list(e.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{name}: expected [T, C] with at least one token, got shape {shape}")
-    if num_tokens is not None and shape[0] != num_tokens:
-        raise ValueError(f"{name}: expected {num_tokens} tokens, as on level 0, got {shape[0]}")
+    num_tokens(shape[0], f"{name}: T")
+    if like is not None and shape[0] != len(like):
+        raise ValueError(f"{name}: expected {len(like)} tokens, as on level 0, got {shape[0]}")
     parameter(e, name, shape, device)
 
 
@@ -233,6 +278,21 @@ def weighting(
         )
 
 
+def tables(given: Any, maps: Sequence[Tensor], standard: bool) -> None:
+    """TypeError or ValueError unless every level's tables fit its features: kernels read as many numbers as these say.
+
+    ``given``: a `DistillTables` or a `LearnTables`; ``standard``: whether the weighting is one of standardised features.
+    """
+    t = len(given.tokens[0]) if given.tokens else 0
+    for i, x in enumerate(maps):
+        c = x.shape[1]
+        shapes = {"tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": (5, t) if standard else (t,)}
+        shapes |= {"teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c)}
+        for name, levels in zip(given._fields, given, strict=True):
+            if levels and (levels[i].shape != shapes[name] or levels[i].device != x.device):
+                parameter(levels[i], f"{name}[{i}]", shapes[name], x.device)  # says which
+
+
 def frozen(x: Tensor, name: str) -> None:
     """ValueError if ``x`` requires grad: in stage 2 only the student gets gradients."""
     if x.requires_grad:
@@ -243,20 +303,25 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
     """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
     student, teacher = names
     features(t, teacher, channels)
-    features(s, student, channels)
+    features(s, student, channels, "; give student_channels= and the criterion aligns them")
     if s.shape != t.shape:
         raise ValueError(
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
             "(different channels: give student_channels; different sizes: give resize='student' or 'teacher')"
         )
-    for x, name in ((s, student), (t, teacher)):
-        alike(x, name, first, first_name)
+    alike(t, teacher, first, first_name)
+    if s is not first:
+        alike(s, student, first, first_name)
     if t.requires_grad:
+        swapped = "" if s.requires_grad else " (did you swap student and teacher?)"
         raise ValueError(
-            f"{teacher}: requires grad, but the loss is differentiable in the student only; "
+            f"{teacher}: requires grad, but the loss is differentiable in the student only{swapped}; "
             "compute the teacher under torch.no_grad() or pass teacher.detach()"
         )
-    recordable(t, teacher, "the teacher")
+    if not torch.compiler.is_compiling():  # dynamo asks no such questions
+        readable(s, student)
+        readable(t, teacher)
+        recordable(t, teacher, "the teacher")
 
 
 def step(x: Tensor | None, name: str, device: torch.device) -> None:
@@ -265,16 +330,20 @@ def step(x: Tensor | None, name: str, device: torch.device) -> None:
         return
     if not isinstance(x, Tensor) or x.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 scalar tensor, got {x.dtype if isinstance(x, Tensor) else repr(x)}")
-    if x.dim() != 0 or (x.device != device and device.type != "meta"):  # there it is not read
+    if x.dim() != 0 or x.device != device:
         raise ValueError(f"{name}: expected an int64 scalar on {device}, got shape {list(x.shape)} on {x.device}")
 
 
 def maps(m: Tensor, name: str, like: Tensor) -> None:
     """TypeError or ValueError unless ``m`` are masks ``[N, T, H, W]`` for the features ``like``, without gradient."""
-    features(m, name)
+    dense(m, name)
+    if m.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected masks of a float dtype or bool, got {m.dtype}")
     n, _, h, w = like.shape
-    if (m.shape[0], *m.shape[2:]) != (n, h, w):
-        raise ValueError(f"{name}: expected masks [{n}, T, {h}, {w}], got shape {list(m.shape)}")
+    if m.dim() != 4 or (m.shape[0], *m.shape[2:]) != (n, h, w) or m.shape[1] == 0:
+        token = "; add a token dimension: masks[:, None]" if list(m.shape) == [n, h, w] else ""
+        raise ValueError(f"{name}: expected masks [{n}, T, {h}, {w}], got shape {list(m.shape)}{token}")
+    num_tokens(m.shape[1], f"{name}: T")
     on_device(m, name, like.device)
     frozen(m, name)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from . import _checks as check
-from ._records import Distilled, DistillKept, DistillOptions, LearnKept, LearnOptions, LearnTables
+from ._records import Distilled, DistillKept, DistillOptions, LearnOptions
 
 DICE_EPS = 2e-12  # added to the sum of a pair's areas, as published
 
@@ -57,13 +57,15 @@ def tap_signs(like: Tensor) -> Tensor:
     return torch.stack([pairs[i] for i in _OF_ROWS_AND_COLUMNS])
 
 
-def strip_sums(x: Tensor, height: int, width: int) -> Tensor:
-    """Sums of ``x [N, C, P]`` over the nine `STRIPS` -> ``[N, 9, C]`` in the accumulation dtype."""
+def strip_sums(x: Tensor, height: int, width: int, every: Tensor | None = None) -> Tensor:
+    """Sums of ``x [N, C, P]`` over the nine `STRIPS` -> ``[N, 9, C]`` in the accumulation dtype; ``every [N, C]``: those over
+    all pixels, where they are known."""
     acc = acc_dtype(x.dtype)
     image = x.unflatten(2, (height, width))
     corners = [image[:, :, i, j].to(acc) for i in (0, -1) for j in (0, -1)]
     borders = [image[:, :, 0, :], image[:, :, -1, :], image[:, :, :, 0], image[:, :, :, -1]]
-    return torch.stack([x.sum(2, dtype=acc), *(b.sum(2, dtype=acc) for b in borders), *corners], dim=1)
+    every = x.sum(2, dtype=acc) if every is None else every
+    return torch.stack([every, *(b.sum(2, dtype=acc) for b in borders), *corners], dim=1)
 
 
 @_full_precision
@@ -220,16 +222,28 @@ def strips_of(valid: Tensor, height: int) -> Tensor:
 
 
 @_full_precision
-def weights_of_valid(sums: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
-    """Softmax mask weights ``[N, T]`` from strip sums and counts ``[N, 9, C + 1]`` of valid pixels."""
+def weights_of_valid(x: Tensor, valid: Tensor, height: int, rows: Tensor, bias: Tensor) -> Tensor:
+    """Softmax mask weights ``[N, T]`` of the valid pixels of ``x [N, C, P]``, differentiable; ``valid [N, P]``."""
+    strips = strips_of(valid, height)
+    counts = strips.sum(2).to(acc_dtype(x.dtype))  # [N, 9]: how many pixels each strip has
+    sums = _valid_strip_sums(x, valid, strips)
     bias = bias.to(sums.dtype)
-    pixels = sums[:, :1, -1].clamp(min=1)  # an image without valid pixels has some weights, too
-    logits = torch.einsum("nsc,stc->nt", sums[:, :, :-1], rows.to(sums.dtype)) / pixels
+    pixels = counts[:, :1].clamp(min=1)  # an image without valid pixels has some weights, too
+    logits = torch.einsum("nsc,stc->nt", sums, rows.to(sums.dtype)) / pixels
     if bias.dim() == 2:
-        top, left, falling, rising = (sums[:, i, -1:] for i in (1, 3, 5, 6))  # as many at the bottom, on the right, ...
+        top, left, falling, rising = (counts[:, i : i + 1] for i in (1, 3, 5, 6))  # as many at the bottom, on the right, ...
         logits = logits + (top * bias[1] + left * bias[2] + falling * bias[3] + rising * bias[4]) / pixels
         bias = bias[0]
     return torch.softmax(logits + bias, dim=1)
+
+
+def _valid_strip_sums(x: Tensor, valid: Tensor, strips: Tensor) -> Tensor:
+    """Sums ``[N, 9, C]`` of ``x`` over the strips of valid pixels. Image by image: half features are copied in float32."""
+    acc = acc_dtype(x.dtype)
+    if len(x) == 0:
+        return x.new_zeros((0, 9, x.shape[1]), dtype=acc)
+    images = zip(x.unbind(), (valid == 0).unbind(), strips.to(acc).unbind(), strict=True)
+    return torch.stack([s @ image.to(acc).masked_fill(padding, 0).t() for image, padding, s in images])
 
 
 def weights(x: Tensor, rows: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -259,7 +273,7 @@ def _distill_level(student: Tensor, teacher: Tensor, options: DistillOptions, i:
         m.copy_(masks(teacher, tokens if teacher_tokens is None else teacher_tokens, token_bias))
     if options.custom_mask:
         own = masks(student, tokens)
-        m.mul_(own if options.step is None else torch.where(options.step >= options.warmup, own, 1))
+        m.mul_(own if options.customised is None else torch.where(options.customised, own, 1))
     d = _distances(student, teacher, statistics, options, _of_level(outputs.cosines, i), m.dtype)
     if valid is not None:
         m.masked_fill_((valid == 0)[:, None], 0)
@@ -306,9 +320,10 @@ def _distances(
     difference = _difference(student, teacher, statistics, buffer)
     if options.distance == "squared":
         return difference.mul_(difference).sum(1)
-    return smooth_l1_loss(difference, difference.new_zeros(()).expand_as(difference), reduction="none", beta=options.beta).sum(
-        1
-    )
+    if options.distance == "smooth_l1":
+        zeros = difference.new_zeros(()).expand_as(difference)
+        return smooth_l1_loss(difference, zeros, reduction="none", beta=options.beta).sum(1)
+    raise NotImplementedError(f"distance {options.distance!r}")
 
 
 @_full_precision
@@ -338,7 +353,11 @@ def _slope(
         own, other = cosines.unflatten(2, student.shape[2:]).unbind(1)
         return _reconstructed(teacher, affine, out).mul_(-other[:, None]).addcmul_(student.to(out.dtype), own[:, None])
     difference = _difference(student, teacher, affine, out)
-    return difference if kept.distance == "squared" else difference.div_(kept.beta).clamp_(-1, 1)
+    if kept.distance == "squared":
+        return difference
+    if kept.distance == "smooth_l1":
+        return difference.div_(kept.beta).clamp_(-1, 1)
+    raise NotImplementedError(f"distance {kept.distance!r}")
 
 
 def _reconstructed(teacher: Tensor, affine: Tensor | None, out: Tensor) -> Tensor:
@@ -367,120 +386,78 @@ def gram(m: Tensor) -> Tensor:
     return torch.bmm(m, m.transpose(1, 2))
 
 
-def dice_of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Every image's share ``[N]`` of the mean Dice coefficient of the ``T (T - 1)`` ordered pairs (0 for ``T = 1``), and its
-    gradient for the masks, ``pairs @ m`` with ``pairs [N, T, T]``; ``gram [N, T, T]``."""
+def dice_of_gram(gram: Tensor) -> Tensor:
+    """Every image's share ``[N]`` of the mean Dice coefficient of the ``T (T - 1)`` ordered pairs of masks, 0 for ``T = 1``."""
     n, t, _ = gram.shape
     area = torch.diagonal(gram, dim1=1, dim2=2)
     others = 1 - torch.eye(t, dtype=gram.dtype, device=gram.device)
-    areas = area[:, :, None] + area[:, None, :] + DICE_EPS
-    share = others / areas / max(n * t * (t - 1), 1)
-    dice = 2 * share * gram
-    # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
-    falling = (dice / areas).sum(2)
-    return dice.sum((1, 2)), 4 * share - 4 * torch.diag_embed(falling)
+    coefficients = 2 * gram / (area[:, :, None] + area[:, None, :] + DICE_EPS) * others
+    return coefficients.sum((1, 2)) / max(n * t * (t - 1), 1)
 
 
 @_full_precision
-def learn_forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
-    """Stage 1 of all levels ``[N, C, P]``: masked features; fills ``dice [levels, N]`` and ``kept``."""
-    masked = []
-    for i, (x, height, m) in enumerate(zip(features, options.heights, kept.masks, strict=True)):
-        tokens, token_bias, rows, bias = (_of_level(field, i) for field in options.tables)
-        m.copy_(masks(x, tokens, token_bias))
-        padding = (options.valid[i] == 0)[:, None] if options.valid else None
-        if padding is not None:
-            m.masked_fill_(padding, 0)
-        dice[i], kept.pairs[i] = dice_of_gram(gram(m))
-        if options.weights:
-            kept.weights[i] = options.weights[i]
-        elif rows is None:
-            kept.weights[i].fill_(1)
-        else:
-            width = x.shape[2] // height
-            kept.sums[i].copy_(strip_sums(x, height, width))
-            kept.weights[i] = weights_of_sums(kept.sums[i], rows, bias, height, width)
-        masked.append(gate(x, m, kept.weights[i]))
-        if padding is not None:
-            masked[i].masked_fill_(padding, 0)
-    return masked
+def learn(features: Sequence[Tensor], options: LearnOptions) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+    """Stage 1 of all levels ``[N, C, P]``, differentiable in everything: masked features, Dice losses ``[levels]``, masks
+    ``[N, T, P]`` and mask weights ``[N, T]``."""
+    levels = [_learn_level(x, options, i) for i, x in enumerate(features)]
+    masked, dice, m, w = ([level[k] for level in levels] for k in range(4))
+    return masked, torch.stack(dice), m, w
+
+
+def _learn_level(x: Tensor, options: LearnOptions, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, token_bias, rows, bias = (_of_level(field, i) for field in options.tables)
+    valid, given, height = _of_level(options.valid, i), _of_level(options.weights, i), options.heights[i]
+    value = x.to(acc_dtype(x.dtype))  # once, so that its gradient is rounded once
+    padding = None if valid is None else (valid == 0)[:, None]
+    if padding is not None:
+        value = torch.where(padding, 0, value)  # keeps strides, as masked_fill does not; a NaN would stay in gradients
+    m = masks(value, tokens, token_bias)
+    if padding is not None:
+        m = m.masked_fill(padding, 0)
+    if given is not None:
+        w = given.to(m.dtype)
+    elif rows is None:
+        w = m.new_ones(m.shape[:2])
+    else:
+        w = weights(value, rows, bias, height, x.shape[2] // height)
+    gate = torch.einsum("nt,ntp->np", w, m)[:, None]
+    return (value * gate).to(x.dtype), dice_of_gram(gram(m)).sum(), m, w
 
 
 @_full_precision
-def learn_backward(
-    features: Sequence[Tensor],
-    options: LearnOptions,
-    grad_masked: Sequence[Tensor],
-    grad_dice: Tensor,
-    kept: LearnKept,
-    to_tables: LearnTables,
-    to_weights: Sequence[Tensor],
-    need_features: bool,
-) -> list[Tensor]:
-    """Gradients of ``features``, if needed; fills ``to_tables`` and ``to_weights``."""
-    to_features = []
-    for i, (x, grad, height, m) in enumerate(zip(features, grad_masked, options.heights, kept.masks, strict=True)):
-        w, pairs, pixels = kept.weights[i], kept.pairs[i] * grad_dice[i], x.shape[2]
-        gx, counted = (grad.to(m.dtype) * x.to(m.dtype)).sum(1), x
-        if options.valid:
-            padding = options.valid[i] == 0
-            gx.masked_fill_(padding, 0)
-            counted = x.masked_fill(padding[:, None], 0)
-        dl = (w[:, :, None] * gx[:, None, :] + torch.bmm(pairs, m)) * m * (1 - m)
-        # an einsum over images and pixels would copy x
-        to_tables.tokens[i].copy_(torch.bmm(dl, counted.to(m.dtype).transpose(1, 2)).sum(0))
-        if to_tables.token_bias:
-            to_tables.token_bias[i].copy_(dl.sum((0, 2)))
-        of_weights, strips = torch.einsum("ntp,np->nt", m, gx), None
-        if to_weights:
-            to_weights[i].copy_(of_weights)
-        if to_tables.pool_rows:
-            to_scores = w * (of_weights - (w * of_weights).sum(1, keepdim=True))
-            to_tables.pool_rows[i].copy_(torch.einsum("nt,nsc->stc", to_scores / pixels, kept.sums[i]))
-            to_bias = to_scores.sum(0)
-            if to_tables.pool_bias[i].dim() == 2:
-                corners = to_bias / pixels
-                to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), corners, corners])
-            to_tables.pool_bias[i].copy_(to_bias)
-            strips = torch.einsum("nt,stc->nsc", to_scores / pixels, options.tables.pool_rows[i].to(m.dtype))
-        if need_features:
-            to_features.append(_feature_gradient(grad, x, dl, m, w, options.tables.tokens[i], strips, height))
-            if options.valid:
-                to_features[i].masked_fill_(padding[:, None], 0)
-    return to_features
+def resized_valid(x: Tensor, source: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """The valid part of every image of ``x [N, C, H, W]`` resized to that of ``goal``, as bilinear interpolation of a cropped
+    image would: padding has no part in it.
+
+    ``source [N, H, W]`` and ``goal [N, H', W']``: non-zero where pixels are valid. Returns ``[N, C, H', W']`` in the dtype of
+    ``x``, and ``goal`` without those pixels that no valid one stands for.
+    """
+    acc = acc_dtype(x.dtype)
+    source, goal = source != 0, goal != 0
+    rows = _interpolation(source.any(2), goal.any(2), acc)
+    columns = _interpolation(source.any(1), goal.any(1), acc)
+
+    def resized(maps: Tensor) -> Tensor:
+        return torch.einsum("nvw,nchw->nchv", columns, torch.einsum("nuh,nchw->ncuw", rows, maps))
+
+    weight = resized(source[:, None].to(acc))
+    counted = weight > 0
+    values = resized(x.to(acc).masked_fill(~source[:, None], 0)) / weight.where(counted, 1)
+    return values.to(x.dtype), (goal & counted[:, 0]).to(torch.uint8)
 
 
-@_full_precision
-def pool_forward(features: Sequence[Tensor], valid: Sequence[Tensor], heights: Sequence[int], sums: Sequence[Tensor]) -> None:
-    """Fills ``sums [N, 9, C + 1]``: strip sums over valid pixels, and their numbers."""
-    for out, x, v, height in zip(sums, features, valid, heights, strict=True):
-        strips = strips_of(v, height).to(out.dtype)
-        counted = x.to(out.dtype).masked_fill((v == 0)[:, None], 0)
-        torch.bmm(strips, counted.transpose(1, 2), out=out[:, :, :-1])
-        torch.sum(strips, 2, out=out[:, :, -1])
+def _interpolation(source: Tensor, goal: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights ``[N, L', L]`` of linear interpolation from the valid range of ``source [N, L]`` to that of ``goal [N, L']``."""
+    first, length = _range(source, dtype)
+    first_of_goal, length_of_goal = _range(goal, dtype)
+    position = torch.arange(goal.shape[1], dtype=dtype, device=goal.device) - first_of_goal + 0.5
+    position = (position * (length / length_of_goal.clamp(min=1)) - 0.5).clamp(min=0).minimum((length - 1).clamp(min=0)) + first
+    pixel = torch.arange(source.shape[1], dtype=dtype, device=source.device)
+    return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)
 
 
-def gate(x: Tensor, m: Tensor, w: Tensor) -> Tensor:
-    """``x * sum_t w[n, t] m[n, t, p]`` in the dtype and, where it is dense, the strides of ``x``."""
-    a = torch.einsum("nt,ntp->np", w, m)[:, None, :]
-    y = torch.empty_like(x)
-    return torch.mul(x, a, out=y) if x.dtype == a.dtype else y.copy_(x * a)
-
-
-def _feature_gradient(
-    grad: Tensor, x: Tensor, dl: Tensor, m: Tensor, w: Tensor, tokens: Tensor, strips: Tensor | None, height: int
-) -> Tensor:
-    """Gradient of ``x [N, C, P]``; ``dl [N, T, P]`` is that of the mask logits, ``strips [N, 9, C]`` that of the strip sums."""
-    d = grad.to(m.dtype) * torch.einsum("nt,ntp->np", w, m)[:, None, :]
-    d += torch.bmm(tokens.to(m.dtype).t().expand(len(m), -1, -1), dl)
-    if strips is not None:
-        image = d.unflatten(2, (height, -1))
-        every, top, bottom, left, right, *corners = strips.unbind(1)
-        d += every[:, :, None]
-        image[:, :, 0] += top[:, :, None]
-        image[:, :, -1] += bottom[:, :, None]
-        image[:, :, :, 0] += left[:, :, None]
-        image[:, :, :, -1] += right[:, :, None]
-        for (i, j), corner in zip(((0, 0), (0, -1), (-1, 0), (-1, -1)), corners, strict=True):
-            image[:, :, i, j] += corner
-    return torch.empty_like(x).copy_(d)
+def _range(valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """First index and length ``[N, 1]`` of the range that holds all that is valid of ``[N, L]``; length 0: nothing."""
+    first = valid.to(torch.uint8).argmax(1, keepdim=True)
+    after = valid.shape[1] - valid.flip(1).to(torch.uint8).argmax(1, keepdim=True)
+    return first.to(dtype), torch.where(valid.any(1, keepdim=True), after - first, 0).to(dtype)

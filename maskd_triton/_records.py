@@ -41,26 +41,6 @@ class LearnTables(NamedTuple):
     pool_bias: Tensors = ()
 
 
-# An operator takes its tables as one list, field after field. Their number per level says which fields there are.
-_FIELDS: dict[type, dict[int, Sequence[int]]] = {
-    DistillTables: {0: (), 1: (0,), 3: (0, 1, 2), 4: (0, 3, 4, 5), 6: (0, 1, 2, 3, 4, 5)},
-    LearnTables: {1: (0,), 2: (0, 1), 3: (0, 2, 3), 4: (0, 1, 2, 3)},
-}
-
-
-def flat(tables: Sequence[Tensors]) -> list[Tensor]:
-    """The tensors of ``tables`` as an operator takes them."""
-    return [x for field in tables for x in field]
-
-
-def tables_of(kind: Any, tensors: Tensors, levels: int) -> Any:
-    """``kind`` (`DistillTables` or `LearnTables`) of what `flat` gave."""
-    fields: list[Tensors] = [()] * len(kind._fields)
-    for i, field in enumerate(_FIELDS[kind][len(tensors) // levels]):
-        fields[field] = tensors[i * levels : (i + 1) * levels]
-    return kind(*fields)
-
-
 class DistillOptions(NamedTuple):
     """All that stage 2 depends on, but for the features.
 
@@ -69,10 +49,8 @@ class DistillOptions(NamedTuple):
         valid: bytes ``[N, P_i]`` of every level, pixels that count; none: all.
         masks: ``[N, T, P_i]`` of every level in place of those of the tokens; none: those of the tokens.
         weights: ``[levels, N, T]`` in place of the weighting.
-        step: int64 scalar; masks follow the student once it has reached ``warmup``. None: from the start.
-        custom_mask: masks follow the student at all.
-        warmup: see ``step``.
-        counted: ``step`` counts this call when it is over, so one that a backward pass repeats sees the step before.
+        customised: bool scalar on the features' device, whether masks follow the student in this call; None: they do.
+        custom_mask: False: masks never follow the student.
         mask_power: power of the mask in front of the distance, 2 or 1.
         eps: added to mask areas.
         distance: of a pixel's features, ``"squared"``, ``"smooth_l1"`` or ``"cosine"``.
@@ -83,10 +61,8 @@ class DistillOptions(NamedTuple):
     valid: Tensors = ()
     masks: Tensors = ()
     weights: Tensor | None = None
-    step: Tensor | None = None
+    customised: Tensor | None = None
     custom_mask: bool = False
-    warmup: int = 0
-    counted: bool = False
     mask_power: int = 2
     eps: float = 1e-12
     distance: str = "squared"
@@ -167,20 +143,18 @@ class Latest(NamedTuple):
     """What the latest call of stage 2 leaves for diagnostics: no features.
 
     Attributes:
-        outputs: without gradient.
-        scale: of the losses.
+        outputs: without gradient; the losses have their weight.
         shapes: of every level's features.
         keys: of the levels, where they are mappings.
         valid: bytes ``[N, P_i]`` of every level; none: all pixels count.
-        weighed: there are mask weights; False: a mean over tokens.
+        weighted: there are mask weights; False: a mean over tokens.
     """
 
     outputs: Distilled
-    scale: Tensor
     shapes: Sequence[Any]
     keys: Sequence[Any] | None
     valid: Tensors
-    weighed: bool
+    weighted: bool
 
     def levels(self) -> dict[Any, Seen]:
         """By key, or by position in a sequence."""
@@ -190,7 +164,7 @@ class Latest(NamedTuple):
             total = weights.sum(1, keepdim=True)  # given weights need not sum to 1
             seen[self.keys[i] if self.keys else i] = Seen(
                 self.outputs.masks[i].unflatten(2, (h, w)),
-                weights / total.where(total > 0, 1) if self.weighed else None,
+                weights / total.where(total > 0, 1) if self.weighted else None,
                 self.valid[i].view(n, h, w) if self.valid else None,
             )
         return seen
@@ -217,13 +191,13 @@ class LearnKept(NamedTuple):
 
     Attributes:
         weights: mask weights ``[levels, N, T]``.
-        pairs: ``[levels, N, T, T]``: the gradient of the Dice loss for the masks is ``pairs @ m``.
+        grams: products of masks ``[levels, N, T, T]``, of which the Dice losses are made.
         masks: ``[N, T, P_i]`` of every level.
         sums: strip sums ``[N, 9, C_i]`` of every level with weighting.
     """
 
     weights: Tensor
-    pairs: Tensor
+    grams: Tensor
     masks: Tensors
     sums: Tensors
 

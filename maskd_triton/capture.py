@@ -1,5 +1,6 @@
 """Features of named modules, without changing the models: a list of levels from the student, and one from the teacher."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._hooks import Hooked, Output, Target, Where, names_of
+from ._hooks import Hooked, Output, Where, changes_in_train_mode, names_of
 
 __all__ = ["FeatureCapture", "call"]
 
@@ -22,29 +23,27 @@ class FeatureCapture:
         teacher: the model it learns from; a `FrozenTeacher` is looked through.
         names: modules by their dotted names; ``""`` is the model itself. A name or names that both models have, or a mapping
             from the student's names to the teacher's.
-        call: which call of a module that runs several times in one pass of its model, counted from 0; None: all, in order.
-        output: which part of a module's output holds the levels: a field, a key, a position in a tuple, or a tuple of those
-            as a path, in which ``...`` stands for every part and a list for several; None: ``"feature_maps"`` of a dataclass,
-            otherwise the output itself.
+        output: which part of a module's output holds the levels: a field, a key, or a position in a tuple; None:
+            ``"feature_maps"`` of a dataclass, otherwise the output itself.
         layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``), which are handed over as views ``[N, C, H, W]``;
-            None: as they are.
+            None: tensors are handed over unchanged.
         grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the model is called with.
         prefix_tokens: how many class and register tokens stand in front; they are left out.
 
-    Each of the last five may be a mapping ``{"student": ..., "teacher": ...}`` where the two differ.
+    Each of the last four may be a mapping ``{"student": ..., "teacher": ...}`` where the two differ.
 
     A module may return a tensor, or a sequence or mapping of levels, which are taken in their order, also inside of
     NestedTensors and ImageLists. Inside the ``with`` block every pass of the models leaves its levels here. `take` hands over
     those of the latest pass and keeps nothing, so no features stay alive after the step. Copies of a model that are made in
-    the block (EMA) leave nothing here, nor do recomputations of activation checkpoints. If both are one model
-    (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
+    the block (EMA), recomputations of activation checkpoints and traces (``torch.export``) leave nothing here. If both are one
+    model (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
 
-    A module inside a model that was compiled before is refused. Compile the models inside the block; or compile a module
-    whose ``forward`` returns the features beside its result; or use `capture.call` inside what is compiled.
+    Code that was compiled before the block does not see its hooks: then `take` raises. Compile the models inside the block; or
+    use `capture.call` inside what is compiled.
 
     Raises:
         AttributeError: a model has no such module; the message lists near matches.
-        ValueError: a module lies in a compiled one; outputs hold no such levels, when the model runs.
+        ValueError: outputs hold no such levels, when the model runs.
         TypeError: outputs of another kind, when the model runs.
         RuntimeError: the block is entered twice.
 
@@ -69,42 +68,38 @@ class FeatureCapture:
         teacher: nn.Module,
         names: Names,
         *,
-        call: int | Mapping[str, Any] | None = None,
         output: Output | Mapping[str, Any] | None = None,
         layout: str | Mapping[str, Any] | None = None,
         grid: tuple[int, int] | Mapping[str, Any] | None = None,
         prefix_tokens: int | Mapping[str, Any] = 0,
     ) -> None:
-        options = {"call": call, "output": output, "layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
-        self._sides = []
-        for role, model in (("student", student), ("teacher", teacher)):
-            chosen = (names if role == "student" else names.values()) if isinstance(names, Mapping) else names
-            where = Where(names_of(chosen if isinstance(chosen, str) else list(chosen)), **_of_side(options, role))
-            self._sides.append(_Recorder(role, model, where))
-        self._tell_apart()
-        self._stack: ExitStack | None = None
+        options = {"output": output, "layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
+        of_student, of_teacher = (list(names), list(names.values())) if isinstance(names, Mapping) else (names, names)
+        self._sides = [
+            ("student", student, Where(names_of(of_student), **_of_side(options, "student"))),
+            ("teacher", teacher, Where(names_of(of_teacher), **_of_side(options, "teacher"))),
+        ]
+        self._recorders = self._new_recorders()
+        self._stack: ExitStack | None = None  # of a block that is entered
+        self._warned = False
 
-    def _tell_apart(self) -> None:
-        """Whether both are one model, or share the modules."""
-        students, teachers = ({m for t in side.targets for m in t.chain} for side in self._sides)
-        self._one_model = not students.isdisjoint(teachers)
-        if not {t.module for t in self._sides[0].targets}.isdisjoint(t.module for t in self._sides[1].targets):
-            for side in self._sides:
-                for target in side.targets:
-                    target.only = side.role == "student"
+    def _new_recorders(self) -> list["_Recorder"]:
+        """Of the modules that the names mean now: the models may have changed."""
+        student, teacher = (_Recorder("capture", *side) for side in self._sides)
+        if not set(student.modules).isdisjoint(teacher.modules):
+            student.only, teacher.only = True, False
+        return [student, teacher]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not entered, and looks at the copies of the models if they are copied with it."""
-        return self.__dict__ | {"_stack": None}
+        return self.__dict__ | {"_recorders": [], "_stack": None}
 
     def __enter__(self) -> "FeatureCapture":
         if self._stack is not None:
             raise RuntimeError("capture: entered already; leave that block first")
-        for side in self._sides:
-            side.resolve()  # the models may have changed: adapters, torch.compile, another teacher
-        self._tell_apart()
+        self._recorders = self._new_recorders()
         with ExitStack() as stack:
-            for side in self._sides:
+            for side in self._recorders:
                 stack.enter_context(side)
             self._stack = stack.pop_all()
         return self
@@ -117,23 +112,31 @@ class FeatureCapture:
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
         """Hand over the levels of the latest passes, and keep nothing of them.
 
+        Warns (UserWarning), once, if the teacher ran with a batch norm or dropout in train mode.
+
         Returns:
             The student's levels and the teacher's, two lists of one length.
 
         Raises:
-            RuntimeError: a model has not run; it is not known which calls belong together; a later layer has overwritten the
-                features in place.
+            RuntimeError: a model has not run in the block; it is not known which calls belong together; a later layer has
+                overwritten the features in place.
             ValueError: student and teacher gave different numbers of levels.
         """
-        passes = set().union(*(side.passes for side in self._sides))
-        students, teachers = [side.checked(taken) for side, taken in [(side, side.forget()) for side in self._sides]]
-        if self._one_model and passes == {True, False} and self._sides[0].targets[0].only is None:
-            raise RuntimeError(
-                "capture: student and teacher are one model, which ran both with and without gradients since the latest "
-                "take(), so it is not known which pass is whose; call take() after every pass"
-            )
+        if not self._recorders:
+            raise RuntimeError("capture: this is a copy; enter it, and run both models inside of its `with` block")
+        student, teacher = self._recorders
+        taken, taught = student.forget(), teacher.forget()  # also where the student's raises
+        students, teachers = student.checked(taken), teacher.checked(taught)
         if len(students) != len(teachers):
             raise ValueError(f"capture: expected as many levels of both models, got {len(students)} and {len(teachers)}")
+        layer = None if self._warned or teacher.only is not None else teacher.in_train_mode()
+        if layer is not None:
+            self._warned = True
+            warnings.warn(
+                f"capture: the teacher ran with {layer!r} in train mode, so its features depend on the batch or on chance; "
+                "call teacher.eval(), or hold it in a FrozenTeacher",
+                stacklevel=2,
+            )
         return students, teachers
 
 
@@ -141,7 +144,6 @@ def call(
     model: nn.Module,
     names: str | Sequence[str],
     *args: Any,
-    call: int | None = None,
     output: Output | None = None,
     layout: str | None = None,
     grid: tuple[int, int] | None = None,
@@ -156,7 +158,6 @@ def call(
     Args:
         model: the model to call.
         names: modules by their dotted names.
-        call: as for `FeatureCapture`.
         output: as for `FeatureCapture`.
         layout: as for `FeatureCapture`.
         grid: as for `FeatureCapture`.
@@ -176,12 +177,10 @@ def call(
         >>> len(levels), bool((levels[1] == scores).all())
         (2, True)
     """
-    recorder = _Recorder("model", model, Where(names_of(names), call, output, layout, grid, prefix_tokens), bounds=False)
+    recorder = _Recorder("capture", "model", model, Where(names_of(names), output, layout, grid, prefix_tokens))
     try:
         with recorder:
-            for target in recorder.targets:
-                recorder.start(target, model, args, kwargs)
-                target.depth = 1  # this call is the pass, whichever module is called in it
+            recorder.begin(args, kwargs)  # the hooks of a compiled model itself do not run
             result = model(*args, **kwargs)
     finally:
         taken = recorder.forget()
@@ -193,62 +192,92 @@ class _Level(NamedTuple):
     version: int | None
 
 
-_Taken = tuple[str, int, bool, list[_Level]]  # a module's name, number of calls, whether they are direct, and levels
+class _Taken(NamedTuple):
+    """What a module gave in the latest pass, and how often it was called by itself, outside of one."""
+
+    levels: list[_Level]
+    direct: int
 
 
 class _Recorder(Hooked):
-    """The levels of one model's latest pass."""
+    """The levels of one model's latest pass.
 
-    def __init__(self, role: str, model: nn.Module, where: Where, bounds: bool = True) -> None:
-        super().__init__("capture", role, model, where, bounds=bounds)
-        self.passes: set[bool] = set()  # with gradients or without
+    Attributes:
+        only: passes with (True) or without gradients (False) alone count; None: all.
+        watched: layers that do something else in train mode.
+    """
 
-    def act(self, target: Target, result: Any, number: int | None) -> None:
-        where = self.where
-        if number is None or where.call not in (None, number):
+    def __init__(self, caller: str, role: str, model: nn.Module, where: Where) -> None:
+        super().__init__(caller, role, model, where)
+        self.only: bool | None = None
+        self.skipped = False
+        self.watched = [(name, m) for name, m in self.root.named_modules() if changes_in_train_mode(m)]
+        self.levels: list[list[_Level]] = []
+        self.direct: list[int] = []
+        self.forget()
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.skipped = self.only not in (None, torch.is_grad_enabled())
+        if self.skipped:
+            self.inside = True
             return
-        if target.direct and number > 0:
-            target.parts = []  # take() refuses; nothing need stay alive until then
+        super().begin(args, kwargs)
+        self.forget()
+
+    def act(self, i: int, result: Any, repeated: bool) -> None:
+        skipped = self.skipped if self.inside else self.only not in (None, torch.is_grad_enabled())
+        if repeated or skipped:
             return
-        _, levels, _ = where.find(result, target.label)
-        self.passes.add(target.gradient)
-        for x in levels:
-            level = where.maps(x, target.label, target.images)
+        if not self.inside:  # a call of the module itself: the latest counts
+            self.levels[i].clear()
+            self.direct[i] += 1
+        for x in self.where.find(result, self.labels[i]).tensors:
+            level = self.where.maps(x, self.labels[i], self.images)
             if torch.compiler.is_compiling() or x.is_inference():  # these do not count writes: a copy
-                target.parts.append(_Level(level.clone(), None))
+                self.levels[i].append(_Level(level.clone(), None))
             else:
-                target.parts.append(_Level(level, x._version))
+                self.levels[i].append(_Level(level, x._version))
 
     def forget(self) -> list[_Taken]:
         """What the latest pass has left; nothing of it is kept."""
-        taken = [(target.name, target.calls, target.direct, target.parts) for target in self.targets]
-        for target in self.targets:
-            target.clear()
-        self.passes.clear()
+        taken = [_Taken(*module) for module in zip(self.levels, self.direct, strict=True)]
+        self.levels = [[] for _ in self.modules]
+        self.direct = [0] * len(self.modules)
         return taken
+
+    def in_train_mode(self) -> str | None:
+        """A layer by which the features depend on the batch or on chance."""
+        return next((name for name, layer in self.watched if layer.training and _has_effect(layer)), None)
 
     def checked(self, taken: list[_Taken], since: str = "since the latest take()") -> list[Tensor]:
         """The levels of all modules; RuntimeError unless they are complete, of one pass, and as the modules gave them."""
-        role, only = self.role, self.targets[0].only
-        if missing := [name for name, calls, _, _ in taken if not calls]:
-            how = {None: "", True: " with gradients", False: " without gradients"}[only]
-            one = "; student and teacher are one model: run the teacher's pass under torch.no_grad()"
-            why = one if how else " (code that was compiled before does not say what runs)"
-            raise RuntimeError(f"capture: the {role}'s {', '.join(map(repr, missing))} has not run{how} {since}{why}")
-        for name, calls, direct, parts in taken:
-            if direct and calls > 1:
+        role, named = self.role, list(zip(self.where.names, taken, strict=True))
+        if missing := [name for name, module in named if not module.levels]:
+            how = {None: "", True: " with gradients", False: " without gradients"}[self.only]
+            why = (
+                "student and teacher are one model: run the teacher's pass under torch.no_grad()"
+                if how
+                else self.not_run(missing)
+            )
+            raise RuntimeError(f"capture: the {role}'s {', '.join(map(repr, missing))} has not run{how} {since}; {why}")
+        for name, module in named:
+            if module.direct > 1:
                 raise RuntimeError(
-                    f"capture: the {role}'s {name!r} ran {calls} times outside of a call of the {role} {since}, so it is not "
-                    f"known which calls belong together; call the {role} itself, or take() after every call"
+                    f"capture: the {role}'s {name!r} ran {module.direct} times outside of a call of the {role} {since}, so it "
+                    f"is not known which calls belong together; call the {role} itself, or take() after every call"
                 )
-            if not parts and self.where.call is not None:
-                raise RuntimeError(f"capture: the {role}'s {name!r} ran {calls} times, it has no call {self.where.call}")
-            if any(level.version != level.tensor._version for level in parts if level.version is not None):
+            if any(level.version is not None and level.version != level.tensor._version for level in module.levels):
                 raise RuntimeError(
                     f"capture: a later layer has overwritten the features of the {role}'s {name!r} in place; make that layer "
                     "inplace=False (an activation that follows, as a rule), or capture its output instead"
                 )
-        return [level.tensor for _, _, _, parts in taken for level in parts]
+        return [level.tensor for module in taken for level in module.levels]
+
+
+def _has_effect(layer: nn.Module) -> bool:
+    """Not a dropout of rate 0, nor an instance norm that keeps no statistics."""
+    rate = next((getattr(layer, name) for name in ("p", "drop_prob", "dropout") if hasattr(layer, name)), 1)
+    return rate != 0 and ("InstanceNorm" not in type(layer).__name__ or getattr(layer, "track_running_stats", True))
 
 
 def _of_side(options: dict[str, Any], role: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._eager import DICE_EPS, acc_dtype, gram
-from ._levels import Levels, as_list
+from ._levels import Levels, unpack
 from ._warn import warn
 
 __all__ = ["DistillDiagnostics", "LevelDiagnostics", "collapsed", "describe", "gradient_ratio", "suggest_loss_weight"]
@@ -120,7 +120,7 @@ def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
 
     Args:
         level: what `describe` or ``diagnostics()`` gave. NaN, from an empty batch, reports nothing.
-        overlap: also report masks that are the same. The Dice loss shows those, and untrained tokens are among them.
+        overlap: also report identical masks. Untrained tokens give these, and the Dice loss shows them, too.
 
     Returns:
         A sentence for each kind of failure; an empty list for healthy masks.
@@ -205,7 +205,7 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
         >>> gradient_ratio(s.sum(), (3 * s).sum(), s)
         tensor(3.)
     """
-    levels = as_list(features, "features")[0]
+    levels = unpack(features, "features").tensors
     for i, x in enumerate(levels):
         if not x.requires_grad:
             raise ValueError(f"features[{i}]: expected the student's features with gradient, got a tensor without")

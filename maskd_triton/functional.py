@@ -3,21 +3,17 @@
 Source of every formula: *Masked Distillation with Receptive Tokens*, ICLR 2023, https://arxiv.org/abs/2205.14589.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
-from . import _distributed, _eager, _levels
+from . import _eager, _levels, _ops
 from ._eager import Standardization, compose_standardization, compose_weighting
 from ._levels import Levels, Matched
-from ._memo import remember
-from ._ops.distill import distill_loss
-from ._ops.learn import masked_learn
-from ._ops.pool import valid_weights
-from ._records import DistillOptions, DistillTables, Latest, LearnOptions, LearnTables, Seen
+from ._records import Distilled, DistillOptions, DistillTables, Latest, LearnOptions, LearnTables, Seen
 
 __all__ = [
     "Standardization",
@@ -30,7 +26,6 @@ __all__ = [
     "receptive_masks",
 ]
 
-IMPLS = ("auto", "triton", "eager")
 REDUCTIONS = ("sum", "none")
 DISTANCES = ("squared", "smooth_l1", "cosine")
 
@@ -38,10 +33,10 @@ DISTANCES = ("squared", "smooth_l1", "cosine")
 def masked_distill_loss(
     student: Levels,
     teacher: Levels,
-    tokens: Sequence[Tensor] | Mapping[Any, Tensor] | None = None,
-    weighting: Sequence[tuple[Tensor, Tensor]] | Mapping[Any, tuple[Tensor, Tensor]] | None = None,
+    tokens: Sequence[Tensor] | None = None,
+    weighting: Sequence[tuple[Tensor, Tensor]] | None = None,
     *,
-    standardize: Sequence[Standardization] | Mapping[Any, Standardization] | None = None,
+    standardize: Sequence[Standardization] | None = None,
     valid: Any = None,
     masks: Levels | None = None,
     mask_weights: Levels | None = None,
@@ -70,9 +65,8 @@ def masked_distill_loss(
     Args:
         student: features ``[N, C_i, H_i, W_i]`` of each level: a tensor, a sequence, or a mapping, matched by key.
         teacher: features of the same shapes; must not require grad.
-        tokens: receptive tokens ``[T, C_i]`` of each level, frozen, of any float dtype. This and all other arguments that hold
-            one thing per level may be a mapping with the keys of the features, in any order; sequences follow the order of
-            ``teacher``.
+        tokens: receptive tokens ``[T, C_i]`` of each level, in the order of ``teacher``: frozen, of any float dtype, at
+            most 32.
         weighting: ``(rows [9, T, C_i], bias)`` of each level from `compose_weighting` (with ``standardize``, from
             `compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
         standardize: of each level, from `compose_standardization`: the student reconstructs ``(t - mean) / std`` of every
@@ -82,8 +76,8 @@ def masked_distill_loss(
             (torchvision's ``ImageList``). Other pixels count neither in sums nor areas nor mask weights, whatever they hold,
             NaN included: the result is that of cropping every image. An image without a valid pixel contributes 0.
             None: all pixels.
-        masks: boxes, score maps or attention, ``[N, T, H_i, W_i]`` of each level, of any float dtype and at least 0. They
-            replace the masks of ``tokens``, which must be None, and are not customised.
+        masks: boxes, score maps or attention, ``[N, T, H_i, W_i]`` of each level, bool or of any float dtype and at least 0.
+            They replace the masks of ``tokens``, which must be None, and are not customised.
         mask_weights: ``[N, T]`` of each level, in place of ``weighting``; None with ``masks``: ``1 / T``.
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
         distance: between the features of a pixel. ``"squared"``, as published: ``mean_c (s - t)^2``. ``"smooth_l1"``:
@@ -119,176 +113,101 @@ def masked_distill_loss(
         >>> F.masked_distill_loss(s, t, [torch.zeros(6, 8)]).item()  # masks of 0.5 everywhere: half the MSE
         0.5
     """
-    loss_weight = check.scale(loss_weight, "loss_weight")
     levels = _levels.match(student, teacher)
-    tokens = _levels.entries(tokens, "tokens", levels)
-    weighting = _levels.entries(weighting, "weighting", levels)
-    standardize = _levels.entries(standardize, "standardize", levels)
+    if not levels.students:
+        raise ValueError("student: expected at least one level, got none")
     if (tokens is None) == (masks is None):
         raise ValueError(f"tokens and masks: expected one of them, got {'none' if masks is None else 'both'}")
     if masks is not None and (custom_mask or weighting is not None):
         raise ValueError("masks: given masks are not customised and have no weighting; give mask_weights instead")
     if mask_weights is not None and weighting is not None:
         raise ValueError("mask_weights and weighting: expected at most one of them")
-    if not levels.students:
-        raise ValueError("student: expected at least one level, got none")
-    device = levels.students[0].device
-    _check_parameters(tokens or (), weighting, device, standardize is not None)
-    for i, e in enumerate(tokens or ()):
-        check.frozen(e, f"tokens[{i}]")
-        for part, name in zip(weighting[i] if weighting else (), ("rows", "bias"), strict=False):
-            check.frozen(part, f"weighting[{i}] {name}")
-    for i, (t, level) in enumerate(zip(levels.teachers, standardize or (), strict=standardize is not None)):
-        if not isinstance(level, tuple) or len(level) != 3:
-            raise TypeError(f"standardize[{i}]: expected a Standardization, got {level!r}")
-        bias = level[1]
-        c, rows = t.shape[1], [len(tokens[i])] if tokens else list(bias.shape)[:1] if isinstance(bias, Tensor) else [0]
-        for part, name, shape in zip(level, Standardization._fields, ([*rows, c], rows, [2, c]), strict=True):
-            check.parameter(part, f"standardize[{i}].{name}", shape, device)
-            check.frozen(part, f"standardize[{i}].{name}")
-    check.step(warmup_step, "warmup_step", device)
+    for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
+        check.per_level(given, name, len(levels.teachers))
+    first, any_channels = levels.students[0], [None] * len(levels.teachers)
+    check.levels(levels.students[:1], "student", levels.labels[:1], any_channels[:1])
+    check.levels(levels.teachers, "teacher", levels.labels, any_channels)
+    _check_frozen_tables(tokens or (), weighting, standardize, levels, first.device)
+    check.step(warmup_step, "warmup_step", first.device)
+    warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
+    tables = DistillTables(statistics=[level.affine for level in standardize or ()])
+    if tokens is not None:
+        tables = DistillTables(
+            tokens,
+            [rows for rows, _ in weighting or ()],
+            [bias for _, bias in weighting or ()],
+            [level.tokens for level in standardize or ()],
+            [level.token_bias for level in standardize or ()],
+            tables.statistics,
+        )
     options = DistillOptions(
-        tables=distill_tables(tokens or (), weighting, standardize),
-        step=warmup_step,
+        tables=tables,
+        valid=_levels.valid_of_levels(valid, levels.teachers),
         custom_mask=check.flag(custom_mask, "custom_mask"),
-        warmup=check.count(custom_mask_warmup, "custom_mask_warmup"),
-        mask_power=check_power(mask_power),
+        customised=None if warmup_step is None else warmup_step >= warmup,
+        mask_power=check.mask_power(mask_power),
         distance=check_distance(distance),
         beta=check.positive(beta, "beta"),
-        eps=check.amount(eps, "eps", 1e30),
+        eps=check.eps(eps),
     )
     channels = [e.shape[1] for e in tokens or ()]
-    extras = Given(valid, masks, mask_weights)
-    return distill(levels, channels, options, extras, loss_weight=loss_weight, reduction=reduction, impl=impl)[0]
-
-
-def distill_tables(
-    tokens: Sequence[Tensor],
-    weighting: Sequence[tuple[Tensor, Tensor]] | None,
-    standardize: Sequence[Standardization] | None,
-) -> DistillTables:
-    """The tables of all levels from those of each, without their gradients."""
-    pool = zip(*weighting, strict=True) if weighting else ((), ())
-    standard = zip(*standardize, strict=True) if standardize else ((), (), ())
-    return DistillTables(*([x.detach() if x.requires_grad else x for x in field] for field in (tokens, *pool, *standard)))
-
-
-class Given(NamedTuple):
-    """What comes with a call beside features: pixels, masks and mask weights, as `masked_distill_loss` takes them."""
-
-    valid: Any = None
-    masks: Levels | None = None
-    mask_weights: Levels | None = None
+    return distill(levels, channels, options, masks, mask_weights, loss_weight, reduction, impl)[0]
 
 
 def distill(
     levels: Matched,
     channels: Sequence[int],
     options: DistillOptions,
-    given: Given,
-    *,
+    masks: Levels | None,
+    mask_weights: Levels | None,
     loss_weight: float | Tensor,
     reduction: str,
     impl: str,
 ) -> tuple[Tensor, Latest]:
     """The one door of stage 2: checks everything but the tables, which are the caller's, and gives the loss.
 
-    ``channels``: of every level; none: any. ``options``: everything but what ``given`` brings. Returns the loss, and the
-    operator's outputs without gradient, which ``diagnostics()`` reads; for DTensors, those of this rank's images.
+    ``channels``: of every level; none: any. ``options``: everything but given masks and weights. Returns the loss, and what
+    ``diagnostics()`` reads, without gradient.
     """
     check.choice(reduction, "reduction", REDUCTIONS)
-    check.choice(impl, "impl", IMPLS)
-    _check_fit(levels, channels, options)
-    if spread := _distributed.spread_of(levels.students + levels.teachers, "student and teacher"):
-        students, teachers = (
-            [spread.local(x, f"{name}{label}") for x, label in zip(maps, levels.labels, strict=True)]
-            for name, maps in (("student", levels.students), ("teacher", levels.teachers))
-        )
-        whole = _distributed.whole
-        options = options._replace(
-            tables=DistillTables(*([whole(x) for x in field] for field in options.tables)), step=whole(options.step)
-        )
-        loss, latest = distill(
-            levels._replace(students=students, teachers=teachers),
-            channels,
-            options,
-            Given(*(None if x is None else spread.local(x, name) for x, name in zip(given, Given._fields, strict=True))),
-            loss_weight=whole(loss_weight),
-            reduction=reduction,
-            impl=impl,
-        )
-        return spread.mean(loss), latest
-    students, teachers = levels.students, levels.teachers
-    impl, tables = resolve_impl(impl, students[0].device), options.tables
-    weighed = bool(tables.pool_rows) or given.mask_weights is not None
-    if any(x is not None for x in given):
-        pixels = _levels.valid_of_levels(given.valid, teachers)
-        masks = [] if given.masks is None else _levels.maps_of_levels(given.masks, levels)
-        weights = None
-        if given.mask_weights is not None:
-            shape = [teachers[0].shape[0], masks[0].shape[1] if masks else len(tables.tokens[0])]
-            acc = _eager.acc_dtype(teachers[0].dtype)
-            weights = _levels.weights_of_levels(given.mask_weights, shape, acc, levels)
-        elif pixels and tables.pool_rows:
-            flat, pool = [t.flatten(2) for t in teachers], list(zip(tables.pool_rows, tables.pool_bias, strict=True))
-            weights = torch.stack(valid_weights(flat, pool, pixels, [t.shape[2] for t in teachers], impl))
-        if weights is not None:
-            tables = tables._replace(pool_rows=(), pool_bias=())
-        options = options._replace(tables=tables, valid=pixels, masks=masks, weights=weights)
-    if isinstance(loss_weight, Tensor):  # a copy: whoever schedules the weight may write to it before the backward pass
-        scale = loss_weight.clone()
-    else:  # torch.full would be compiled for every number anew
-        scale = loss_weight * torch.ones((), dtype=_eager.acc_dtype(students[0].dtype), device=students[0].device)
-    loss, outputs = distill_loss(students, teachers, options, impl, scale, reduction)
-    return loss, Latest(outputs, scale.detach(), [t.shape for t in teachers], levels.keys, options.valid, weighed)
-
-
-def _check_fit(levels: Matched, channels: Sequence[int], options: DistillOptions) -> None:
-    """Errors for levels that do not fit each other, or not the tables. What looks like earlier ones is not looked at again."""
-    if torch.compiler.is_compiling():
-        return _check_looks(levels, channels, options)
-    try:
-        maps = [
-            (x.shape, x.dtype, x.layout, x.device, x.requires_grad, x.is_inference(), x.is_neg())
-            for x in levels.students + levels.teachers
-        ]
-    except RuntimeError:  # a nested tensor has no shape
-        return _check_looks(levels, channels, options)
-    others = [e.device for e in options.tables.tokens]
-    if options.step is not None:
-        others.append(options.step.device)
-    looks = (torch.is_grad_enabled(), *channels, *maps, *others)
-    if looks not in _FITTING:
-        _check_looks(levels, channels, options)
-        remember(_FITTING, looks, None)
-    return None
-
-
-_FITTING: dict[Any, None] = {}
-
-
-def _check_looks(levels: Matched, channels: Sequence[int], options: DistillOptions) -> None:
-    labels, first = levels.labels, levels.students[0]
-    for i, (s, t, label) in enumerate(zip(levels.students, levels.teachers, labels, strict=True)):
+    students, teachers, labels = levels.students, levels.teachers, levels.labels
+    for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
         names = f"student{label}", f"teacher{label}"
-        check.pair(s, t, names, channels[i] if channels else None, first, f"student{labels[0]}")
-    for token in options.tables.tokens:
-        check.on_device(token, "tokens", first.device)
-    check.step(options.step, "warmup_step", first.device)
+        check.pair(s, t, names, channels[i] if channels else None, students[0], f"student{labels[0]}")
+    check.tables(options.tables, teachers, bool(options.tables.statistics))
+    loss_weight = check.loss_weight(loss_weight)
+    weighted = bool(options.tables.pool_rows) or mask_weights is not None
+    impl = resolve_impl(impl, students[0].device)
+    outputs = _ops.distill(students, teachers, _with_given(levels, options, masks, mask_weights), impl)
+    # a copy of a tensor: whoever schedules the weight may write to it before the backward pass
+    scale = loss_weight.clone() if isinstance(loss_weight, Tensor) else loss_weight
+    losses = outputs.per_image * scale
+    loss = losses.sum() if reduction == "sum" else losses.sum(1)
+    seen = Distilled(losses.detach(), *outputs[1:])
+    return loss, Latest(seen, [t.shape for t in teachers], levels.keys, options.valid, weighted)
 
 
-def check_distance(distance: str) -> str:
+def _with_given(levels: Matched, options: DistillOptions, masks: Levels | None, mask_weights: Levels | None) -> DistillOptions:
+    """``options`` with masks and weights that come with the call, or that valid pixels have."""
+    teachers, tables = levels.teachers, options.tables
+    if masks is not None:
+        options = options._replace(masks=_levels.masks_of_levels(masks, levels))
+    if mask_weights is not None:
+        shape = [teachers[0].shape[0], options.num_tokens]
+        acc = _eager.acc_dtype(teachers[0].dtype)
+        return options._replace(weights=_levels.weights_of_levels(mask_weights, shape, acc, levels))
+    if options.valid and tables.pool_rows:
+        weights = [
+            _eager.weights_of_valid(t.flatten(2), v, t.shape[2], rows, bias)
+            for t, v, rows, bias in zip(teachers, options.valid, tables.pool_rows, tables.pool_bias, strict=True)
+        ]
+        options = options._replace(weights=torch.stack(weights), tables=tables._replace(pool_rows=(), pool_bias=()))
+    return options
+
+
+def check_distance(distance: Any, name: str = "distance") -> str:
     """``distance``; ValueError unless it is one of `DISTANCES`."""
-    check.choice(distance, "distance", DISTANCES)
-    return distance
-
-
-def check_power(mask_power: int) -> int:
-    """``mask_power``; ValueError unless it is 1 or 2."""
-    power = check.integer(mask_power)
-    if power not in (1, 2):
-        raise ValueError(f"mask_power: expected 1 or 2, got {mask_power!r}")
-    return power
+    return check.choice(distance, name, DISTANCES)
 
 
 def _check_parameters(
@@ -296,15 +215,36 @@ def _check_parameters(
 ) -> None:
     """``standard``: whether weightings are those of standardised features; None: all as the first."""
     for i, e in enumerate(tokens):
-        check.tokens(e, f"tokens[{i}]", device, len(tokens[0]) if i else None)
+        check.tokens(e, f"tokens[{i}]", device, tokens[0] if i else None)
         if weighting is not None:
             check.weighting(weighting[i], f"weighting[{i}]", e.shape, device, standard)
             standard = weighting[i][1].dim() == 2
 
 
+def _check_frozen_tables(
+    tokens: Sequence[Tensor],
+    weighting: Sequence[check.Weighting] | None,
+    standardize: Sequence[Standardization] | None,
+    levels: Matched,
+    device: torch.device,
+) -> None:
+    _check_parameters(tokens, weighting, device, standardize is not None)
+    for i, e in enumerate(tokens):
+        check.frozen(e, f"tokens[{i}]")
+        for part, name in zip(weighting[i] if weighting else (), ("rows", "bias"), strict=False):
+            check.frozen(part, f"weighting[{i}] {name}")
+    for i, (t, level) in enumerate(zip(levels.teachers, standardize or (), strict=standardize is not None)):
+        if not isinstance(level, Standardization):
+            raise TypeError(f"standardize[{i}]: expected a Standardization, got {level!r}")
+        c, rows = t.shape[1], [len(tokens[i])] if tokens else list(level.token_bias.shape)
+        for part, name, shape in zip(level, Standardization._fields, ([*rows, c], rows, [2, c]), strict=True):
+            check.parameter(part, f"standardize[{i}].{name}", shape, device)
+            check.frozen(part, f"standardize[{i}].{name}")
+
+
 def resolve_impl(impl: str, device: torch.device) -> str:
-    """``"auto"`` by the tensors' device alone: Triton on ``cuda`` (CUDA or HIP), eager elsewhere."""
-    if impl != "auto":
+    """``"auto"`` by the device alone: Triton on ``cuda`` (CUDA or HIP), eager elsewhere; ValueError for other names."""
+    if check.impl(impl) != "auto":
         return impl
     return "triton" if device.type == "cuda" else "eager"
 
@@ -391,7 +331,7 @@ def dice_loss(masks: Tensor) -> Tensor:
         (tensor(0.), tensor(1.))
     """
     check.features(masks, "masks")
-    return _eager.dice_of_gram(_eager.gram(masks.flatten(2)))[0].sum()
+    return _eager.dice_of_gram(_eager.gram(masks.flatten(2))).sum()
 
 
 def masked_features_and_dice(
@@ -441,7 +381,6 @@ def masked_features_and_dice(
         >>> y[0, 0, 0, 0], dice.round(decimals=3)
         (tensor(3.), tensor([1.]))
     """
-    check.choice(impl, "impl", IMPLS)
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
         got = "a tensor" if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"features: expected a sequence of levels [N, C, H, W], got {got}")
@@ -459,47 +398,32 @@ def masked_features_and_dice(
         check.features(x, f"features[{i}]", e.shape[1])
         if token_bias is not None:
             check.parameter(token_bias[i], f"token_bias[{i}]", [len(e)], device)
-    given_tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
-
-    def tables(on_this_rank: OnThisRank) -> LearnTables:
-        fields = zip(given_tables, LearnTables._fields, strict=True)
-        return LearnTables(*([on_this_rank(x, name) for x in field] for field, name in fields))
-
+    tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
     return learn(features, tables, valid, impl)[:2]
 
 
-OnThisRank = Callable[[Tensor, str], Tensor]
-
-
-def learn(
-    features: Sequence[Tensor], tables_of: Callable[[OnThisRank], LearnTables], valid: Any, impl: str
-) -> tuple[list[Tensor], Tensor, list[Seen]]:
-    """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of.
-
-    ``tables_of`` makes the tables. It is given a function of a parameter and its name, which brings it to this rank.
-    """
-    if spread := _distributed.spread_of(features, "features"):
-        own = [spread.local(x, f"features[{i}]") for i, x in enumerate(features)]
-        tables = tables_of(spread.parameter)
-        masked, dice, seen = learn(own, lambda _: tables, None if valid is None else spread.local(valid, "valid"), impl)
-        return [spread.joined(y, x) for y, x in zip(masked, features, strict=True)], spread.mean(dice), seen
-    first, tables = features[0], tables_of(lambda x, _: x)
+def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str) -> tuple[list[Tensor], Tensor, list[Seen]]:
+    """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of."""
+    first = features[0]
     learns = any(x.requires_grad for field in tables for x in field)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
-        if learns:
-            check.recordable(x, f"features[{i}]")
-    for token in tables.tokens:
-        check.on_device(token, "tokens", first.device)
-    impl = resolve_impl(impl, first.device)
+        if not torch.compiler.is_compiling():
+            check.readable(x, f"features[{i}]")
+            if learns:
+                check.recordable(x, f"features[{i}]")
+    check.tables(tables, features, bool(tables.pool_bias) and tables.pool_bias[0].dim() == 2)
     pixels = _levels.valid_of_levels(valid, features)
-    flat, heights = [x.flatten(2) for x in features], [x.shape[2] for x in features]
+    flat, heights, sizes = [x.flatten(2) for x in features], [x.shape[2] for x in features], [x.shape[2:] for x in features]
     weights: list[Tensor] = []
     if pixels and tables.pool_rows:
-        weights = valid_weights(flat, list(zip(tables.pool_rows, tables.pool_bias, strict=True)), pixels, heights, impl)
+        pools = zip(flat, pixels, heights, tables.pool_rows, tables.pool_bias, strict=True)
+        weights = [_eager.weights_of_valid(*level) for level in pools]
         tables = tables._replace(pool_rows=(), pool_bias=())
-    masked, dice, kept = masked_learn(flat, LearnOptions(tables, weights, pixels, heights), impl)
-    sizes = [x.shape[2:] for x in features]
+    options = LearnOptions(tables, weights, pixels, heights)
+    learn_levels = _ops.learn if resolve_impl(impl, first.device) == "triton" else _eager.learn
+    masked, dice, masks, used = learn_levels(flat, options)
     maps = [v.unflatten(1, size) for v, size in zip(pixels, sizes, strict=True)] if pixels else [None] * len(features)
-    seen = [Seen(m.unflatten(2, size), w, v) for m, w, v, size in zip(kept.masks, kept.weights, maps, sizes, strict=True)]
+    each = zip(masks, used, maps, sizes, strict=True)
+    seen = [Seen(m.detach().unflatten(2, size), w.detach(), v) for m, w, v, size in each]
     return [y.unflatten(2, size) for y, size in zip(masked, sizes, strict=True)], dice, seen

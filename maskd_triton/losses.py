@@ -1,47 +1,32 @@
 """Stage 2: the distillation loss."""
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._distributed import is_dtensor
-from ._eager import acc_dtype
-from ._hooks import warn_without_gradient
-from ._levels import (
-    Levels,
-    Matched,
-    as_list,
-    container,
-    in_order,
-    like,
-    match,
-    members,
-    named,
-    per_level,
-    usual,
-    without_padding,
-)
-from ._ops.distill import count
-from ._ops.library import graph_task
+from . import functional
+from ._eager import acc_dtype, resized_valid
+from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
+from ._ops import customised
+from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
+from ._torch import graph_task, outside_transforms
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
-from .functional import IMPLS, Given, check_distance, check_power, distill, distill_tables
 from .masks import MaskModule
-from .tables import LevelTables, MaskLevel, fitting
+from .tables import LevelTables
 
 __all__ = ["MaskedDistillLoss"]
 
-_OF_DTYPES = re.compile(r"\b(?:dtype|datatype|scalar type|Input type)\b")  # in what torch says of operands that do not match
+STILL = 100  # training calls after which an align that has gradients, but never moved, is not in the optimizer
 
 
-class MaskedDistillLoss(nn.Module):
+class MaskedDistillLoss(Options):
     r"""Masked distillation loss (stage 2 of MasKD): the distance of student and teacher features, weighted by learned masks.
 
     $$
@@ -50,34 +35,35 @@ class MaskedDistillLoss(nn.Module):
     $$
 
     for the student's features ``s`` and the teacher's ``t``, with sums over images n, tokens t, pixels p and channels c, and
-    ``loss_weight`` as lambda. A level is one feature map. The learned tokens ``E [T, C]`` give the masks ``m = sigmoid(E t)``,
-    the mask weighting an image's softmax weights ``w``. After the warm-up masks are customised, that is, multiplied by the
-    student's own: ``m = sigmoid(E t) * sigmoid(E s)``. No gradient goes through ``m``. Huang et al., ICLR 2023,
-    arXiv 2205.14589.
+    ``loss_weight`` as lambda. A level is one feature map. The masks are ``m = sigmoid(E t)`` for the learned tokens
+    ``E [T, C]``. A small learned head, the *mask weighting*, gives each image a softmax weight ``w`` for every mask. After the
+    warm-up masks are customised, that is, multiplied by the student's own: ``m = sigmoid(E t) * sigmoid(E s)``. No gradient
+    goes through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
 
     Args:
         channels: channels of the teacher's features, one per level; an int means a single level. A mapping ``{name: C}`` names
-            the levels: then features, ``masks=``, ``student_channels`` and ``align`` may be mappings in any order, and the
-            state dict says ``mask_modules.{name}``.
-        num_tokens: T, receptive tokens per level; None: no tokens, ``masks=`` come with every call.
+            the levels: a mapping of features, ``masks=``, ``student_channels`` or ``align`` must then have these names, in any
+            order. State dicts number the levels in all cases.
+        num_tokens: T, receptive tokens per level, at most 32; None: no tokens, ``masks=`` come with every call.
         student_channels: channels of the student's features, if they are to be aligned. The criterion then has a biased 1x1
             convolution per level, ``align.{i}``, among its parameters: train them with the student. None: no align; channels
             must be equal.
         align: your own modules instead of these convolutions, ``[N, C', H, W]`` to ``[N, C, H, W]``, trained with the student:
             one per level as a sequence or ``ModuleList``, or one module for a single level. They are called, so hooks,
-            adapters, pruning and FSDP per module work; half-precision features run under autocast of their dtype.
-        weight_mask: weigh the masks of every image, as stage 1 has learned it; False: all tokens weigh ``1 / T``.
+            adapters, pruning and FSDP per module work; half-precision features run under autocast of their dtype. A module that
+            mixes pixels (a 3x3 convolution, a BatchNorm) also mixes the padding of a batch into the pixels of ``valid=``.
+        weight_mask: weight each image's masks with the softmax learned in stage 1; False: every token counts ``1 / T``.
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
-            and ``pretrained`` holds; masks and weights see the same. Give what the learner had: ``"channel"`` (or True) or
-            ``"isotropic"``. Off by default, as published.
+            and ``pretrained`` holds; masks and weights see the same, and so does ``masks=``, whose target is standardised, too.
+            Must be the learner's: ``"channel"`` (or True) or ``"isotropic"``. Off by default, as published.
         custom_mask: customise masks once the warm-up is over.
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
             ``advance=False`` do not count.
         loss_weight: factor on the loss. As published: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
-            0.5 for segmentation. ``criterion.loss_weight = x``, a number or scalar tensor, changes it at any time, also of a
-            compiled criterion. Reading it gives the buffer, so nothing waits for the device.
-        eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, which divides 0 by 0
-            where a mask is empty.
+            0.5 for segmentation. A number, or a scalar tensor without gradient. It is an attribute, not part of the state dict:
+            ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion.
+        eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, in which
+            an empty mask gives NaN.
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
             None warns: until a state dict is loaded, untrained tokens give masks of about 0.5 everywhere, and the loss is about
             half of a plain MSE.
@@ -86,21 +72,24 @@ class MaskedDistillLoss(nn.Module):
             `maskd_triton.functional.masked_distill_loss`.
         beta: where ``"smooth_l1"`` turns from squares to absolute values, from 1e-30 to 1e30.
         resize: what to do if a level has another height or width in the student than in the teacher: ``"student"`` resizes the
-            student's features to the teacher's size (bilinear), ``"teacher"`` the teacher's to the student's; None raises.
+            student's features to the teacher's size (bilinear), ``"teacher"`` the teacher's to the student's; None raises. With
+            ``valid=``, the valid rectangle of each image is resized by itself.
         impl: ``"auto"`` (CUDA tensors: Triton; others: eager), ``"triton"`` (Triton or an error; CPU tensors under
             ``TRITON_INTERPRET=1``) or ``"eager"``.
 
     Shape:
         ``student`` and ``teacher`` are levels ``[N, C_i, H_i, W_i]``: a tensor, a sequence in the order of ``channels``, or a
-        mapping. A mapping may come in any order if the levels have names; otherwise its order in the first call is that of
-        ``channels``. ``valid`` is ``[N, H0, W0]``. The result is a float32 scalar (float64 for float64 features), or
-        ``[levels]`` for ``reduction="none"``. Features are summed in float32.
+        mapping. The levels of a mapping are those of ``channels`` in the order of the *teacher's* mapping, unless ``channels``
+        names them; the student's are matched by key. ``valid`` is ``[N, H0, W0]``. The result is a float32 scalar (float64 for
+        float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
-    Tokens and mask weighting are frozen. ``mask_modules`` holds their tables, a `maskd_triton.tables.LevelTables` per level:
-    what the kernels read, in buffers of the default dtype, computed in float64 when tokens are loaded. A state dict holds these
-    tables; loading also takes a learner's state dict. ``loss_weight`` and ``warmup_step``, the number of training-mode calls so
-    far, are buffers, and whether masks are customised is decided on the device. A call that activation checkpointing repeats
-    in the backward pass counts once.
+    Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
+    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds
+    their tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when
+    tokens are loaded. They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading
+    also takes a learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing
+    it with the warm-up never waits for the GPU. A call that an activation checkpoint repeats in the backward pass counts once,
+    unless the criterion itself was compiled.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.
@@ -119,7 +108,24 @@ class MaskedDistillLoss(nn.Module):
     """
 
     warmup_step: Tensor
-    loss_weight: Tensor
+    loss_weight: float | Tensor
+    mask_modules: nn.ModuleList
+    align: nn.ModuleList | None
+
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "weight_mask": check.flag,
+        "standardize": check.standardize,
+        "custom_mask": check.flag,
+        "custom_mask_warmup": check.count,
+        "loss_weight": check.constant_loss_weight,
+        "eps": check.eps,
+        "mask_power": check.mask_power,
+        "distance": functional.check_distance,
+        "beta": check.positive,
+        "resize": check.resize,
+        "impl": check.impl,
+    }
+    FIXED = frozenset(("channels", "names", "num_tokens", "weight_mask", "standardize"))
 
     def __init__(
         self,
@@ -132,7 +138,7 @@ class MaskedDistillLoss(nn.Module):
         standardize: bool | str = False,
         custom_mask: bool = True,
         custom_mask_warmup: int = 1000,
-        loss_weight: float = 1.0,
+        loss_weight: float | Tensor = 1.0,
         eps: float = 1e-12,
         pretrained: Source | None = None,
         mask_power: int = 2,
@@ -142,86 +148,78 @@ class MaskedDistillLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check.choice(impl, "impl", IMPLS)
-        if resize is not None:
-            check.choice(resize, "resize", ("student", "teacher"))
-        if num_tokens is None and (standardize or pretrained is not None):
-            raise ValueError("num_tokens: None means masks given with every call, without pretrained= and standardize=True")
-        self.resize = resize
-        self.mask_power = check_power(mask_power)
-        self.distance = check_distance(distance)
-        self.beta = check.positive(beta, "beta")
         self.channels, self.names = named(channels)
-        self.num_tokens = None if num_tokens is None else check.positive_int(num_tokens, "num_tokens")
-        self.weight_mask = check.flag(weight_mask, "weight_mask") and num_tokens is not None
-        self.standardize = check.standardize(standardize)
-        self.custom_mask = check.flag(custom_mask, "custom_mask") and num_tokens is not None
-        self.custom_mask_warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
-        self.eps = check.amount(eps, "eps", 1e30)
+        self.num_tokens = None if num_tokens is None else check.num_tokens(num_tokens)
+        self.weight_mask = weight_mask
+        self.standardize = standardize
+        self.custom_mask = custom_mask
+        self.custom_mask_warmup = custom_mask_warmup
+        self.loss_weight = loss_weight
+        self.eps = eps
+        self.mask_power = mask_power
+        self.distance = distance
+        self.beta = beta
+        self.resize = resize
         self.impl = impl
-        tables = [] if num_tokens is None else [LevelTables(c, num_tokens, weight_mask, standardize) for c in self.channels]
-        self.mask_modules = container(tables, self.names if tables else None)
-        if align is not None and student_channels is not None:
-            raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
-        self.align: nn.ModuleList | nn.ModuleDict | None = None
-        if align is not None:
-            names = self.names
-            if isinstance(align, nn.ModuleDict):  # its keys are strings
-                align, names = dict(align.items()), names and [str(name) for name in names]
-            self.align = container(_modules(in_order(align, "align", names), len(self.channels)), self.names)
-        elif student_channels is not None:
-            given = in_order(student_channels, "student_channels", self.names)
-            narrow = per_level(given, "student_channels", len(self.channels))
-            self.align = container([nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)], self.names)
-        at = "cpu" if torch.get_default_device().type == "meta" else None  # numbers, which no state dict need bring back
+        if num_tokens is None and (standardize or pretrained is not None):
+            raise ValueError(
+                "num_tokens: num_tokens=None takes its masks from masks= in every call; it cannot be combined with pretrained= "
+                "or standardize="
+            )
+        self.align = self._new_align(align, student_channels)
+        levels = self.channels if self.num_tokens is not None else []
+        self.mask_modules = nn.ModuleList(LevelTables(c, num_tokens or 0, weight_mask, standardize) for c in levels)
+        at = "cpu" if torch.get_default_device().type == "meta" else None  # a number, which no state dict need bring back
         with torch.inference_mode(False):  # also when it is made inside of such a block, a training step counts
             self.register_buffer("warmup_step", torch.zeros((), dtype=torch.int64, device=at))
-            self.register_buffer("loss_weight", torch.ones((), device=at))
-        self.loss_weight = loss_weight  # type: ignore[assignment]
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
         elif self.num_tokens is not None:
-            warnings.warn(
-                "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and "
-                "the loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
-                stacklevel=2,
-            )
-            for level, c in zip(tables, self.channels, strict=True):
-                learned = MaskModule(c, self.num_tokens, weight_mask, standardize=standardize)
-                if not learned.mask_token.is_meta:
-                    level.load_state_dict(learned.state_dict())
-        self._warned: set[str] = set()
+            self._draw_tokens()
+        self._warned = False  # of a student without gradient
+        self._align_watch = _AlignWatch()
         self._latest: Latest | None = None
-        self._order: list[Any] | None = None  # of the levels in the first mapping: later ones may come in another
+
+    def _new_align(self, align: Any, student_channels: Any) -> nn.ModuleList | None:
+        levels = len(self.channels)
+        if align is not None and student_channels is not None:
+            raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
+        if align is not None:
+            align = dict(align.items()) if isinstance(align, nn.ModuleDict) else align
+            single = isinstance(align, nn.Module) and not isinstance(align, nn.ModuleList)
+            modules = in_order([align] if single else align, "align", self.names, levels)
+            for i, module in enumerate(modules):
+                if not isinstance(module, nn.Module):
+                    raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
+            return nn.ModuleList(modules)
+        if student_channels is None:
+            return None
+        if isinstance(student_channels, Mapping):
+            student_channels = in_order(student_channels, "student_channels", self.names, levels)
+        narrow = per_level(student_channels, "student_channels", levels)
+        return nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True))
+
+    def _draw_tokens(self) -> None:
+        warnings.warn(
+            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the "
+            "loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
+            stacklevel=3,
+        )
+        for level in self._levels:
+            learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
+            if not learned.mask_token.is_meta:
+                level.load_state_dict(learned.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
-        return super().__getstate__() | {"_latest": None}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A new ``loss_weight`` is written into the buffer: a compiled or captured step reads it there."""
-        buffer = self._buffers["loss_weight"] if name == "loss_weight" and "loss_weight" in self._buffers else None
-        if buffer is None:
-            return super().__setattr__(name, value)
-        value = check.scale(value, name)
-        if not isinstance(value, Tensor) and value > torch.finfo(buffer.dtype).max:
-            raise ValueError(f"{name}: expected a number that {buffer.dtype} can hold, got {value!r}")
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(f"{name}: requires grad, but is written into a buffer; to learn it, multiply the loss by it")
-        if buffer.is_meta and isinstance(value, Tensor):  # load_state_dict(assign=True)
-            self._buffers[name] = value
-            return None
-        with torch.no_grad():  # fill_ would be compiled for every number anew
-            buffer.copy_(value if isinstance(value, Tensor) else torch.ones_like(buffer) * value)
-        return None
+        return super().__getstate__() | {"_latest": None, "_align_watch": _AlignWatch()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
-        """``to_empty`` leaves the numbers as they are."""
-        before = self.warmup_step, self.loss_weight
+        """``to_empty`` leaves the number of calls as it is."""
+        before = self.warmup_step
         super()._apply(fn, recurse)
-        for old, new in zip(before, (self.warmup_step, self.loss_weight), strict=True):
-            if new is not old and not (new.is_meta or old.is_meta):
-                new.copy_(old)
+        if self.warmup_step is not before and not (self.warmup_step.is_meta or before.is_meta):
+            self.warmup_step.copy_(before)
         return self
 
     def _load_from_state_dict(
@@ -233,20 +231,13 @@ class MaskedDistillLoss(nn.Module):
         missing_keys: list[str],
         *others: Any,
     ) -> None:
-        """State dicts without a ``loss_weight`` leave the present one."""
+        """A learner's state dict counts no calls: the present number stays."""
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
-        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}loss_weight"]
-        if not self.loss_weight.is_meta:  # beside the other number, which assign=True may have replaced
-            self._buffers["loss_weight"] = self.loss_weight.to(self.warmup_step.device)
+        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}warmup_step"]
 
     def extra_repr(self) -> str:
-        loss_weight = "meta" if self.loss_weight.is_meta else float(f"{self.loss_weight.item():.6g}")
-        return (
-            f"{self.channels}, num_tokens={self.num_tokens}, weight_mask={self.weight_mask}, standardize={self.standardize!r}, "
-            f"custom_mask={self.custom_mask}, custom_mask_warmup={self.custom_mask_warmup}, "
-            f"loss_weight={loss_weight}, eps={self.eps}, mask_power={self.mask_power}, distance={self.distance!r}, "
-            f"beta={self.beta}, resize={self.resize!r}, impl={self.impl!r}"
-        )
+        shown = ("num_tokens", "weight_mask", "standardize", *(name for name in self.CHECKS if name not in self.FIXED))
+        return ", ".join([str(self.channels), *(f"{name}={getattr(self, name)!r}" for name in shown)])
 
     def forward(
         self,
@@ -271,44 +262,38 @@ class MaskedDistillLoss(nn.Module):
                 last before an optimiser step.
             reduction: ``"sum"`` over levels, or ``"none"`` for one value per level.
         """
-        again = graph_task() != -1  # activation checkpointing repeats a call
-        counts, compiling, step = self.training and advance, torch.compiler.is_compiling(), self.warmup_step
-        levels = match(student, teacher, self.names, self._order)
-        if len(levels.teachers) != len(self.channels):
-            raise ValueError(f"teacher: expected {len(self.channels)} levels, got {len(levels.teachers)}")
         if masks is None and self.num_tokens is None:
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
-        if self.training and torch.is_grad_enabled() and not compiling:
-            warn_without_gradient(levels.students, levels.keys, self._warned, stacklevel=4)  # through nn.Module's two functions
-        if levels.by_key and levels.keys != self._order:
-            _keep(self, "_order", levels.keys)
-        levels = self._prepared(levels, valid)
+        levels = match(student, teacher, self.names)
+        check.level_count(levels.teachers, "teacher", self.channels)
+        counts, compiling = self.training and advance, torch.compiler.is_compiling()
+        repeated = graph_task() != -1  # activation checkpointing repeats a call
+        prepared, pixels = self._prepared(levels, valid)
+        custom = self.custom_mask and masks is None
         options = DistillOptions(
-            tables=self._tables(levels.students[0].dtype, mask_weights is None) if masks is None else DistillTables(),
-            step=step,
-            custom_mask=self.custom_mask and masks is None,
-            warmup=self.custom_mask_warmup,
-            counted=counts,
+            tables=self._tables(prepared.students[0].dtype, masks is None, mask_weights is None),
+            valid=pixels,
+            custom_mask=custom,
+            customised=customised(self.warmup_step, self.custom_mask_warmup, counts) if custom else None,
             mask_power=self.mask_power,
             distance=self.distance,
             beta=self.beta,
             eps=self.eps,
         )
-        if not again:
-            _keep(self, "_latest", None)  # what it holds is free for this call
-        loss, latest = distill(
-            levels,
-            self.channels,
-            options,
-            Given(valid, masks, mask_weights),
-            loss_weight=self.loss_weight,
-            reduction=reduction,
-            impl=self.impl,
+        if not repeated:
+            object.__setattr__(self, "_latest", None)  # what it holds is free for this call
+        loss, latest = functional.distill(
+            prepared, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
         )
-        if not again and not compiling:
-            _keep(self, "_latest", latest)
-        if counts:
-            count(step)
+        if not (compiling or repeated):
+            self.__dict__["_latest"] = latest
+            if self.training and torch.is_grad_enabled():
+                self._warn_without_gradient(levels)
+                if advance and self.align is not None:
+                    self._align_watch.see(self.align)
+        if counts and not repeated:
+            with outside_transforms():
+                self.warmup_step.add_(1)
         return loss
 
     def masks(self, features: Levels) -> Levels:
@@ -333,14 +318,10 @@ class MaskedDistillLoss(nn.Module):
         """
         if self.num_tokens is None:
             raise RuntimeError("masks: this criterion has no tokens (num_tokens=None)")
-        order = usual(features, self._order) if isinstance(features, Mapping) else None
-        tensors, keys = as_list(features, "features", self.names or order)
-        if self.names is None and order is not None:
-            _keep(self, "_order", order)
-        if len(tensors) != len(self.channels):
-            raise ValueError(f"features: expected {len(self.channels)} levels, got {len(tensors)}")
+        levels = unpack(features, "features", self.names)
+        check.levels(levels.tensors, "features", labels(len(levels.tensors), levels.keys), self.channels)
         with torch.no_grad():
-            return like(features, [level.masks(x) for level, x in zip(self._levels(), tensors, strict=True)], keys)
+            return levels.rebuild([level.masks(x) for level, x in zip(self._levels, levels.tensors, strict=True)])
 
     def diagnostics(self) -> dict[Any, DistillDiagnostics]:
         """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights and their entropy.
@@ -364,96 +345,145 @@ class MaskedDistillLoss(nn.Module):
         """
         if self._latest is None:
             raise RuntimeError("diagnostics: no call to look at; call the criterion first, outside torch.compile")
-        losses = (self._latest.outputs.per_image * self._latest.scale).sum(1)
+        losses = self._latest.outputs.per_image.sum(1)
         return {
             name: DistillDiagnostics(**vars(describe(*seen)), loss=loss)
             for (name, seen), loss in zip(self._latest.levels().items(), losses, strict=True)
         }
 
-    def _prepared(self, levels: Matched, valid: Any) -> Matched:
-        """Levels aligned and resized; where that mixes pixels, those of the padding are 0 beforehand."""
-        if self.align is None and self.resize is None:
-            return levels
+    @property
+    def _levels(self) -> list[LevelTables]:
+        return list(self.mask_modules)  # type: ignore[arg-type]
+
+    def _check_align(self, align: nn.ModuleList, levels: Matched) -> None:
+        """Errors for student's levels that the align cannot take. A module of the user's own, or a lazy one, says so itself."""
+        for i, (s, t, label) in enumerate(zip(levels.students, levels.teachers, levels.labels, strict=True)):
+            module, c = align[i], self.channels[i]
+            narrow = (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
+            if narrow not in (None, c) and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
+                raise ValueError(
+                    f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student "
+                    "and teacher?"
+                )
+            check.features(s, f"student{label}", narrow)
+
+    def _warn_without_gradient(self, levels: Matched) -> None:
+        without = [f"student{label}" for s, label in zip(levels.students, levels.labels, strict=True) if not s.requires_grad]
+        if without and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{', '.join(without)}: no gradient, so the student does not learn from the distillation; usual causes are a "
+                "detach(), torch.no_grad(), or a reentrant activation checkpoint around the module (use_reentrant=False)",
+                stacklevel=5,  # through nn.Module's two functions
+            )
+
+    def _prepared(self, levels: Matched, valid: Any) -> tuple[Matched, list[Tensor]]:
+        """Levels aligned and resized, and their valid pixels."""
         students, teachers = levels.students, levels.teachers
-        if valid is not None and (self.align is not None or self.resize == "student"):
-            students = without_padding(students, valid)
-        if valid is not None and self.resize == "teacher":
-            teachers = without_padding(teachers, valid)
+        if valid is not None or self.resize is not None:
+            check.levels(teachers, "teacher", levels.labels, self.channels)
+            check.levels(students, "student", levels.labels, [None] * len(students))
         if self.align is not None:
-            students = self._aligned(students, levels.labels)
-        if self.resize is not None:
-            students, teachers = self._resized(students, teachers, levels.labels)
-        return levels._replace(students=students, teachers=teachers)
+            self._check_align(self.align, levels)
+            if valid is not None:
+                students = _without_padding(students, valid)
+            students = [_aligned(*level) for level in zip(self.align, students, self.channels, levels.labels, strict=True)]
+        if self.resize is not None and any(s.shape[2:] != t.shape[2:] for s, t in zip(students, teachers, strict=True)):
+            moved, fixed = (students, teachers) if self.resize == "student" else (teachers, students)
+            resized, pixels = _resized(moved, fixed, valid)
+            students, teachers = (resized, teachers) if self.resize == "student" else (students, resized)
+        else:
+            pixels = valid_of_levels(valid, teachers)
+        return levels._replace(students=students, teachers=teachers), pixels
 
-    def _aligned(self, students: list[Tensor], labels: list[str]) -> list[Tensor]:
-        """Every level's module called as it is; half features may have left the autocast region that their student ran in."""
-        assert self.align is not None
-        outputs = []
-        modules = members(self.align, "align", self.names, len(self.channels))
-        for module, x, c, label in zip(modules, students, self.channels, labels, strict=True):
-            narrow = module.in_channels if isinstance(module, nn.Conv2d) else 0  # a lazy one has 0, too
-            check.features(x, f"student{label}", narrow or None)
-            half = x.dtype.itemsize == 2 and torch.amp.is_autocast_available(x.device.type)
-            try:
-                with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
-                    y = module(x)
-            except RuntimeError as error:
-                if "DTensor" in str(error) and is_dtensor(x) and not any(map(is_dtensor, module.parameters())):
-                    raise TypeError(
-                        f"align{label}: its parameters are plain tensors, the student's features DTensors; pass the criterion "
-                        "through torch.distributed.tensor.distribute_module"
-                    ) from error
-                dtypes = {p.dtype for p in module.parameters()}
-                if not dtypes or x.dtype in dtypes or not _OF_DTYPES.search(str(error)):
-                    raise  # a device's errors, among others
-                names = ", ".join(sorted(map(str, dtypes)))
-                raise TypeError(
-                    f"align{label}: its parameters are {names}, the student's features {x.dtype}; cast one of them, or call "
-                    "the criterion under torch.autocast"
-                ) from error
-            if not isinstance(y, Tensor) or y.dim() != 4 or y.shape[1] != c:
-                got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-                raise ValueError(f"align{label}: expected an output [N, {c}, H, W], got {got}")
-            outputs.append(y)
-        return outputs
-
-    def _resized(self, students: list[Tensor], teachers: list[Tensor], labels: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-        students, teachers = list(students), list(teachers)
-        for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
-            check.features(t, f"teacher{label}")
-            check.features(s, f"student{label}")
-            if s.shape[2:] != t.shape[2:] and self.resize == "student":
-                students[i] = nn.functional.interpolate(s, t.shape[2:], mode="bilinear")
-            elif s.shape[2:] != t.shape[2:]:
-                teachers[i] = nn.functional.interpolate(t, s.shape[2:], mode="bilinear")
-        return students, teachers
-
-    def _tables(self, dtype: torch.dtype, weigh: bool) -> DistillTables:
-        """Every level's, frozen also where a user put a level in training (a ``MaskModule``) in a level's place."""
-        acc = acc_dtype(dtype)
-        tokens, weighting, standardization = zip(*(level.tables(acc) for level in self._levels()), strict=True)
-        weigh = weigh and self.weight_mask
-        return distill_tables(tokens, weighting if weigh else None, standardization if self.standardize else None)
-
-    def _levels(self) -> list[MaskLevel]:
-        """The ``mask_modules``; a user may have put others in their place."""
-        levels = members(self.mask_modules, "mask_modules", self.names, len(self.channels))
-        return fitting(levels, MaskLevel, self.channels, self.num_tokens or 0, self.weight_mask, self.standardize)
+    def _tables(self, dtype: torch.dtype, with_tokens: bool, weighted: bool) -> DistillTables:
+        """Every level's: with given masks the statistics alone, which the target needs."""
+        tables = [level.tables(acc_dtype(dtype)) for level in self._levels]
+        standards = [level.standardization for level in tables if level.standardization is not None]
+        statistics = [standard.affine for standard in standards]
+        if not with_tokens:
+            return DistillTables(statistics=statistics)
+        pools = [level.weighting for level in tables if level.weighting is not None and weighted]
+        return DistillTables(
+            [level.tokens for level in tables],
+            [rows for rows, _ in pools],
+            [bias for _, bias in pools],
+            [standard.tokens for standard in standards],
+            [standard.token_bias for standard in standards],
+            statistics,
+        )
 
 
-def _keep(criterion: MaskedDistillLoss, name: str, value: Any) -> None:
-    object.__setattr__(criterion, name, value)  # nn.Module's takes 3 us
+def _without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:
+    """``levels`` with 0 where pixels do not count: layers that have gradients of their own would keep a NaN."""
+    pixels = valid_of_levels(valid, levels)
+    return [x.masked_fill((v == 0).view(len(x), 1, *x.shape[2:]), 0) for x, v in zip(levels, pixels, strict=True)]
 
 
-def _modules(align: Any, levels: int) -> list[nn.Module]:
-    """``align=`` as one module per level."""
-    sequence = isinstance(align, nn.ModuleList) or not isinstance(align, nn.Module)
-    if sequence and (isinstance(align, str) or not isinstance(align, Sequence | nn.ModuleList)):
-        raise TypeError(f"align: expected an nn.Module per level, got {type(align).__name__}")
-    modules = list(align) if sequence else [align]
-    if len(modules) != levels:
-        raise ValueError(f"align: expected one module for each of the {levels} levels, got {len(modules)}")
-    for i, module in enumerate(modules):
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
-    return modules
+def _aligned(module: nn.Module, x: Tensor, channels: int, label: str) -> Tensor:
+    """The module called as it is; half features may have left the autocast region that their student ran in."""
+    half = x.dtype.itemsize == 2 and torch.amp.is_autocast_available(x.device.type)
+    weight = getattr(module, "weight", None)
+    if not half and isinstance(weight, Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"align{label}: its parameters are {weight.dtype}, the student's features {x.dtype}; cast one of them, or call the "
+            "criterion under torch.autocast"
+        )
+    with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+        y = module(x)
+    if not isinstance(y, Tensor) or y.dim() != 4 or y.shape[1] != channels:
+        got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"align{label}: expected an output [N, {channels}, H, W], got {got}")
+    return y
+
+
+def _resized(levels: Sequence[Tensor], like: Sequence[Tensor], valid: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """``levels`` in the sizes of ``like`` (bilinear), and the valid pixels of these sizes."""
+    sizes = [x.shape[2:] for x in like]
+    if valid is None:
+        return [
+            x if x.shape[2:] == size else nn.functional.interpolate(x, size, mode="bilinear")
+            for x, size in zip(levels, sizes, strict=True)
+        ], []
+    resized, pixels = [], []
+    for x, size, source, goal in zip(levels, sizes, valid_of_levels(valid, levels), valid_of_levels(valid, like), strict=True):
+        if x.shape[2:] != size:
+            x, goal = resized_valid(x, source.unflatten(1, x.shape[2:]), goal.unflatten(1, size))
+        resized.append(x)
+        pixels.append(goal.flatten(1))
+    return resized, pixels
+
+
+class _AlignWatch:
+    """Warns once of an align that gets gradients, but that no optimizer moves.
+
+    Versions are counted on the host, so nothing waits for the device. Fused optimizers and those that write to ``.data`` leave
+    them as they are: only then numbers are compared, once.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.start: list[tuple[nn.Parameter, int, Tensor]] = []  # parameters, their versions and values at the first call
+
+    def see(self, align: nn.Module) -> None:
+        """A training call of the criterion."""
+        self.calls += 1
+        if self.calls == 1:
+            self.start = [(p, p._version, p.detach().clone()) for p in align.parameters() if p.requires_grad]
+        elif self.calls == STILL + 1:
+            if self._still():
+                warnings.warn(
+                    f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is "
+                    "held against a random projection; give criterion.parameters() to the optimizer",
+                    stacklevel=5,  # through nn.Module's two functions
+                )
+            self.start = []
+
+    def _still(self) -> bool:
+        """Whether parameters with gradients are those of the first call."""
+        seen = [(p, version, value) for p, version, value in self.start if p.grad is not None]
+        if not seen or any(p._version != version for p, version, _ in seen):
+            return False
+        if seen[0][0].is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot hold a comparison
+            return False
+        return all(p.device == value.device and torch.equal(p, value) for p, _, value in seen)

@@ -4,22 +4,22 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._distributed import is_dtensor
 from ._eager import acc_dtype
-from ._hooks import UNREAD, Hooked, Output, Target, Valid, Where, frozen, names_of
-from ._levels import Levels, as_list, container, labels, like, members, named, usual, valid_of_levels
+from ._hooks import Hooked, Output, Valid, Where, frozen, names_of
+from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
+from ._options import Check, Options
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
-from .functional import IMPLS, OnThisRank, learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose, fitting, of_shapes
+from .functional import learn
+from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -35,7 +35,7 @@ class MaskModule(MaskLevel):
     Args:
         channels: C, channels of the teacher's features.
         num_tokens: T, number of receptive tokens (6 for detection, 8 for segmentation as published).
-        weight_mask: weigh the masks per image; False sums them without weights.
+        weight_mask: learn a weight of every mask for each image; False adds the masks up.
         standardize: masks and weights see ``(x - channel_mean) / channel_std`` instead of ``x``, while ``y`` is made of ``x``
             itself. See `MaskLearner`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`; concerns ``forward``.
@@ -61,6 +61,8 @@ class MaskModule(MaskLevel):
         (torch.Size([2, 16, 8, 8]), torch.Size([]))
     """
 
+    CHECKS: ClassVar[dict[str, Check]] = MaskLevel.CHECKS | {"impl": check.impl}
+
     channel_mean: Tensor
     channel_std: Tensor
     pixels_seen: Tensor
@@ -75,7 +77,6 @@ class MaskModule(MaskLevel):
         impl: str = "auto",
     ) -> None:
         super().__init__(channels, num_tokens, weight_mask, standardize)
-        check.choice(impl, "impl", IMPLS)
         self.impl = impl
         self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * 0.01)
         if weight_mask:
@@ -96,13 +97,11 @@ class MaskModule(MaskLevel):
         conv3, conv1 = self.prob[0], self.prob[2]
         return conv3.weight, conv3.bias, conv1.weight, conv1.bias  # type: ignore[return-value]
 
-    def tables(self, dtype: torch.dtype, on_this_rank: OnThisRank | None = None) -> Tables:
+    def tables(self, dtype: torch.dtype) -> Tables:
         """The tables that the operators take, composed of the present parameters and differentiable in them.
 
         Args:
             dtype: of the composition.
-            on_this_rank: called with every parameter and its name, gives it as a plain tensor on this rank. None: all of them
-                are plain tensors.
         """
         self.check_buffers()
         level: dict[str, Tensor] = {"mask_token": self.mask_token}
@@ -110,9 +109,7 @@ class MaskModule(MaskLevel):
             level |= dict(zip(CONVOLUTIONS, self.weighting(), strict=True))
         if self.standardize:
             level |= {"channel_mean": self.channel_mean, "channel_std": self.channel_std}
-        if on_this_rank is not None:
-            level = {name: on_this_rank(x, name) for name, x in level.items()}
-        return compose(of_shapes(level, self.published_shapes()), dtype)
+        return compose(level, dtype)
 
     def forward(self, x: Tensor, valid: Any = None) -> tuple[Tensor, Tensor]:
         check.features(x, "x", self.channels)
@@ -124,49 +121,27 @@ def _learn(
     modules: Sequence[MaskModule], features: Sequence[Tensor], valid: Any, impl: str
 ) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """`functional.learn` with the parameters of every level's module."""
-
-    def tables(on_this_rank: OnThisRank) -> LearnTables:
-        levels = [module.tables(acc_dtype(features[0].dtype), on_this_rank) for module in modules]
-        standards = [level.standardization for level in levels if level.standardization is not None]
-        weightings = [level.weighting for level in levels if level.weighting is not None]
-        return LearnTables(
-            [s.tokens for s in standards] or [level.tokens for level in levels],
-            [s.token_bias for s in standards],
-            *(zip(*weightings, strict=True) if weightings else ((), ())),
-        )
-
+    levels = [module.tables(acc_dtype(features[0].dtype)) for module in modules]
+    standards = [level.standardization for level in levels if level.standardization is not None]
+    weightings = [level.weighting for level in levels if level.weighting is not None]
+    tables = LearnTables(
+        [s.tokens for s in standards] or [level.tokens for level in levels],
+        [s.token_bias for s in standards],
+        *(zip(*weightings, strict=True) if weightings else ((), ())),
+    )
     return learn(features, tables, valid, impl)
 
 
-Use = Callable[[int, list[Tensor], Any], tuple[list[Tensor], Tensor, Sequence[Seen]] | None]
-
-
-class _Call(NamedTuple):
-    """What one call of a teacher's module gave: levels from ``first`` on, none where it is left alone."""
-
-    first: int | None
-    levels: int
-    shapes: tuple[torch.Size, ...]
-    dice: Tensor | None
-    seen: dict[Any, Seen]
-
-
-class _Pass(NamedTuple):
-    """What a call of the learner itself gave: the same attribute as a teacher's `Target`."""
-
-    parts: list[_Call]
-
-
-class MaskLearner(nn.Module):
+class MaskLearner(Options):
     """Stage 1: learns receptive tokens for all levels (feature maps) of a frozen teacher.
 
     It masks the teacher's features (`attach`), and the teacher must solve its task on them. `dice_loss` makes the masks differ.
 
     Args:
         channels: channels of each level, an int for a single level, or a mapping ``{name: C}``, which names the levels: then
-            features may be mappings in any order.
-        num_tokens: T, receptive tokens per level.
-        weight_mask: weigh the masks per image.
+            mappings of features must have these names, in any order.
+        num_tokens: T, receptive tokens per level, at most 32.
+        weight_mask: learn a weight of every mask for each image; False adds the masks up.
         standardize: masks and weights see standardised features of the teacher, by statistics that `calibrate` gathers once.
             The teacher's heads still see features as they are. ``"channel"`` (or True): every channel with mean 0 and
             deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
@@ -197,6 +172,11 @@ class MaskLearner(nn.Module):
         (torch.Size([4, 16]), None)
     """
 
+    CHECKS: ClassVar[dict[str, Check]] = {"weight_mask": check.flag, "standardize": check.standardize, "impl": check.impl}
+    FIXED = frozenset(("channels", "names", "weight_mask", "standardize"))
+
+    mask_modules: nn.ModuleList
+
     def __init__(
         self,
         channels: int | Sequence[int] | Mapping[Any, int],
@@ -208,54 +188,38 @@ class MaskLearner(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check.choice(impl, "impl", IMPLS)
-        self.impl = impl
         self.channels, self.names = named(channels)
-        self.standardize = check.standardize(standardize)
-        self.mask_modules = container(
-            [MaskModule(c, num_tokens, weight_mask, standardize=standardize, impl=impl) for c in self.channels], self.names
+        self.weight_mask = weight_mask
+        self.standardize = standardize
+        self.impl = impl
+        self.mask_modules = nn.ModuleList(
+            MaskModule(c, num_tokens, weight_mask, standardize=standardize, impl=impl) for c in self.channels
         )
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
-        self.weight_mask = check.flag(weight_mask, "weight_mask")
-        self._latest: Sequence[Any] = []  # whose .parts are the calls of the latest pass
-        self._seen: dict[Any, Seen] = {}  # what was seen by the end of the latest attach block
+        self._dice: dict[int, Tensor] = {}  # of the levels of the latest pass
+        self._seen: dict[Any, Seen] = {}
         self._warned: set[Any] = set()
-        self._attached = False
-        self._order: list[Any] | None = None  # of the levels in the first mapping: later ones may come in another
+        self._attached: _Attached | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is a learner that no teacher is attached to and that has seen nothing."""
-        return super().__getstate__() | {"_latest": [], "_seen": {}, "_attached": False}
+        return super().__getstate__() | {"_dice": {}, "_seen": {}, "_attached": None}
 
     def forward(self, features: Levels, valid: Any = None) -> Levels:
-        tensors, keys = self._by_name(*as_list(features, "features", self.names), "features")
-        if len(tensors) != len(self.channels):
-            raise ValueError(f"features: expected {len(self.channels)} levels, got {len(tensors)}")
-        for x, c, label in zip(tensors, self.channels, labels(len(tensors), self.names or keys), strict=True):
-            check.features(x, f"features{label}", c)
-        masked, dice, seen = _learn(self._modules_of_levels(), tensors, valid, self.impl)
-        own = dict(zip(self.names or keys or range(len(seen)), seen, strict=True))
-        self._latest = [_Pass([_Call(0, len(seen), (), dice.sum(), own)])]
-        return like(features, masked, keys)
+        found = unpack(features, "features", self.names)
+        check.levels(found.tensors, "features", labels(len(found.tensors), found.keys), self.channels)
+        masked, dice, seen = _learn(self._levels, found.tensors, valid, self.impl)
+        self._dice, self._seen = {}, {}
+        self._keep(0, dice, seen, found.keys)
+        return found.rebuild(masked)
 
-    def _by_name(self, tensors: list[Tensor], keys: list[Any] | None, name: str) -> tuple[list[Tensor], list[Any] | None]:
-        """A mapping's levels and keys in the learner's order: of its names, or of the first mapping; ValueError for others."""
-        if keys is None:
-            return tensors, keys
-        if self.names is None:
-            order = self._order = usual(keys, self._order)
-        elif set(keys) <= set(self.names):
-            order = [key for key in self.names if key in keys]
-        else:
-            raise ValueError(f"{name}: expected levels of {self.names}, got {keys}")
-        found = dict(zip(keys, tensors, strict=True))
-        return [found[key] for key in order], order
-
-    def _modules_of_levels(self) -> list[MaskModule]:
-        modules = members(self.mask_modules, "mask_modules", self.names, len(self.channels))
-        num_tokens = getattr(modules[0], "num_tokens", 0)
-        return fitting(modules, MaskModule, self.channels, num_tokens, self.weight_mask, self.standardize)
+    def _keep(self, first: int, dice: Tensor, seen: Sequence[Seen], keys: Sequence[Any] | None) -> None:
+        """What `dice_loss` and `diagnostics` need of the levels from ``first`` on."""
+        own = keys if keys and len(keys) == len(self.channels) else range(len(self.channels))
+        for i, level in enumerate(seen):
+            self._dice[first + i] = dice[i]
+            self._seen[(self.names or own)[first + i]] = level
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest pass.
@@ -264,26 +228,21 @@ class MaskLearner(nn.Module):
             RuntimeError: there is no pass yet, or the ``attach`` block has ended; not all levels have been seen in it; the
                 teacher ran without gradients although the learner is in training.
         """
-        parts = [part for target in self._latest for part in target.parts if part.dice is not None]
-        if not parts:
-            raise RuntimeError(
-                "dice_loss: no features seen yet in this block; run the teacher inside `with learner.attach(...)`, and not in "
-                "code that was compiled before it"
-            )
-        if (levels := sum(part.levels for part in parts)) != len(self.mask_modules):
-            raise RuntimeError(f"dice_loss: expected {len(self.mask_modules)} levels of the teacher, {levels} have been seen")
-        loss = parts[0].dice
-        for part in parts[1:]:
-            loss = loss + part.dice
-        without = [part for part in parts if not part.dice.requires_grad and self._trains(part)]
-        if self._attached and without:
+        if len(self._dice) != len(self.channels):
+            seen = f"expected {check.counted(len(self.channels))} of the teacher, got {len(self._dice)}"
+            why = seen if self._dice else "no features seen yet in this block"
+            hooks = self._attached
+            where = "run the teacher inside `with learner.attach(...)`" if hooks is None else hooks.not_run(hooks.missing())
+            raise RuntimeError(f"dice_loss: {why}; {where}")
+        without = [i for i, dice in self._dice.items() if not dice.requires_grad and self._trains(i)]
+        if without and self._attached is not None:
             raise RuntimeError(
                 "dice_loss: the teacher ran without gradients in this attach block, so the tokens of levels "
-                f"{[key for part in without for key in part.seen]} get none: under torch.no_grad() or inference_mode(), or in "
-                "a reentrant activation checkpoint (use_reentrant=False). To evaluate, call dice_loss() under "
+                f"{[self.names[i] if self.names else i for i in without]} get none: under torch.no_grad() or inference_mode(), "
+                "or in a reentrant activation checkpoint (use_reentrant=False). To evaluate, call dice_loss() under "
                 "torch.no_grad(), too"
             )
-        return loss
+        return torch.stack([self._dice[i] for i in range(len(self.channels))]).sum()
 
     def diagnostics(self) -> dict[Any, LevelDiagnostics]:
         """Statistics of the latest forward's masks: coverage, pairwise Dice, weights and their entropy.
@@ -306,10 +265,10 @@ class MaskLearner(nn.Module):
             >>> learner.diagnostics()[1].coverage
             tensor([0.5000, 0.5000, 0.5000, 0.5000])
         """
-        found = self._all_seen()
-        if not found:
+        if not self._seen:
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
-        levels = {name: describe(s.masks, s.weights if self.weight_mask else None, s.valid) for name, s in found.items()}
+        weighted = self.weight_mask
+        levels = {name: describe(s.masks, s.weights if weighted else None, s.valid) for name, s in self._seen.items()}
         for name, level in levels.items():
             reasons = collapsed(level, overlap=False) if name not in self._warned else []
             if reasons:
@@ -331,21 +290,18 @@ class MaskLearner(nn.Module):
             ...     MaskLearner([16, 16]).save(os.path.join(folder, "tokens.pt"))
             ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
         """
-        if self._all_seen():
+        if self._seen:
             self.diagnostics()
         save_masks(self.mask_modules, path)
 
-    def _trains(self, part: _Call | None = None) -> bool:
-        """Whether a pass now should give the tokens, of all levels or of the call's, gradients."""
-        modules = self._modules_of_levels()
-        if part is not None:
-            modules = modules[part.first : (part.first or 0) + part.levels]
-        return self.training and torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters())
+    @property
+    def _levels(self) -> list[MaskModule]:
+        return list(self.mask_modules)  # type: ignore[arg-type]
 
-    def _all_seen(self) -> dict[Any, Seen]:
-        """Masks, weights and valid pixels of the latest pass, by level."""
-        latest = {key: seen for target in self._latest for part in target.parts for key, seen in part.seen.items()}
-        return latest or self._seen
+    def _trains(self, level: int) -> bool:
+        """Whether a pass now should give the tokens of a level gradients."""
+        learns = any(p.requires_grad for p in self._levels[level].parameters())
+        return learns and self.training and torch.is_grad_enabled()
 
     @contextmanager
     def attach(
@@ -353,7 +309,6 @@ class MaskLearner(nn.Module):
         teacher: nn.Module,
         names: str | Sequence[str],
         *,
-        call: int | None = None,
         output: Output | None = None,
         layout: str | None = None,
         grid: tuple[int, int] | None = None,
@@ -364,36 +319,32 @@ class MaskLearner(nn.Module):
 
         Inside the block all parameters of the teacher are frozen. Its normalisation, attention and drop layers (dropout, drop
         path, stochastic depth) are in eval mode, even when you switch the teacher to train mode, as torchvision's detectors
-        need to return losses. Call ``teacher.eval()`` if a module with children is itself random in train mode. After the
-        block, also by an exception, ``requires_grad``, training flags, hooks and buffers (statistics of other layers, vectors
-        of spectral norm) are as they were. Call ``backward()`` of a teacher with activation checkpointing inside the block: it
-        recomputes what is masked.
+        need to return losses. Call ``teacher.eval()`` if other modules of it change in train mode. After the block, also by an
+        exception, ``requires_grad``, training flags and hooks are as they were. **Call ``backward()`` of a teacher with
+        activation checkpointing inside the block**: it recomputes what is masked. Leave the blocks of several learners in the
+        reverse order.
 
         Args:
-            teacher: the frozen model, on the learner's device; a `FrozenTeacher` is looked through. A compiled module
-                may be in it, but not around what is masked: ``torch.compile`` the whole inside the block.
-            names: dotted name or names of modules whose outputs are masked; ``""`` is the teacher itself. A single module
-                gives all levels, as a tensor, sequence, mapping or dataclass like transformers' ``BackboneOutput``, or one
-                level in each of its calls, like a head that levels share. Several modules give equally many levels each.
-            call: which call of a module that runs several times in one pass, counted from 0; the others are left alone.
-                None: all of them, in order.
-            output: which part of the modules' output holds the levels: a field, a key, a position in a tuple, or a tuple of
-                those as a path, in which ``...`` stands for every part and a list for several; None: ``"feature_maps"`` of a
-                dataclass, otherwise the output itself.
+            teacher: the frozen model, on the learner's device; a `FrozenTeacher` is looked through. Code that was compiled
+                before the block does not see its hooks: ``torch.compile`` the teacher inside the block.
+            names: dotted name or names of modules whose outputs are masked; ``""`` is the teacher itself. Name one module that
+                returns all levels (a tensor, sequence, mapping, or a dataclass like transformers' ``BackboneOutput``), one
+                that runs once per level, like a shared head, or several that give equally many levels each.
+            output: which part of the modules' output holds the levels: a field, a key, or a position in a tuple; None:
+                ``"feature_maps"`` of a dataclass, otherwise the output itself.
             layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (``[N, L, C]``); None: ``"nchw"``.
             grid: rows and columns ``(h, w)`` of the tokens; None: square patches of the images that the teacher is called with.
             prefix_tokens: how many class and register tokens stand in front; they pass through unchanged.
             valid: where the valid pixels of a padded batch come from: the name of an argument of the teacher's ``forward``
-                (``"pixel_mask"``), the name of a module that pads (torchvision's ``"transform"``), or a function of the
-                arguments. It must give bool or integer ``[N, H0, W0]``, an ImageList or a NestedTensor. Padding then counts
-                neither in masks, Dice loss and weights nor in statistics.
+                (``"pixel_mask"``), or a function of its arguments, which is called when the first level of a pass arrives. It
+                must give bool or integer ``[N, H0, W0]``, an ImageList or a NestedTensor. Padding then counts neither in masks,
+                Dice loss and weights nor in statistics.
 
         Raises:
             AttributeError: the teacher has no such module; the message lists near matches.
-            RuntimeError: the learner is attached already, or another one to the same module; the learner standardises and has
-                no statistics yet; ``backward()`` after the block recomputes the teacher.
-            ValueError: a module lies in a compiled one; levels cannot be divided among the modules; and, when the teacher runs,
-                levels, channels, layouts or fields do not fit.
+            RuntimeError: the learner is attached already; it standardises and has no statistics yet.
+            ValueError: levels cannot be divided among the modules; and, when the teacher runs, levels, channels, layouts or
+                fields do not fit.
 
         Examples:
             >>> import torch
@@ -411,17 +362,16 @@ class MaskLearner(nn.Module):
             >>> with learner.attach(teacher, ["p3", "p4"], valid="pixel_mask"):
             ...     (teacher(images, pixel_mask=pixel_mask) + learner.dice_loss()).backward()
         """
-        if self.standardize and any(module.pixels_seen == 0 for module in self._modules_of_levels()):
+        if self.standardize and any(module.pixels_seen == 0 for module in self._levels):
             raise RuntimeError(
                 "attach: standardize=True, but no statistics yet: run a few batches inside "
                 "`with learner.calibrate(teacher, names):` first"
             )
-        modules = self._modules_of_levels()
 
-        def mask(first: int, tensors: list[Tensor], valid: Any) -> tuple[list[Tensor], Tensor, Sequence[Seen]]:
-            return _learn(modules[first : first + len(tensors)], tensors, valid, self.impl)
+        def mask(first: int, maps: list[Tensor], valid: Any) -> tuple[list[Tensor], Tensor, list[Seen]]:
+            return _learn(self._levels[first : first + len(maps)], maps, valid, self.impl)
 
-        where = Where(names_of(names), call, output, layout, grid, prefix_tokens)
+        where = Where(names_of(names), output, layout, grid, prefix_tokens)
         with self._hooked("attach", teacher, where, valid, mask):
             yield self
 
@@ -431,13 +381,11 @@ class MaskLearner(nn.Module):
         teacher: nn.Module,
         names: str | Sequence[str],
         *,
-        call: int | None = None,
         output: Output | None = None,
         layout: str | None = None,
         grid: tuple[int, int] | None = None,
         prefix_tokens: int = 0,
         valid: Valid | None = None,
-        all_ranks: bool = True,
     ) -> Iterator["MaskLearner"]:
         """Gather the statistics of ``standardize=``: mean and deviation of every channel over all pixels of the block.
 
@@ -448,20 +396,17 @@ class MaskLearner(nn.Module):
         runs the block, on batches of its own.
 
         Args:
-            teacher: as for `attach`.
+            teacher: as for `attach`, and so are all others.
             names: as for `attach`.
-            call: as for `attach`.
             output: as for `attach`.
             layout: as for `attach`.
             grid: as for `attach`.
             prefix_tokens: as for `attach`.
             valid: as for `attach`.
-            all_ranks: False if only this process runs the block.
 
         Raises:
             AttributeError, ValueError: as for `attach`.
-            RuntimeError: ``standardize=False``; attached already, this learner or another; no batch was run; features all
-                constant, or not finite.
+            RuntimeError: ``standardize=False``; attached already; no batch was run; features all constant, or not finite.
 
         Examples:
             >>> import torch
@@ -479,158 +424,145 @@ class MaskLearner(nn.Module):
             raise RuntimeError("calibrate: this learner has standardize=False, so no statistics to gather")
         statistics = [ChannelStatistics() for _ in self.channels]
 
-        def watch(first: int, tensors: list[Tensor], valid: Any) -> None:
-            if any(map(is_dtensor, tensors)):
-                raise TypeError("calibrate: expected plain features, got DTensors; calibrate before the teacher is distributed")
-            pixels = valid_of_levels(valid, tensors)
-            for i, x in enumerate(tensors):
+        def watch(first: int, maps: list[Tensor], valid: Any) -> None:
+            pixels = valid_of_levels(valid, maps)
+            for i, x in enumerate(maps):
                 statistics[first + i].add(x, pixels[i] if pixels else None)
 
-        where = Where(names_of(names), call, output, layout, grid, prefix_tokens)
+        where = Where(names_of(names), output, layout, grid, prefix_tokens)
         with self._hooked("calibrate", teacher, where, valid, watch), torch.no_grad():
             yield self
-        if all_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
-            for level, c in zip(statistics, self.channels, strict=True):
-                level.gather(c, self._modules_of_levels()[0].channel_mean.device)
-        for name, level in zip(self.names or range(len(statistics)), statistics, strict=True):
+        levels = list(zip(self.names or range(len(statistics)), statistics, self._levels, strict=True))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for _, level, module in levels:
+                level.gather(module.channels, module.channel_mean.device)
+        for name, level, _ in levels:
             level.check(f"calibrate: level {name!r}")
-        for module, level in zip(self._modules_of_levels(), statistics, strict=True):
+        for _, level, module in levels:
             module.channel_mean.copy_(level.mean)
             module.channel_std.copy_(level.std() if self.standardize == "channel" else level.scale())
             module.pixels_seen.fill_(level.pixels)
 
     @contextmanager
-    def _hooked(self, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: Use) -> Iterator[None]:
+    def _hooked(self, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: "Use") -> Iterator[None]:
         """``teacher`` frozen, and ``use`` for the levels of every call of its modules."""
-        if self._attached:
+        if self._attached is not None:
             raise RuntimeError(f"{caller}: this learner is attached already; leave that block first")
-        levels = _TeacherLevels(self, caller, teacher, where, valid, use)
-        with frozen(levels):
-            self._attached, self._latest, self._seen = True, levels.targets, {}
+        hooks = _Attached(self, caller, teacher, where, valid, use)
+        with frozen(teacher), hooks:
+            self._attached = hooks
+            self._dice, self._seen = {}, {}
             try:
-                with levels:
-                    yield
-                if levels.ran and not levels.taught and self._trains():
-                    warnings.warn(
-                        f"{caller}: the teacher ran only without gradients in this block, so the tokens learned nothing; usual "
-                        "causes are torch.no_grad() and inference_mode() around it or inside of it. To evaluate, call "
-                        "learner.eval()",
-                        stacklevel=5,  # through two context managers
-                    )
+                yield
             finally:
-                self._seen = self._all_seen()
-                self._attached, self._latest = False, []
-                for target in levels.targets:
-                    target.clear()
+                self._attached, self._dice = None, {}
+        if hooks.ran and not hooks.taught and any(map(self._trains, range(len(self.channels)))):
+            warnings.warn(
+                f"{caller}: the teacher ran only without gradients in this block, so the tokens learned nothing; usual causes "
+                "are torch.no_grad() and inference_mode() around it or inside of it. To evaluate, call learner.eval()",
+                stacklevel=5,  # through two context managers
+            )
 
 
-class _TeacherLevels(Hooked):
-    """Which of a learner's levels the calls of a teacher's modules give, and what becomes of them."""
+Use = Callable[[int, list[Tensor], Any], tuple[list[Tensor], Tensor, list[Seen]] | None]
+
+
+class _Attached(Hooked):
+    """Which of a learner's levels the calls of a teacher's modules give, and what becomes of them.
+
+    Attributes:
+        use: is given the first level of a call, its features and the valid pixels. It gives what `functional.learn` does, or
+            None where the teacher goes on with its own features.
+        each: how many levels every module gives.
+        shapes: of the levels that every module has given in this pass, in order.
+        unrepeated: passes since backward() last recomputed one.
+    """
+
+    FIRST = True
 
     def __init__(
         self, learner: MaskLearner, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: Use
     ) -> None:
-        super().__init__(caller, "teacher", teacher, where, valid, exclusive=True)
+        super().__init__(caller, "teacher", teacher, where, valid)
         self.learner, self.use = learner, use
-        modules, count = [target.module for target in self.targets], len(learner.mask_modules)
-        if len(set(modules)) < len(modules):
+        if len(set(self.modules)) < len(self.modules):
             raise ValueError(f"{caller}: names: expected every module once, got {list(where.names)}")
-        self.each, rest = divmod(count, len(modules))
+        levels, modules = len(learner.channels), len(self.modules)
+        self.each, rest = divmod(levels, modules)
         if rest:
-            raise ValueError(f"{caller}: {count} levels cannot be divided among {len(modules)} modules, {list(where.names)}")
-        self.first = {target: i * self.each for i, target in enumerate(self.targets)}
+            raise ValueError(
+                f"{caller}: {check.counted(levels)} cannot be divided among {modules} modules, {list(where.names)}"
+            )
+        self.shapes: list[list[torch.Size]] = [[] for _ in self.modules]
         self.ran, self.taught = False, False  # whether tokens could learn from any call
-        self.recomputed, self.open = False, 0  # passes with valid pixels that backward has not recomputed
+        self.unrepeated, self.repeated = 0, False
 
-    def act(self, target: Target, result: Any, number: int | None) -> Any:
-        where = self.where
-        found, tensors, keys = where.find(result, target.label)
-        tensors, keys = self.learner._by_name(tensors, keys, target.label)
-        shapes = tuple(x.shape for x in tensors)
-        if number is None:
-            first = self._recomputed(target, shapes)
-        elif where.call not in (None, number):
-            target.parts.append(_Call(None, 0, shapes, None, {}))
-            return None
-        else:
-            first = self._next(target, tensors, not isinstance(found, Sequence | Mapping), number)
-        if first is None:
-            return None
-        names = None if self.learner.names is None else self.learner.names[first : first + len(tensors)]
-        if names is not None and keys not in (None, names):
-            raise ValueError(f"{target.label}: expected the levels {names}, got {keys}")
-        maps = []
-        for x, c, label in zip(tensors, self.learner.channels[first:], labels(len(tensors), keys), strict=False):
-            maps.append(where.maps(x, f"{target.label}{label}", target.images, c))
-            check.features(maps[-1], f"{target.label}{label}", c)
-        used = self.use(first, maps, self._valid_pixels(target, number))
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().begin(args, kwargs)
+        self.shapes = [[] for _ in self.modules]
+        self.learner._dice.clear()
+        self.learner._seen.clear()
+        if torch.is_grad_enabled():
+            self.unrepeated, self.repeated = 1 if self.repeated else self.unrepeated + 1, False
+
+    def end(self, result: Any) -> None:
+        """A pass is over: every module must have given all its levels, or none."""
+        super().end(result)
+        for label, shapes in zip(self.labels, self.shapes, strict=True):
+            if result is not None and 0 < len(shapes) < self.each:
+                raise ValueError(f"{label}: expected {check.counted(self.each)}, got {len(shapes)} in one pass")
+
+    def missing(self) -> list[str]:
+        """Modules that have given no levels in this pass."""
+        return [name for name, shapes in zip(self.where.names, self.shapes, strict=True) if not shapes]
+
+    def act(self, i: int, result: Any, repeated: bool) -> Any:
+        learner, name, label = self.learner, self.where.names[i], self.labels[i]
+        own = slice(i * self.each, (i + 1) * self.each)
+        found = self.where.find(result, label, None if learner.names is None else learner.names[own])
+        shapes = [x.shape for x in found.tensors]
+        first = own.start + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
+        used = self.use(first, self._maps(found, first, label), self.valid(name, repeated))
         if used is None:
-            target.parts.append(_Call(first, len(maps), shapes, None, {}))
             return None
         masked, dice, seen = used
         self.ran, self.taught = True, self.taught or dice.requires_grad
-        if number is not None:
-            known = names or (keys if len(self.first) == 1 else None)
-            own = dict(zip(known or range(first, first + len(maps)), seen, strict=True))
-            target.parts.append(_Call(first, len(maps), shapes, dice.sum(), own))
-        else:
-            dice.sum()  # a recomputation does what the pass did
-        restored = [where.restored(y, x) for y, x in zip(masked, tensors, strict=True)]
-        return where.replaced(result, target.label, like(found, restored, keys))
+        if not repeated:
+            learner._keep(first, dice, seen, found.keys)
+        return found.rebuild([self.where.restored(y, x) for y, x in zip(masked, found.tensors, strict=True)])
 
-    def done(self, target: Target) -> None:
-        """A pass is over: it must have given all levels, or none."""
-        levels = sum(part.levels for part in target.parts)
-        if target.parts and not levels:
-            raise ValueError(
-                f"{target.label}: {target.calls} calls in one pass of the teacher, there is no call {self.where.call}"
-            )
-        if 0 < levels < self.each:
-            raise ValueError(f"{target.label}: expected {self.each} levels, got {levels} in {target.calls} calls of one pass")
+    def _maps(self, found: Unpacked, first: int, label: str) -> list[Tensor]:
+        """What a call gave as features ``[N, C, H, W]`` of the learner's levels from ``first`` on."""
+        maps = []
+        for i, (x, key) in enumerate(zip(found.tensors, labels(len(found.tensors), found.keys), strict=True)):
+            channels, name = self.learner.channels[first + i], f"{label}{key}"
+            maps.append(self.where.maps(x, name, self.images, channels))
+            check.features(maps[-1], name, channels)
+        return maps
 
-    def _next(self, target: Target, tensors: list[Tensor], single: bool, number: int) -> int:
-        """The learner's level that the call gives, the first if it gives several."""
-        before, given = sum(part.levels for part in target.parts), len(tensors)
-        if target.direct and before == self.each:
-            target.parts, before = [], 0  # a call of the module itself begins anew where the levels are complete
-        if not before and given != self.each and not (single and given < self.each):
-            raise ValueError(f"{target.label}: expected {self.each} levels, got {given}")
-        if before + given > self.each:
-            raise ValueError(
-                f"{target.label}: expected {self.each} levels, got {before + given} in {number + 1} calls of one pass; call= "
-                "picks one call"
-            )
-        return self.first[target] + before
+    def _next_place(self, i: int, shapes: list[torch.Size]) -> int:
+        """Which of the i-th module's levels this call gives, the first if it gives several."""
+        before = self.shapes[i]
+        if not self.inside and len(before) == self.each:
+            before.clear()  # a call of the module itself begins anew where the levels are complete
+        before.extend(shapes)
+        if len(before) > self.each:
+            raise ValueError(f"{self.labels[i]}: expected {check.counted(self.each)}, got {len(before)} in one pass")
+        return len(before) - len(shapes)
 
-    def _recomputed(self, target: Target, shapes: tuple[torch.Size, ...]) -> int | None:
-        """The level of the call that backward recomputes, known by its shapes: the order is not that of the pass."""
-        levels = {part.first for part in target.parts if part.shapes == shapes}
-        if len(levels) != 1:
+    def _place_of_repeated(self, i: int, shapes: list[torch.Size]) -> int:
+        """The same for a call that backward() recomputes, known by its shapes: the order is not that of the pass."""
+        self.repeated, count = True, len(shapes)
+        several = count < self.each
+        if self.unrepeated > 1 and (several or self.read is not None):
             raise RuntimeError(
-                f"{self.caller}: backward() recomputes {target.name!r}, which ran {len(target.parts)} times in the latest "
-                f"pass, and the shapes {[list(shape) for shape in shapes]} do not tell which call it is; turn activation "
-                "checkpointing off"
+                f"{self.caller}: backward() recomputes one of {self.unrepeated} passes, and it is not known which; call "
+                "backward() after every pass, or turn activation checkpointing off"
             )
-        return levels.pop()
-
-    def _valid_pixels(self, target: Target, number: int | None) -> Any:
-        if self.valid is None and self.padding is None:
-            return None
-        if number is not None and not target.whole:
+        places = [k for k in range(0, self.each, count) if self.shapes[i][k : k + count] == shapes] if several else [0]
+        if len(places) != 1:
             raise RuntimeError(
-                f"{self.caller}: valid= is read in a call of the teacher, but {target.name!r} ran outside of one; call the "
-                "teacher itself"
+                f"{self.caller}: backward() recomputes {self.where.names[i]!r}, which ran several times in the pass, and the "
+                f"shapes {[list(shape) for shape in shapes]} do not tell which call it is; turn activation checkpointing off"
             )
-        if target.valid is UNREAD:
-            raise RuntimeError(f"{self.caller}: the module of valid= has not run before {target.name!r} in this pass")
-        if number is None and self.open > 1 and target.valid is not None:
-            raise RuntimeError(
-                f"{self.caller}: backward() recomputes one of {self.open} passes, and it is not known which valid pixels are "
-                "its own; call backward() after every pass"
-            )
-        if number is None:
-            self.recomputed = True
-        elif number == 0 and self.first[target] == 0:
-            self.open = 1 if self.recomputed else self.open + 1
-            self.recomputed = False
-        return target.valid
+        return places[0]

@@ -6,11 +6,11 @@ come from plain autograd. Nothing else in the package may use this module.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, cosine_similarity, smooth_l1_loss
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, cosine_similarity, interpolate, smooth_l1_loss
 
 __all__ = [
     "dice",
@@ -20,10 +20,22 @@ __all__ = [
     "masked_distance",
     "masked_features_and_dice",
     "masks",
+    "resized",
+    "standardised",
+    "valid_box",
+    "weight_logits",
 ]
 
 Weighting = tuple[Tensor, Tensor, Tensor, Tensor]
 """``w3 [C, C, 3, 3]``, ``b3 [C]``, ``w1 [T, C, 1, 1]``, ``b1 [T]``: the mask weighting module of one level."""
+
+Statistics = tuple[Tensor, Tensor]
+"""``mean [C]`` and ``std [C]``: of the channels of one level."""
+
+
+def standardised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """``(x[n, c, h, w] - mean[c]) / std[c]``."""
+    return (x - mean.to(x.dtype)[:, None, None]) / std.to(x.dtype)[:, None, None]
 
 
 def masks(x: Tensor, tokens: Tensor) -> Tensor:
@@ -31,11 +43,46 @@ def masks(x: Tensor, tokens: Tensor) -> Tensor:
     return torch.sigmoid(torch.einsum("tc,nchw->nthw", tokens.to(x.dtype), x))
 
 
-def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> Tensor:
-    """``w[n, t] = softmax_t(conv1x1(avgpool(conv3x3(x))))``, padding 1, no activation in between."""
+def resized(x: Tensor, like: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """``x`` in the height and width of ``like``, by bilinear interpolation.
+
+    Pixels that are not ``valid [N, 1, H, W]`` have no part in it; and which pixels of ``like`` have a valid one near."""
+    if valid is None:
+        return (x if x.shape[2:] == like.shape[2:] else interpolate(x, like.shape[2:], mode="bilinear")), None
+    values = interpolate(torch.where(valid, x, 0), like.shape[2:], mode="bilinear")
+    weight = interpolate(valid.to(x.dtype), like.shape[2:], mode="bilinear")
+    return values / torch.where(weight > NEAR, weight, 1), weight > NEAR
+
+
+NEAR = 1e-3  # a weight that is 0 but for rounding is not near
+
+
+def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
+    """``w[n, t] = softmax_t(conv1x1(avgpool(conv3x3(x))))``, padding 1, no activation in between.
+
+    Pixels that are not ``valid [N, 1, H, W]`` are padding, too: 0 for the convolution and not averaged.
+    """
+    return torch.softmax(weight_logits(x, w3, b3, w1, b1, valid), dim=1)
+
+
+def weight_logits(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
+    """``[N, T]``, those of `mask_weights`."""
     w3, b3, w1, b1 = (p.to(x.dtype) for p in (w3, b3, w1, b1))
-    pooled = adaptive_avg_pool2d(conv2d(x, w3, b3, padding=1), 1)
-    return torch.softmax(conv2d(pooled, w1, b1).flatten(1), dim=1)
+    if valid is None:
+        pooled = adaptive_avg_pool2d(conv2d(x, w3, b3, padding=1), 1)
+    else:
+        seen = conv2d(torch.where(valid, x, 0), w3, b3, padding=1)
+        pooled = torch.where(valid, seen, 0).sum((2, 3), keepdim=True) / valid.sum((2, 3), keepdim=True)
+    return conv2d(pooled, w1, b1).flatten(1)
+
+
+def valid_box(valid: Tensor, height: int, width: int) -> tuple[slice, slice, Tensor]:
+    """What of a level ``[.., height, width]`` one image's ``valid [H0, W0]`` says: rows and columns of the smallest box around
+    its valid pixels (nearest neighbour), and ``[1, 1, rows, columns]``, the valid ones of the box."""
+    own = interpolate((valid != 0).to(torch.uint8)[None, None], (height, width), mode="nearest")[0, 0] != 0
+    rows, columns = (own.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+    row, column = (slice(min(at, default=0), max(at, default=-1) + 1) for at in (rows, columns))
+    return row, column, own[None, None, row, column]
 
 
 def masked_distance(
@@ -70,67 +117,150 @@ def masked_distance(
 def distill_loss_levels(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    tokens: Sequence[Tensor],
+    tokens: Sequence[Tensor] | None = None,
     weighting: Sequence[Weighting] | None = None,
     *,
-    custom_mask: bool = False,
-    loss_weight: float = 1.0,
+    standardize: Sequence[Statistics] | None = None,
+    masks: Sequence[Tensor] | None = None,
+    mask_weights: Sequence[Tensor] | None = None,
+    valid: Tensor | None = None,
+    resize: str | None = None,
+    loss_weight: float | Tensor = 1.0,
     **options: Any,
 ) -> Tensor:
     """Stage 2, one loss per level, ``[levels]``; see `distill_loss`."""
     losses = []
-    for i, (s, t, e) in enumerate(zip(student, teacher, tokens, strict=True)):
-        m = masks(t, e)
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        given = (None if levels is None else levels[i] for levels in (tokens, weighting, standardize, masks, mask_weights))
+        level = _Level(*given)  # type: ignore[arg-type]
+        if valid is None:
+            losses.append(_level_loss(s, t, level, (None, None), resize, **options))
+        else:
+            losses.append(_loss_of_cut_images(s, t, level, valid, resize, **options))
+    return loss_weight * torch.stack(losses)
+
+
+class _Level(NamedTuple):
+    tokens: Tensor | None
+    weighting: Weighting | None
+    statistics: Statistics | None
+    masks: Tensor | None
+    weights: Tensor | None
+
+
+def _loss_of_cut_images(s: Tensor, t: Tensor, level: _Level, valid: Tensor, resize: str | None, **options: Any) -> Tensor:
+    """The mean over images, each alone and cut to the box around its valid pixels; 0 for one that has none."""
+    loss = s[:0].sum()
+    for n, own in enumerate(valid):
+        s_row, s_column, s_valid = valid_box(own, *s.shape[2:])
+        t_row, t_column, t_valid = valid_box(own, *t.shape[2:])
+        row, column = (s_row, s_column) if resize == "teacher" else (t_row, t_column)
+        one = slice(n, n + 1)
+        m = None if level.masks is None else level.masks[one, :, row, column]
+        w = None if level.weights is None else level.weights[one]
+        if s_valid.numel() and t_valid.numel():
+            cut = s[one, :, s_row, s_column], t[one, :, t_row, t_column]
+            loss = loss + _level_loss(*cut, level._replace(masks=m, weights=w), (s_valid, t_valid), resize, **options)
+    return loss / max(len(valid), 1)
+
+
+def _level_loss(
+    s: Tensor,
+    t: Tensor,
+    level: _Level,
+    both_valid: tuple[Tensor | None, Tensor | None],
+    resize: str | None,
+    custom_mask: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Stage 2 of one level; pixels of either that are not valid, ``[N, 1, H, W]``, count nothing."""
+    (s_valid, valid), near = both_valid, None
+    if resize == "student":
+        s, near = resized(s, t, s_valid)
+    if resize == "teacher":
+        (t, near), valid = resized(t, s, valid), s_valid
+    if valid is not None:
+        valid = valid if near is None else valid & near
+        s, t = torch.where(valid, s, 0), torch.where(valid, t, 0)
+    if level.statistics is not None:
+        t = standardised(t, *level.statistics)
+    m, w = level.masks, level.weights
+    if m is None:
+        assert level.tokens is not None
+        m = masks(t, level.tokens)
         if custom_mask:
-            m = m * masks(s, e).detach()
-        w = None if weighting is None else mask_weights(t, *weighting[i])
-        losses.append(loss_weight * masked_distance(s, t, m, w, **options))
-    return torch.stack(losses)
+            m = m * masks(s, level.tokens).detach()
+    if w is None and level.weighting is not None:
+        w = mask_weights(t, *level.weighting, valid)
+    if valid is not None:
+        m = torch.where(valid, m, 0)
+    return masked_distance(s, t, m, w, **options)
 
 
 def distill_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    tokens: Sequence[Tensor],
+    tokens: Sequence[Tensor] | None = None,
     weighting: Sequence[Weighting] | None = None,
-    *,
-    custom_mask: bool = False,
-    loss_weight: float = 1.0,
     **options: Any,
 ) -> Tensor:
     """Stage 2: ``loss_weight * sum over levels of mean_n sum_t w[n, t] A[n, t] / (C (B[n, t] + eps))``.
 
     ``A[n, t] = sum_{c, p} (m (s - t))^2``, ``B[n, t] = sum_p m``; ``m = sigmoid(E t)``, with ``custom_mask`` times
     ``stopgrad(sigmoid(E s))``; ``w`` is 1 / T without ``weighting``. ``student``, ``teacher``: ``[N, C_i, H_i, W_i]``,
-    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: those of `masked_distance`.
+    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: ``custom_mask``, ``loss_weight``, those
+    of `masked_distance`, and what is not the paper's:
+
+    - ``standardize``: mean and std of every level's channels; ``t`` is standardised before anything else.
+    - ``masks``, ``mask_weights``: ``m`` and ``w`` of every level, given.
+    - ``valid [N, H0, W0]``: every image is cut to the box around its valid pixels, at either's size; then the mean is taken.
+    - ``resize``: "student" or "teacher", which is resized to the other's size (bilinear), cut before.
     """
-    return distill_loss_levels(
-        student, teacher, tokens, weighting, custom_mask=custom_mask, loss_weight=loss_weight, **options
-    ).sum()
+    return distill_loss_levels(student, teacher, tokens, weighting, **options).sum()
 
 
 def dice(m: Tensor) -> Tensor:
     """``mean over n and i != j of 2 G_ij / (G_ii + G_jj + 2e-12)``, ``G_ij = sum_p m_i m_j``; 0 for one token."""
     n, t = m.shape[:2]
-    total = m.sum() * 0
-    for i in range(t):
-        for j in range(t):
-            if i != j:
-                shared = (m[:, i] * m[:, j]).sum((1, 2))
-                areas = m[:, i].square().sum((1, 2)) + m[:, j].square().sum((1, 2))
-                total = total + (2 * shared / (areas + 2e-12)).sum()
-    return total / max(n * t * (t - 1), 1)
+    g = torch.einsum("nihw,njhw->nij", m, m)
+    area = g.diagonal(dim1=1, dim2=2)
+    pairs = 2 * g / (area[:, :, None] + area[:, None, :] + 2e-12)
+    different = 1 - torch.eye(t, dtype=m.dtype, device=m.device)
+    return (pairs * different).sum() / max(n * t * (t - 1), 1)
 
 
 def masked_features_and_dice(
-    x: Tensor, tokens: Tensor, weighting: Weighting | None = None, seen: Tensor | None = None
+    x: Tensor,
+    tokens: Tensor,
+    weighting: Weighting | None = None,
+    standardize: Statistics | None = None,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stage 1: ``y = sum_t w[n, t] m[n, t] x[n]`` (without ``weighting``: an unnormalised sum) and the Dice loss of ``m``.
 
-    ``m`` and ``w`` are those of ``seen`` (standardised features) instead of ``x``, where it is given.
+    ``m`` and ``w`` are those of the standardised features, where ``standardize`` gives mean and std. ``valid [N, H0, W0]``:
+    every image is cut to the box around its valid pixels; ``y`` is 0 elsewhere, and the Dice losses are averaged.
     """
-    seen = x if seen is None else seen
+    if valid is None:
+        return _masked_level(x, tokens, weighting, standardize, None)
+    y, total = torch.zeros_like(x) + tokens[:0].sum(), tokens[:0].sum()
+    for n, own in enumerate(valid):
+        row, column, inside = valid_box(own, *x.shape[2:])
+        if inside.numel():
+            y[n : n + 1, :, row, column], d = _masked_level(
+                x[n : n + 1, :, row, column], tokens, weighting, standardize, inside
+            )
+            total = total + d
+    return y, total / max(len(valid), 1)
+
+
+def _masked_level(
+    x: Tensor, tokens: Tensor, weighting: Weighting | None, standardize: Statistics | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x = x if valid is None else torch.where(valid, x, 0)
+    seen = x if standardize is None else standardised(x, *standardize)
     m = masks(seen, tokens)
-    w = m.new_ones(m.shape[:2]) if weighting is None else mask_weights(seen, *weighting)
-    masked = w[:, :, None, None, None] * m[:, :, None] * x[:, None]  # [N, T, C, H, W]
-    return masked.sum(1), dice(m)
+    w = m.new_ones(m.shape[:2]) if weighting is None else mask_weights(seen, *weighting, valid)
+    m = m if valid is None else torch.where(valid, m, 0)
+    y = (w[:, :, None, None, None] * m[:, :, None] * x[:, None]).sum(1)  # of [N, T, C, H, W]
+    return y if valid is None else torch.where(valid, y, 0), dice(m)

@@ -1,13 +1,14 @@
 """The frozen tables of one level that stage 2 reads, composed once, in float64, from what stage 1 learned."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
 from ._eager import acc_dtype
+from ._options import Check, Options
 from .functional import Standardization, compose_standardization, compose_weighting, mask_weights, receptive_masks
 
 __all__ = ["LevelTables"]
@@ -64,17 +65,25 @@ def is_narrow(x: Tensor) -> bool:
     return x.is_floating_point() and x.dtype.itemsize < 4
 
 
-class MaskLevel(nn.Module):
+class MaskLevel(Options):
     """What a level in training and a frozen one have in common: its options, and masks and weights of features.
 
     Its buffers, tables and statistics, never become narrower than float32, whatever the module is cast to."""
 
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "channels": check.positive_int,
+        "num_tokens": check.num_tokens,
+        "weight_mask": check.flag,
+        "standardize": check.standardize,
+    }
+    FIXED = frozenset(CHECKS)
+
     def __init__(self, channels: int, num_tokens: int, weight_mask: bool, standardize: bool | str) -> None:
         super().__init__()
-        self.channels = check.positive_int(channels, "channels")
-        self.num_tokens = check.positive_int(num_tokens, "num_tokens")
-        self.weight_mask = check.flag(weight_mask, "weight_mask")
-        self.standardize = check.standardize(standardize)
+        self.channels = channels
+        self.num_tokens = num_tokens
+        self.weight_mask = weight_mask
+        self.standardize = standardize
 
     def extra_repr(self) -> str:
         standardize = f", standardize={self.standardize!r}" if self.standardize else ""
@@ -148,16 +157,6 @@ class MaskLevel(nn.Module):
         return mask_weights(x, *weighting)
 
 
-def of_shapes(entries: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """``entries``; their shapes are those of the module that holds them."""
-    return entries
-
-
-def fitting(levels: Sequence[Any], *_: Any) -> list[Any]:
-    """``levels``."""
-    return list(levels)
-
-
 class LevelTables(MaskLevel):
     r"""The tables of one level in a `MaskedDistillLoss`: frozen buffers, exactly what its kernels read.
 
@@ -216,12 +215,14 @@ class LevelTables(MaskLevel):
         Args:
             dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
         """
-        self.check_buffers()
-        weighting = (self.pool_rows, self.pool_bias) if self.weight_mask else None
+        buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
+        if is_narrow(buffers["mask_token"]):
+            self.check_buffers()
+        weighting = (buffers["pool_rows"], buffers["pool_bias"]) if self.weight_mask else None
         standardization = None
         if self.standardize:
-            standardization = Standardization(self.teacher_tokens, self.token_bias, self.statistics)
-        return Tables(self.mask_token, weighting, standardization)
+            standardization = Standardization(buffers["teacher_tokens"], buffers["token_bias"], buffers["statistics"])
+        return Tables(buffers["mask_token"], weighting, standardization)
 
     def _load_from_state_dict(
         self,

@@ -1,6 +1,7 @@
 """Tensors in the layouts that users bring, criteria in the precision that a test needs, the programs of the guides."""
 
 import mmap
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskd_triton import MaskLearner
+
+SEED = int(os.environ.get("MASKD_TEST_SEED", "0"))  # shifts every seed of the tests of numbers
+INTERPRETED = ("triton", "cpu")
+TARGETS = [("eager", "cpu"), *([("eager", "cuda"), ("triton", "cuda")] if torch.cuda.is_available() else [INTERPRETED])]
 DOCS = Path(__file__).parents[1] / "docs"
 LAYOUTS = ("nchw", "channels_last")
 NLC = "nlc"  # strides of "channels_last", but for an axis of one image
@@ -25,6 +31,22 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
     if layout == BATCH_LAST:
         return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
     return x.contiguous()
+
+
+def draw_parameters(learner: MaskLearner, generator: torch.Generator) -> None:
+    """Tokens, then weighting, level by level: masks away from 0.5 and from each other, weights away from 1 / T."""
+    modules = list(learner.mask_modules)
+    scaled = [(module.mask_token, module.channels**-0.5) for module in modules]
+    for module in modules if learner.weight_mask else ():
+        fan_in = module.channels**-0.5
+        scaled += zip(module.weighting(), (0.3 * fan_in, 1, fan_in, 1), strict=True)
+    for p, scale in scaled:
+        p.detach().copy_(scale * torch.randn(p.shape, generator=generator))
+
+
+def strides(x: Tensor) -> list[int]:
+    """Those that say where an element lies: an axis of one element has any."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def moved(x: Tensor, device: str) -> Tensor:

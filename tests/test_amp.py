@@ -1,20 +1,19 @@
-"""Autocast and GradScaler: no dtype crash, a float32 loss, sums that do not overflow."""
+"""Autocast and GradScaler: no dtype crash, a float32 loss."""
 
 import pytest
 import torch
 from torch import nn
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
-from maskd_triton import functional as F
-
-Target = tuple[str, str]
+from tests.helpers import SEED
+from tests.problems import Target
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_align_under_autocast(dtype: torch.dtype, target: Target) -> None:
     """Convolutions of the student give half features, the criterion's float32 align convolution takes them."""
     impl, device = target
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     backbone = nn.Conv2d(3, 5, 3, padding=1).to(device)
     learner = MaskLearner(8, 3)
     criterion = MaskedDistillLoss(8, 3, student_channels=5, custom_mask_warmup=0, pretrained=learner, impl=impl).to(device)
@@ -37,33 +36,15 @@ def test_align_under_autocast(dtype: torch.dtype, target: Target) -> None:
     assert (outside.double() - expected).abs() <= expected * torch.finfo(dtype).eps * 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_of_large_maps(dtype: torch.dtype, target: Target) -> None:
-    """67200 pixels under a mask of ones: a float16 sum would be infinite; of features of 60000 so would every square."""
-    impl, device = target
-    tokens, value = [torch.full((2, 4), 40.0)], 6e4 if dtype == torch.float16 else 1e4
-    h, w = (200, 336) if impl == "eager" or device == "cuda" else (50, 336)
-    teacher = torch.full((1, 4, h, w), value).to(device, dtype)
-    student = (-teacher).requires_grad_()
-    loss = F.masked_distill_loss(student, teacher, [t.to(device) for t in tokens], impl=impl)
-    expected = 4 * teacher[0, 0, 0, 0].double() ** 2  # masks of 1, the mean of (2 t)^2
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    (loss * 1e-3).backward()
-    assert student.grad is not None
-    assert student.grad.isfinite().all()
-    assert student.grad.any()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scaled_steps_equal_unscaled(dtype: torch.dtype, target: Target) -> None:
     """GradScaler: a scale of 65536 on the loss and back, overflow found in the student's gradient and the step skipped."""
     impl, device = target
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     learner = MaskLearner(4, 3)
     results = []
     for scale in (1.0, 2.0**16):
-        torch.manual_seed(1)
+        torch.manual_seed(SEED + 1)
         student = nn.Conv2d(3, 4, 1).to(device)
         criterion = MaskedDistillLoss(4, 3, custom_mask_warmup=1, pretrained=learner, impl=impl).to(device)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)

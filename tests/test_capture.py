@@ -1,182 +1,271 @@
-"""Features of named modules: in order, of the latest call, and never kept."""
+"""Features of named modules: of the latest pass, as the modules made them, and never kept."""
 
+import contextlib
 import copy
-import dataclasses
 import gc
+import pickle
+import warnings
 import weakref
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, capture
+from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner, capture
 from maskd_triton.capture import FeatureCapture
-
-IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-@dataclasses.dataclass
-class Output:
-    feature_maps: Any = None
-    hidden_states: Any = None
-
-
-class Body(nn.Module):
-    def __init__(self, kind: str, width: int) -> None:
-        super().__init__()
-        self.kind, self.fine, self.coarse = kind, nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 1, stride=2)
-
-    def forward(self, x: Tensor) -> Any:
-        fine = self.fine(x)
-        coarse = self.coarse(fine)
-        return {
-            "tensor": fine,
-            "list": [fine, coarse],
-            "tuple": (fine, coarse),
-            "dict": {"p3": fine, "p4": coarse},
-            "output": Output((fine, coarse), x),
-            "hidden": Output(x, (fine, coarse)),
-            "entry": {"maps": [fine, coarse], "size": 8},
-        }[self.kind]
-
-
-class Model(nn.Module):
-    def __init__(self, kind: str = "list", width: int = 4) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.ModuleDict({"net": Body(kind, width)})
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body["net"](x)
-
-
-FIELDS = {"hidden": "hidden_states", "entry": "maps"}
-
-
-@pytest.mark.parametrize("explicit", [False, True], ids=["block", "call"])
-@pytest.mark.parametrize("kind", ["tensor", "list", "tuple", "dict", "output", "hidden", "entry"])
-def test_outputs(kind: str, explicit: bool) -> None:
-    model, field = Model(kind), FIELDS.get(kind)
-    body = model.body["net"]
-    expected = [body.fine(IMAGES), body.coarse(body.fine(IMAGES))][: 1 if kind == "tensor" else 2]
-    if explicit:
-        result, levels = capture.call(model, "body.net", IMAGES, output=field)
-        assert type(result) is type(model(IMAGES))
-    else:
-        teacher = copy.deepcopy(model)
-        with FeatureCapture(model, teacher, "body.net", output=field) as features:
-            model(IMAGES)
-            teacher(IMAGES)
-            levels, teachers = features.take()
-            assert all(torch.equal(a, b) for a, b in zip(levels, teachers, strict=True))
-    assert len(levels) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(levels, expected, strict=True))
-    assert all(not m._forward_hooks for m in model.modules())
+from tests.teachers import IMAGES, Blocks, Checkpointed, SharedHead, Yolo, no_hooks, seeded
 
 
 def test_a_training_step_that_keeps_nothing() -> None:
-    student, teacher = Model(width=4), Model(width=6)
-    criterion = MaskedDistillLoss(6, 3, student_channels=4, pretrained=MaskLearner(6, 3))
-    names = {"body.net.coarse": "body.net.coarse"}
+    student, teacher = seeded(Yolo), seeded(lambda: Blocks("nhwc"))
+    criterion = MaskedDistillLoss(6, 3, student_channels=4, resize="student", pretrained=MaskLearner(6, 3))
     alive: list[weakref.ref[Tensor]] = []
-    with FeatureCapture(student, teacher, names) as features:
-        for _ in range(3):
-            student(IMAGES)
-            with torch.no_grad():
-                teacher(IMAGES)
-            students, teachers = features.take()
-            alive += [weakref.ref(x) for x in (*students, *teachers)]
-            criterion(students, teachers).backward()
-            del students, teachers
     gc.collect()
-    assert [ref() for ref in alive] == [None] * 6
-    assert student.body["net"].coarse.weight.grad.abs().max() > 0
-    assert teacher.body["net"].coarse.weight.grad is None
+    gc.disable()
+    try:
+        with FeatureCapture(student, teacher, {"p3": "block"}, layout={"teacher": "nhwc"}) as features:
+            for _ in range(3):
+                student(IMAGES)
+                with torch.no_grad():
+                    teacher(IMAGES)
+                students, teachers = features.take()
+                alive += [weakref.ref(x) for x in (*students, *teachers)]
+                criterion(students, teachers).backward()
+                del students, teachers
+        assert [ref() for ref in alive] == [None] * 6
+    finally:
+        gc.enable()
+    assert student.p3.weight.grad.abs().max() > 0
+    assert teacher.block.weight.grad is None
 
 
-def test_the_latest_call_counts() -> None:
-    model, teacher = Model("tensor"), Model("tensor")
-    with FeatureCapture(model, teacher, "body.net") as features:
+def test_the_latest_pass_counts() -> None:
+    student, teacher = seeded(SharedHead), seeded(SharedHead)
+    with FeatureCapture(student, teacher, ["tower", "body"]) as features:
+        with pytest.raises(RuntimeError, match="entered already"):
+            features.__enter__()
         teacher(IMAGES)
-        model(IMAGES)
-        model(2 * IMAGES)
-        ((level,), _) = features.take()
-        assert torch.equal(level, model.body["net"].fine(2 * IMAGES))
-    model(IMAGES)  # no longer seen
-    with pytest.raises(RuntimeError, match=r"capture: the student's 'body\.net' has not run since the latest take\(\)"):
+        student(IMAGES)
+        student(2 * IMAGES)
+        (fine, coarse, body), teachers = features.take()
+    assert len(teachers) == 3  # calls from here on are not seen
+    assert torch.equal(body, student.body(2 * IMAGES))
+    assert torch.equal(fine, student.tower(body))
+    assert torch.equal(coarse, student.tower(avg_pool2d(body, 2)))
+    with pytest.raises(RuntimeError, match=r"the student's 'tower', 'body' has not run since the .* inside the `with` block"):
         features.take()
 
 
-def test_hooks_go_when_the_block_raises() -> None:
-    model = Model()
-    with pytest.raises(KeyError), FeatureCapture(model, model, "body.net"):
-        raise KeyError
-    with pytest.raises(RuntimeError, match=r"expected input.*to have 3 channels"):
-        capture.call(model, "body.net", IMAGES[:, :2])
-    assert all(not m._forward_hooks for m in model.modules())
-
-
-def test_order_of_names() -> None:
-    model = Model()
-    _, levels = capture.call(model, ["body.net.coarse", "body.net.fine"], IMAGES)
-    assert [x.shape[2] for x in levels] == [4, 8]
-
-
-def test_call_inside_a_compiled_function() -> None:
-    model = Model("tensor")
-
-    def step(x: Tensor) -> Tensor:
-        result, (level,) = capture.call(model, "body.net.fine", x)
-        return result.mean() + level.square().mean()
-
-    torch.testing.assert_close(torch.compile(step, backend="aot_eager")(IMAGES), step(IMAGES))
-
-
-@pytest.mark.parametrize(
-    ("act", "error", "sentence"),
-    [
-        (
-            lambda: FeatureCapture(Model(), Model(), "body.nat"),
-            AttributeError,
-            "capture: the student Model has no module 'body.nat'; did you mean 'body.net'",
-        ),
-        (
-            lambda: FeatureCapture(Model(), Model(), {"body.net": "head"}),
-            AttributeError,
-            "the teacher Model has no module 'head'",
-        ),
-        (lambda: FeatureCapture(Model(), Model(), []), TypeError, "names: expected dotted names of modules, got []"),
-        (
-            lambda: FeatureCapture(torch.compile(Model()), Model(), "body"),
-            ValueError,
-            "capture: the student is compiled already",
-        ),
-        (
-            lambda: capture.call(Model("entry"), "body.net", IMAGES, output="map"),
-            ValueError,
-            "expected levels in the field 'map'",
-        ),
-        (
-            lambda: capture.call(Model("entry"), "body.net", IMAGES),
-            TypeError,
-            "output of the model's 'body.net'['maps']: expected a tensor, got list",
-        ),
-        (lambda: capture.call(Model(), "body", IMAGES), RuntimeError, "capture: the model's 'body' has not run in this call"),
-    ],
-)
-def test_errors(act: Any, error: type[Exception], sentence: str) -> None:
-    with pytest.raises(error) as caught:
-        act()
-    assert sentence in str(caught.value)
+def test_calls_outside_of_a_pass() -> None:
+    """The latest call of the module counts; several are not guessed to belong together."""
+    student, teacher = seeded(SharedHead), seeded(SharedHead)
+    with FeatureCapture(student, teacher, "body") as features:
+        for model in (student, teacher):
+            model(0 * IMAGES)
+            model.extract_feat(IMAGES)
+        (s,), _ = features.take()
+        assert torch.equal(s, student.body(IMAGES))
+    with FeatureCapture(student, teacher, "tower") as features:
+        for model in (student, teacher):
+            model.extract_feat(IMAGES)
+        with pytest.raises(RuntimeError, match="the student's 'tower' ran 2 times outside of a call of the student since"):
+            features.take()
+        for model in (student, teacher):  # and nothing is left of them
+            model(IMAGES)
+        assert [len(levels) for levels in features.take()] == [2, 2]
 
 
 def test_unequal_numbers_of_levels() -> None:
-    student, teacher = Model("tensor"), Model("list")
-    with FeatureCapture(student, teacher, "body.net") as features:
-        with pytest.raises(RuntimeError, match="entered already"):
-            features.__enter__()
+    student, teacher = seeded(Yolo), seeded(SharedHead)
+    with FeatureCapture(student, teacher, {"p3": "tower"}) as features:
         student(IMAGES)
         teacher(IMAGES)
         with pytest.raises(ValueError, match="capture: expected as many levels of both models, got 1 and 2"):
             features.take()
+    with pytest.raises(ValueError, match="layout: expected a mapping with the keys 'student' and 'teacher', got"):
+        FeatureCapture(student, teacher, "p3", layout={"pupil": "nchw"})
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_features_that_are_overwritten(mode: Callable[[], Any]) -> None:
+    """Torch counts writes, but not under inference mode: then features are copies."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)).eval()
+    plain, student = net[1](net[0](IMAGES)).detach(), nn.Sequential(*copy.deepcopy(net)[:2], nn.ReLU())
+    with FeatureCapture(student, net, "1") as features:
+        student(IMAGES)
+        with mode():
+            net(IMAGES)
+        if mode is torch.inference_mode:
+            assert all(torch.equal(x, plain) for levels in features.take() for x in levels)
+        else:
+            with pytest.raises(RuntimeError, match="a later layer has overwritten the features of the teacher's '1' in place"):
+                features.take()
+    compiled = torch.compile(lambda x: capture.call(net, "1", x)[1][0], backend="aot_eager")
+    torch.testing.assert_close(compiled(IMAGES), plain)
+    with pytest.raises(RuntimeError, match="overwritten the features of the model's '1'"):
+        capture.call(net, "1", IMAGES)
+
+
+def test_call_inside_a_compiled_function() -> None:
+    model = seeded(SharedHead)
+
+    def step(x: Tensor) -> Tensor:
+        (fine, coarse), levels = capture.call(model, ["body", "tower"], x)
+        return fine.mean() + coarse.mean() + sum(level.square().mean() for level in levels)
+
+    torch.testing.assert_close(torch.compile(step, backend="aot_eager")(IMAGES), step(IMAGES))
+
+
+class Noisy(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.p3, self.layer = nn.Conv2d(3, 4, 1), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.p3(x))
+
+
+class FrozenBatchNorm2d(nn.Identity):
+    """By its name torchvision's, which is the same in both modes."""
+
+
+QUIET = [nn.Dropout(0.0), nn.InstanceNorm2d(4), FrozenBatchNorm2d()]
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.Dropout(0.1), *QUIET])
+def test_a_teacher_in_train_mode_warns_once(layer: nn.Module) -> None:
+    student, teacher = seeded(Yolo), seeded(lambda: Noisy(layer)).train()
+
+    def step(features: FeatureCapture, frozen: nn.Module) -> None:
+        student(IMAGES)
+        frozen(IMAGES)
+        features.take()
+
+    with FeatureCapture(student, teacher, "p3") as features:
+        if layer not in QUIET:
+            with pytest.warns(
+                UserWarning, match=r"capture: the teacher ran with 'layer' in train mode, .* teacher\.eval"
+            ) as seen:
+                step(features, teacher)
+            assert seen[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(features, teacher)
+    with warnings.catch_warnings(), FeatureCapture(student, frozen := FrozenTeacher(teacher), "p3") as features:
+        warnings.simplefilter("error")
+        teacher.train()
+        step(features, frozen)
+
+
+# One model in both roles
+
+
+@pytest.mark.parametrize("first", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["no_grad", "frozen", "checkpointed"])
+def test_self_distillation(first: str, kind: str) -> None:
+    """One model, two passes: with gradients the student's, without the teacher's, in any order."""
+    model = seeded(lambda: Checkpointed("reentrant") if kind == "checkpointed" else Yolo())
+    name = "block" if kind == "checkpointed" else "p3"
+    other: nn.Module = FrozenTeacher(model) if kind == "frozen" else model
+    model.requires_grad_(True).train()
+
+    def run(side: str) -> None:
+        if side == "student":
+            model(IMAGES)
+        else:
+            with contextlib.nullcontext() if kind == "frozen" else torch.no_grad():
+                other(IMAGES + 1)
+
+    with FeatureCapture(model, other, name) as features:
+        for _ in range(2):
+            run(first)
+            run("teacher" if first == "student" else "student")
+            (s,), (t,) = features.take()
+            assert s.requires_grad == (kind != "checkpointed")
+            assert not t.requires_grad
+            if name == "p3":
+                assert torch.equal(s, model.p3(IMAGES))
+                assert torch.equal(t, model.p3(IMAGES + 1))
+        run("student")
+        with pytest.raises(RuntimeError, match=r"the teacher's '\w+' has not run without gradients .* one model: run the"):
+            features.take()
+
+
+def test_levels_of_one_pass_of_one_model() -> None:
+    """The deep levels teach the shallow ones."""
+    model = seeded(Yolo)
+    with FeatureCapture(model, model, {"p3": "p4"}) as features:
+        found = model(IMAGES)
+        (s,), (t,) = features.take()
+    assert s is found[0]
+    assert t is found[1]
+
+
+def test_a_shared_backbone() -> None:
+    backbone = seeded(Yolo)
+    student, teacher = nn.Sequential(backbone), nn.Sequential(backbone, nn.Identity())
+    with FeatureCapture(student, teacher, "0.p3") as features:
+        student(IMAGES)
+        with torch.no_grad():
+            teacher(IMAGES + 1)
+        (s,), (t,) = features.take()
+    assert torch.equal(s, backbone.p3(IMAGES))
+    assert torch.equal(t, backbone.p3(IMAGES + 1))
+
+
+def test_a_teacher_inside_of_the_student() -> None:
+    student = seeded(lambda: nn.ModuleDict({"net": Yolo(), "teacher": FrozenTeacher(Yolo())}))
+    student.forward = lambda x: (student["net"](x), student["teacher"](x + 1))
+    with FeatureCapture(student, student, {"net.p3": "teacher.p3"}) as features:
+        student(IMAGES)
+        (s,), (t,) = features.take()
+    assert s.requires_grad
+    assert torch.equal(s, student["net"].p3(IMAGES))
+    assert torch.equal(t, student["teacher"].model.p3(IMAGES + 1))
+
+
+# Models that change, and copies
+
+
+def test_models_that_have_changed_since() -> None:
+    """Names mean what they mean at the entry of a block."""
+    student, teacher = seeded(Yolo), FrozenTeacher(seeded(Yolo))
+    block = FeatureCapture(student, teacher, "p3")
+    student.p3 = nn.Sequential(OrderedDict(base_layer=student.p3, adapter=nn.Conv2d(4, 4, 1)))
+    teacher.model = Yolo()
+    with block as features:
+        student(IMAGES)
+        teacher(IMAGES)
+        (s,), (t,) = features.take()
+    assert torch.equal(s, student.p3(IMAGES))
+    assert torch.equal(t, teacher.model.p3(IMAGES))
+    student.p3 = None
+    with pytest.raises(AttributeError, match="the student Yolo has no module 'p3'"), block:
+        pass
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda holder: pickle.loads(pickle.dumps(holder))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_what_holds_the_capture(copied: Callable[[nn.Module], Any]) -> None:
+    """Models and capture in one module, copied in the middle of a step: a capture of the copies that is not entered."""
+    holder = nn.ModuleDict({"student": seeded(Yolo), "teacher": FrozenTeacher(seeded(Yolo))})
+    holder.capture = FeatureCapture(holder["student"], holder["teacher"], "p3")
+    with holder.capture as features:
+        holder["student"](IMAGES)
+        twin = copied(holder)
+        with pytest.raises(RuntimeError, match="capture: this is a copy; enter it"):
+            twin.capture.take()
+        with twin.capture as others:
+            twin["student"](IMAGES + 1)
+            twin["teacher"](IMAGES + 1)
+            (other,), _ = others.take()
+        holder["teacher"](IMAGES)
+        (s,), (t,) = features.take()
+    assert torch.equal(s, t)
+    assert torch.equal(other, twin["student"].p3(IMAGES + 1))
+    assert no_hooks(holder)

@@ -11,8 +11,7 @@ from problems import Problem, Target, trained
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskd_triton import MaskedDistillLoss, MaskLearner
-from maskd_triton._ops import library
+from maskd_triton import MaskedDistillLoss
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 SIZES = ((2, 16, 24, 32), (2, 16, 13, 21), (2, 16, 7, 11))
@@ -33,54 +32,63 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "wait",
-    [lambda x: torch.tensor([1, 2]), lambda x: x[[0, 2]], lambda x: x[x > 2], lambda x: bool(x.sum() > 2), torch.unique],
-    ids=["table", "indices", "mask", "condition", "unique"],
-)
-def test_what_waits_is_found(wait: Callable[[Tensor], object]) -> None:
-    with Waits() as mode:
-        wait(torch.rand(3))
-    assert mode.found
+def test_what_waits_is_found() -> None:
+    waits: list[Callable[[Tensor], object]] = [
+        lambda x: torch.tensor([1, 2]), lambda x: x[[0, 2]], lambda x: x[x > 2], lambda x: bool(x.sum() > 2), torch.unique
+    ]  # fmt: skip
+    for wait in waits:
+        with Waits() as mode:
+            wait(torch.rand(3))
+        assert mode.found
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"weight_mask": False},
+    "weighted": {},
+    "standardised": {"standardize": True, "distance": "smooth_l1"},
+    "resized": {"student_channels": [5, 4], "resize": "teacher"},
+}
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("standardize", [False, True], ids=["", "standard"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-def test_nothing_waits(
-    weighted: bool, standardize: bool, padded: bool, target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step of each stage: no data from the host, none for it."""
-    monkeypatch.setattr(library, "is_in_torch_dispatch_mode", lambda: False)  # operators are looked into, too
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nothing_waits(options: dict[str, Any], padded: bool, target: Target) -> None:
+    """A step of stage 2: no data from the host, none for it."""
     impl, device = target
+    weighted, standardize = options.get("weight_mask", True), options.get("standardize", False)
     problem = Problem([(2, 5, 4, 6), (2, 4, 2, 3)], 3, weighted, torch.float32, standardize)
-    learner, criterion = problem.learner.to(device), problem.criterion(custom_mask_warmup=1, impl=impl).to(device)
-    learner.impl = impl
+    criterion = problem.criterion(custom_mask_warmup=1, impl=impl, **options).to(device)
+    criterion.loss_weight = torch.tensor(0.5, device=device)
     student, teacher = ([x.to(device) for x in xs] for xs in (problem.student, problem.teacher))
-    student = [x.requires_grad_() for x in student]
+    student = [x.repeat(1, 1, *(2, 2) if "resize" in options else (1, 1)).requires_grad_() for x in student]
     valid = torch.rand(2, 8, 12, device=device) > 0.3 if padded else None
     with Waits() as mode:
         criterion(student, teacher, valid=valid).backward()
         criterion.diagnostics()
-        (sum(y.sum() for y in learner(teacher, valid)) + learner.dice_loss()).backward()
     assert mode.found == []
 
 
-def test_nothing_waits_with_other_options(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "is_in_torch_dispatch_mode", lambda: False)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("standardize", [False, True], ids=["", "standardised"])
+def test_nothing_waits_in_stage_1(standardize: bool, padded: bool, target: Target) -> None:
+    impl, device = target
+    learner = trained([5, 4], 3, standardize=standardize, impl=impl).to(device)
+    features = [torch.randn(2, c, 4, 6, device=device) for c in (5, 4)]
+    valid = torch.rand(2, 8, 12, device=device) > 0.3 if padded else None
+    with Waits() as mode:
+        (sum(y.sum() for y in learner(features, valid)) + learner.dice_loss()).backward()
+    assert mode.found == []
+
+
+def test_nothing_waits_with_given_masks(target: Target) -> None:
     impl, device = target
     problem = Problem([(2, 5, 4, 6), (2, 4, 2, 3)], 3, dtype=torch.float32)
     student, teacher, masks, weights = (
         [x.to(device) for x in xs] for xs in (problem.student, problem.teacher, problem.masks, problem.mask_weights)
     )
-    options = {"student_channels": [5, 4], "resize": "teacher", "impl": impl}
-    aligned = problem.criterion(**options).to(device)
-    without = MaskedDistillLoss([5, 4], None, mask_power=1, **options).to(device)
-    large = [x.repeat(1, 1, 2, 2) for x in student]
+    criterion = MaskedDistillLoss([5, 4], None, mask_power=1, impl=impl).to(device)
     with Waits() as mode:
-        aligned(large, teacher).backward()
-        aligned(large, teacher, advance=False).backward()
-        without(student, teacher, masks=masks, mask_weights=weights).backward()
+        criterion([s.requires_grad_() for s in student], teacher, masks=masks, mask_weights=weights).backward()
     assert mode.found == []
 
 
@@ -121,7 +129,7 @@ def test_a_captured_step_of_stage_1_replays(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_step_replays(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    learner = MaskLearner([16] * len(SIZES), 6)
+    learner = trained([16] * len(SIZES), 6)
     criterion = MaskedDistillLoss([16] * len(SIZES), 6, pretrained=learner, custom_mask_warmup=3).cuda()
     eager = copy.deepcopy(criterion)
     student = [torch.randn(size, device="cuda", dtype=dtype).requires_grad_() for size in SIZES]

@@ -105,7 +105,7 @@ def _swin() -> Built:
     return hf().SwinModel(config), [32, 32], {"pixel_values": IMAGES}
 
 
-@model("DetrForObjectDetection", "DetrConvEncoder")
+@model("DetrForObjectDetection")
 def _detr() -> Built:
     config = hf().DetrConfig(
         use_timm_backbone=False, backbone=None, backbone_config=resnet(out_features=["stage2"]), d_model=16, encoder_layers=1,

@@ -1,177 +1,188 @@
-"""Registration: opcheck, gradcheck and torch.compile."""
+"""Operators and autograd: opcheck, gradcheck, torch.func, gradients that are taken once, twice or not at all."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from problems import Problem, Target, trained
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
 
-from maskd_triton import MaskedDistillLoss, MaskLearner
-from maskd_triton._ops.distill import distill, distill_backward, masked_distill
-from maskd_triton._records import Distilled, DistillOptions, DistillTables, flat
-from maskd_triton.functional import DISTANCES
+from maskd_triton import MaskedDistillLoss, MaskModule
+from maskd_triton import functional as F
 
-FULLEST = "weighted standard"
-KINDS = ["plain", "weighted", "standard", FULLEST, "weighted valid", "given", "smooth_l1", "cosine standard valid"]
+pytestmark = pytest.mark.filterwarnings("ignore:student")  # most tests look at the loss alone
+OPS = torch.ops.maskd_triton
+C, SIZES = (5, 7), ((3, 4), (2, 3))
+KINDS = ["plain", "weighted standard", "valid cosine", "given"]
 
 
-def problem(
-    layout: str, kind: str, device: str, dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], list[Tensor], DistillOptions]:
-    """Student, teacher and options: two levels of different sizes and channels."""
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def levels(layout: str = "nchw") -> list[Tensor]:
+    if layout == "nhwc":
+        return [normal(2, *size, c).permute(0, 3, 1, 2) for c, size in zip(C, SIZES, strict=True)]
+    return [normal(2, c, *size) for c, size in zip(C, SIZES, strict=True)]
+
+
+def tables(kind: str, name: str, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [normal(*shape) for shape in shapes] if name in kind else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layout"), [*((kind, "nchw") for kind in KINDS), ("weighted standard", "nhwc")])
+def test_opcheck_of_stage_2(kind: str, layout: str, target: Target) -> None:
     torch.manual_seed(0)
-
-    def features(c: int, h: int, w: int, grad: bool) -> Tensor:
-        x = {"nchw": (2, c, h, w), "nhwc": (2, h, w, c), "chwn": (c, h, w, 2), "ncwh": (2, c, w, h)}[layout]
-        back = {"nchw": (0, 1, 2, 3), "nhwc": (0, 3, 1, 2), "chwn": (3, 0, 1, 2), "ncwh": (0, 1, 3, 2)}[layout]
-        x = torch.randn(x).permute(back)
-        return x.to(device, dtype).requires_grad_(grad)
-
-    def frozen(*shape: int) -> Tensor:
-        return torch.randn(*shape).to(device, dtype)
-
-    student, teacher = ([features(5, 3, 4, grad), features(7, 2, 3, grad)] for grad in (True, False))
-    options = DistillOptions(
-        DistillTables([frozen(3, 5), frozen(3, 7)]),
-        valid=[(frozen(2, p) > 0).byte() for p in (12, 6)] if "valid" in kind else [],
-        step=torch.tensor(5, device=device),
-        custom_mask=True,
-        warmup=3,
-    )
-    tables = options.tables
-    if kind.split()[0] in DISTANCES:
-        options = options._replace(distance=kind.split()[0], beta=0.7)
-    if "weighted" in kind:
-        bias = [frozen(5, 3) if "standard" in kind else frozen(3) for _ in range(2)]
-        tables = tables._replace(pool_rows=[frozen(9, 3, 5), frozen(9, 3, 7)], pool_bias=bias)
-    if "standard" in kind:
-        tables = tables._replace(
-            teacher_tokens=[frozen(3, 5), frozen(3, 7)],
-            token_bias=[frozen(3), frozen(3)],
-            statistics=[frozen(2, 5), frozen(2, 7)],
-        )
-    if "given" in kind:
-        masks, weights = [frozen(2, 3, p).abs() for p in (12, 6)], frozen(2, 2, 3)
-        options = options._replace(masks=masks, weights=weights, custom_mask=False, mask_power=1)
-        tables = DistillTables()
-    return student, teacher, options._replace(tables=tables)
-
-
-# every kind in one layout and every layout of one kind: what the fakes say of one does not depend on the other
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "kind"), [*(("nchw", kind) for kind in KINDS), *((layout, FULLEST) for layout in ("nhwc", "chwn", "ncwh"))]
-)
-def test_opcheck(layout: str, kind: str, target: tuple[str, str]) -> None:
-    impl, device = target
-    student, teacher, options = problem(layout, kind, device)
-    maps = {"student": [s.detach() for s in student], "teacher": teacher, "impl": impl}
-    forward = maps | options._asdict() | {"tables": flat(options.tables)}
-    torch.library.opcheck(distill, (), forward)
-    outputs = Distilled(*distill(**forward))
-    kept = outputs.kept(options)._asdict() | {"grad": torch.rand_like(outputs.per_image)}
-    torch.library.opcheck(distill_backward, (), maps | kept)
+    student, teacher, given = levels(layout), levels(layout), kind == "given"
+    pixels = [h * w for h, w in SIZES]
+    statistics = tables(kind, "standard", *((2, c) for c in C))
+    valid = [(normal(2, p) > 0).byte() for p in pixels] if "valid" in kind else []
+    distance = ("cosine" if "cosine" in kind else "squared", 1.0)
+    forward = [
+        *(student, teacher, target[0], [] if given else [normal(3, c) for c in C]),
+        *(tables(kind, "weighted", *((9, 3, c) for c in C)), tables(kind, "weighted", *[(5, 3) if statistics else (3,)] * 2)),
+        *(tables(kind, "standard", *((3, c) for c in C)), tables(kind, "standard", *[(3,)] * 2), statistics, valid),
+        *(tables(kind, "given", *((2, 3, p) for p in pixels)), normal(2, 2, 3) if given else None),
+        *(None if given else torch.tensor(True), not given, 2, 1e-12, *distance),
+    ]
+    forward = moved(forward, target[1])
+    opcheck(OPS.distill, forward)
+    per_image, _, coefficients, masks, cosines = OPS.distill(*forward)
+    kept = [coefficients, masks, cosines, forward[8], forward[9], 2, *distance]
+    opcheck(OPS.distill_backward, [*forward[:3], torch.rand_like(per_image), *kept])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind: str, target: tuple[str, str]) -> None:
-    impl, device = target
-    student, teacher, options = problem("nchw", kind, device, torch.float64)
-
-    def loss(*levels: Tensor) -> Tensor:
-        # masks that follow the student are constants for the gradient, so only uncustomised ones can be checked
-        return masked_distill(levels, teacher, options._replace(custom_mask=False), impl).per_image
-
-    # every element of one kind in eager torch; a random projection, which is faster, misses no wrong gradient either
-    assert torch.autograd.gradcheck(loss, student, fast_mode=impl == "triton" or kind != FULLEST)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_compile_fullgraph(dynamic: bool, target: tuple[str, str]) -> None:
-    impl, device = target
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+@pytest.mark.parametrize("kind", ["plain", "weighted", "valid given"])
+def test_opcheck_of_stage_1(kind: str, target: Target) -> None:
     torch.manual_seed(0)
-    learner = MaskLearner([7, 5])
-    criteria = [MaskedDistillLoss([7, 5], pretrained=learner, custom_mask_warmup=2, impl=impl).to(device) for _ in range(2)]
+    features = [x.flatten(2) for x in levels()]
+    valid = [(normal(2, x.shape[2]) > 0).byte() for x in features] if "valid" in kind else []
+    options = [
+        *([normal(3, c) for c in C], tables(kind, "weighted", (3,), (3,)), tables(kind, "weighted", *((9, 3, c) for c in C))),
+        *(tables(kind, "weighted", (3,), (3,)), tables(kind, "given", (2, 3), (2, 3)), valid, [h for h, _ in SIZES]),
+    ]
+    forward = moved([features, target[0], *options], target[1])
+    opcheck(OPS.learn, forward)
+    masked, dice, *kept = OPS.learn(*forward)
+    for need_features in (True, False):
+        opcheck(OPS.learn_backward, [*forward, masked, torch.rand_like(dice), *kept, need_features])
 
-    def losses(criterion: MaskedDistillLoss, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        return criterion([x * 2 for x in student], teacher, reduction="none")
 
-    # the operators are the same to the default backend, which takes longer, whoever computes in them and whatever the sizes
-    backend = "inductor" if dynamic == (impl == "triton") else "aot_eager"
-    compiled = torch.compile(losses, fullgraph=True, dynamic=dynamic, backend=backend)
-    # sizes unlike the channels: torch gives equal numbers one symbol, which the channel check then fixes
-    sizes = [(8, 12), (12, 14), (9, 18), (16, 22)] if dynamic else [(8, 12)] * 4
-    for h, w in sizes:  # the masks are customised from the third call on
-        shapes = [(2, 7, h, w), (2, 5, h // 2, w // 2)]
-        teacher = [torch.randn(*shape, device=device) for shape in shapes]
-        values = [torch.randn(*shape, device=device) for shape in shapes]
-        results = []
-        for criterion, function in zip(criteria, (losses, compiled), strict=True):
-            student = [x.clone().requires_grad_() for x in values]
-            loss = function(criterion, student, teacher)
-            loss.sum().backward()
-            results.append([loss.detach(), *(s.grad for s in student)])
-        for expected, got in zip(*results, strict=True):
-            assert torch.allclose(got, expected, rtol=1e-6, atol=1e-9)
-    assert [int(c.warmup_step) for c in criteria] == [4, 4]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+def moved(x: Any, device: str) -> Any:
+    if isinstance(x, list):
+        return [moved(part, device) for part in x]
+    return x.to(device) if isinstance(x, Tensor) else x
 
 
 @pytest.mark.slow
-def test_compiled_criterion_sees_loaded_weights(target: tuple[str, str]) -> None:
-    impl, device = target
-    torch._dynamo.reset()
+def test_opcheck_of_the_warm_up() -> None:
+    for counts in (True, False):
+        opcheck(OPS.customised, (torch.tensor(3), 3, counts))
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+PROBLEM = Problem([(2, 5, 3, 4), (2, 4, 2, 2)], 3)
+
+
+def double(target: Target, **options: Any) -> MaskedDistillLoss:
+    return PROBLEM.criterion(custom_mask=False, impl=target[0], **options).to(target[1]).double()
+
+
+def maps(target: Target, narrow: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    return [s[:, :narrow].to(target[1]) for s in PROBLEM.student], [t.to(target[1]) for t in PROBLEM.teacher]
+
+
+def in_reverse(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(inputs), inputs)
+
+
+@pytest.mark.parametrize("distance", F.DISTANCES)
+def test_grad_of_features(distance: str, target: Target) -> None:
+    """By torch.func, as by autograd; both calls count."""
+    criterion, (student, teacher) = double(target, distance=distance), maps(target)
+
+    def loss(x: list[Tensor]) -> Tensor:
+        return criterion(x, teacher, valid=torch.ones(2, 6, 8, device=target[1]).tril().bool())
+
+    for got, want in zip(torch.func.grad(loss)(student), in_reverse(loss, student), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    assert int(criterion.warmup_step) == 2
+
+
+def test_grad_of_align(target: Target) -> None:
+    criterion, inputs = double(target, student_channels=2), maps(target, 2)
+    parameters = {name: p.detach() for name, p in criterion.named_parameters()}
+    got = torch.func.grad(lambda p: torch.func.functional_call(criterion, p, inputs))(parameters)
+    criterion([s.requires_grad_() for s in inputs[0]], inputs[1]).backward()
+    for name, p in criterion.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_grad_of_tokens(target: Target) -> None:
     torch.manual_seed(0)
-    first, second = (MaskedDistillLoss(7, pretrained=MaskLearner(7), impl=impl).to(device) for _ in range(2))
-    student, teacher = torch.randn(2, 7, 8, 9, device=device), torch.randn(2, 7, 8, 9, device=device)
-    for criterion in (first, second):
-        for tables in criterion.eval().mask_modules:
-            tables.mask_token.mul_(100)
-    compiled = torch.compile(first, fullgraph=True)
-    assert torch.allclose(compiled(student, teacher), first(student, teacher), rtol=1e-6)
-    first.load_state_dict(second.state_dict())
-    loaded = compiled(student, teacher)
-    expected = second(student, teacher)
-    assert torch.allclose(loaded, expected, rtol=1e-6)
+    module = MaskModule(5, 3, impl=target[0]).to(target[1]).double()
+    x = maps(target)[1][0]
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        y, dice = torch.func.functional_call(module, parameters, (x,))
+        return y.square().sum() + dice
+
+    got, got_x = torch.func.grad(loss, argnums=(0, 1))({name: p.detach() for name, p in module.named_parameters()}, x)
+    leaf = x.clone().requires_grad_()
+    loss(dict(module.named_parameters()), leaf).backward()
+    torch.testing.assert_close(got_x, leaf.grad, rtol=1e-12, atol=1e-15)
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-12, atol=1e-15)
 
 
-class Recorder(TorchDispatchMode):
-    """Names of the library's operators that a mode sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "maskd_triton":
-            self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_modes_see_the_operators(target: tuple[str, str]) -> None:
-    """Without a mode their functions are called directly; the results are the same bits."""
-    impl, device = target
-    criterion = MaskedDistillLoss([5, 7], 3, pretrained=MaskLearner([5, 7], 3), impl=impl).to(device)
-    student, teacher, _ = problem("nchw", "plain", device)
-    direct = criterion(student, teacher)
-    direct_grads = torch.autograd.grad(direct, student)
-    with Recorder() as mode:
-        loss = criterion(student, teacher)
-        grads = torch.autograd.grad(loss, student)
-    assert mode.seen == ["maskd_triton::distill", "maskd_triton::distill_backward"]
-    assert torch.equal(loss, direct)
-    assert all(torch.equal(a, b) for a, b in zip(grads, direct_grads, strict=True))
+def test_a_second_derivative_is_an_error(target: Target) -> None:
+    """No silent constant, whatever the gradient is multiplied with."""
+    criterion, (student, teacher) = double(target), maps(target)
+    leaves = [s.clone().requires_grad_() for s in student]
+    first = torch.autograd.grad(criterion(leaves, teacher), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    module = MaskModule(5, 3, impl=target[0]).to(target[1]).double()
+    leaf = teacher[0].clone().requires_grad_()
+    y, dice = module(leaf)
+    (first,) = torch.autograd.grad(y.square().sum() + dice, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        first.square().sum().backward()
 
 
-def test_fake_tensors(target: tuple[str, str]) -> None:
-    criterion = MaskedDistillLoss([5, 7], 3, pretrained=MaskLearner([5, 7], 3), impl=target[0]).to(target[1]).eval()
+def test_graphs_that_are_retained_or_freed(target: Target) -> None:
+    criterion, (student, teacher) = double(target), maps(target)
+    leaves = [s.clone().requires_grad_() for s in student]
+    before = [x.clone() for x in (*leaves, *teacher)]
+    loss = criterion(leaves, teacher)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves)))
+    assert all(map(torch.equal, before, (*leaves, *teacher)))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = criterion(leaves, teacher)
+        assert torch.equal(found, loss)
+        assert not found.requires_grad
+
+
+def test_traces() -> None:
+    """Fake tensors, and a trace with symbolic sizes."""
+    criterion = MaskedDistillLoss(C, 3, pretrained=trained(list(C), 3)).eval()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student, teacher, _ = problem("nhwc", "plain", target[1])
-        loss = criterion(student, teacher)
-        grads = torch.autograd.grad(loss, student)
-    assert all(isinstance(x, FakeTensor) for x in (loss, *grads))
+        student, teacher = levels("nhwc"), levels("nhwc")
+        grads = in_reverse(lambda x: criterion(x, teacher), student)
+    assert all(isinstance(x, FakeTensor) for x in grads)
     assert [g.stride() for g in grads] == [s.stride() for s in student]
+    student, teacher = levels(), levels()
+    traced = make_fx(lambda s, t: criterion(s, t), tracing_mode="symbolic", _allow_non_fake_inputs=True)(student, teacher)
+    torch.testing.assert_close(traced(student, teacher), criterion(student, teacher))

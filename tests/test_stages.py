@@ -2,15 +2,15 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from examples.recipes.plain import Distillation, build
 from examples.recipes.tiny import Segmenter, batches
 from maskd_triton import FrozenTeacher, MaskedDistillLoss, MaskLearner
-from maskd_triton.diagnostics import suggest_loss_weight
+from tests.helpers import SEED
 
 
 def trainer(seed: int) -> tuple[Distillation, torch.optim.Optimizer]:
@@ -18,7 +18,7 @@ def trainer(seed: int) -> tuple[Distillation, torch.optim.Optimizer]:
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
-def step(model: Distillation, optimizer: torch.optim.Optimizer, number: int) -> torch.Tensor:
+def step(model: Distillation, optimizer: torch.optim.Optimizer, number: int) -> Tensor:
     ((images, labels),) = batches(1, seed=number)
     loss = model(images, labels)
     optimizer.zero_grad()
@@ -47,7 +47,7 @@ def test_resumed_run_is_bitwise_the_same(at: int, tmp_path: Path) -> None:
 
 def test_accumulated_gradients_advance_once() -> None:
     """Two halves of a batch with one step of the warm-up give the loss and gradient of the whole, before and after it."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     learner = MaskLearner([6], 3)
     whole, halves = (MaskedDistillLoss(6, 3, custom_mask_warmup=2, pretrained=learner).double() for _ in range(2))
     for i in range(4):
@@ -70,29 +70,3 @@ def test_student_alone(tmp_path: Path) -> None:
     student.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
     ((images, _),) = batches(1)
     assert torch.equal(student.eval()(images)[0], model.student.eval()(images)[0])
-
-
-def test_suggested_loss_weight() -> None:
-    """With it, the share is as asked."""
-    torch.manual_seed(0)
-    criterion = MaskedDistillLoss(6, 3, loss_weight=2.0, pretrained=MaskLearner(6, 3)).double()
-    x, y = torch.randn(2, 6, 5, 5).double(), torch.randn(2, 6, 5, 5).double()
-    task = torch.tensor(0.75)
-    criterion.loss_weight = suggest_loss_weight([task], [criterion(x, y)], loss_weight=criterion.loss_weight, share=0.2)
-    loss = criterion(x, y)
-    torch.testing.assert_close(loss / (loss + 0.75), torch.tensor(0.2).double(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("task", "distill", "options", "sentence"),
-    [
-        ([], [], {}, "expected one of each for every batch, got 0 and 0"),
-        ([1.0], [1.0, 2.0], {}, "expected one of each for every batch, got 1 and 2"),
-        ([1.0], [0.0], {}, "distill_losses: expected a positive, finite median, got 0.0"),
-        ([float("nan")], [1.0], {}, "task_losses: expected a positive, finite median, got nan"),
-        ([1.0], [1.0], {"share": 1.0}, "share: expected a number between 0 and 1, got 1.0"),
-    ],
-)
-def test_errors_of_suggested_loss_weight(task: Any, distill: Any, options: Any, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        suggest_loss_weight(task, distill, **options)

@@ -1,93 +1,19 @@
-"""Standardised features: the folded form equals the formulas on features that were standardised before, in both stages."""
+"""Statistics of standardised features: gathered, saved, told apart. ``test_numbers.py`` has what they are used for."""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, NLC, default_dtype, in_layout, rounding
-from problems import Problem, Shape, Target, close, literal_results, normal, results, standardised
+from helpers import default_dtype
+from problems import Problem, Shape, Target, close, normal
 from torch import Tensor, nn
 
-from maskd_triton import MaskedDistillLoss, MaskLearner, reference
-from maskd_triton.checkpoints import mask_state
-
-SHAPES = [((2, 6, 5, 7), 3), ((3, 5, 1, 7), 2), ((2, 33, 4, 1), 6), ((1, 4, 1, 1), 1), ((1, 16, 3, 3), 19)]
+from maskd_triton import MaskedDistillLoss, MaskLearner
 
 
-def standard(shapes: list[Shape], num_tokens: int, weighted: bool = True, dtype: torch.dtype = torch.float32) -> Problem:
-    return Problem(shapes, num_tokens, weighted, dtype, standardize=True)
-
-
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-@pytest.mark.parametrize(("shape", "num_tokens"), SHAPES, ids=str)
-def test_stage_2_in_float64(shape: tuple[int, ...], num_tokens: int, weighted: bool, target: Target) -> None:
-    impl, device = target
-    problem = standard([shape], num_tokens, weighted, torch.float64)
-    with default_dtype(torch.float64):
-        criterion = problem.criterion(custom_mask_warmup=0, impl=impl).to(device)
-    losses, (grad,) = problem.literal(custom_mask=True)
-    for layout in (*LAYOUTS, NLC) if impl == "eager" else [(*LAYOUTS, NLC)[num_tokens % 3]]:
-        student = in_layout(problem.student[0], layout).to(device).detach().requires_grad_()
-        got = criterion(student, in_layout(problem.teacher[0], layout).to(device))
-        got.backward()
-        close(got, losses.sum(), 1e-12)
-        close(student.grad, grad, 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_stage_2_error_is_that_of_the_dtype(dtype: torch.dtype, target: Target) -> None:
-    """Features are exact in ``dtype``; only the gradient's last rounding depends on it."""
-    impl, device = target
-    problem = standard([(2, 32, 6, 9)], 6, dtype=dtype)
-    criterion = problem.criterion(custom_mask_warmup=0, impl=impl).to(device)
-    (loss,), (grad,) = problem.literal(custom_mask=True)
-    (plain,), (plain_grad,) = problem.literal(torch.float32, custom_mask=True)
-    student = problem.student[0].to(device).requires_grad_()
-    got = criterion(student, problem.teacher[0].to(device))
-    got.backward()
-    # A kernel's bfloat16 tokens keep 16 bits; all others are float32 or exact
-    sums = 1e-4 if (impl, dtype) == ("triton", torch.bfloat16) else 2e-6
-    close(got, loss, sums)
-    close(student.grad, grad, sums + (0 if dtype == torch.float32 else rounding(dtype, target)))
-    if dtype == torch.float32:  # and no more than the formulas' own
-        eps = torch.finfo(dtype).eps
-        assert (got.detach().cpu().double() - loss).abs() <= 2 * ((plain - loss).abs() + eps * loss)
-        bound = 2 * ((plain_grad - grad).abs().max() + eps * grad.abs().max())
-        assert (student.grad.cpu().double() - grad).abs().max() <= bound
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-@pytest.mark.parametrize(("shape", "num_tokens"), SHAPES, ids=str)
-def test_stage_1(shape: tuple[int, ...], num_tokens: int, weighted: bool, dtype: torch.dtype, target: Target) -> None:
-    """No more than twice the error of the formulas in the same dtype, beside a few units of the offsets that cancel."""
-    impl, device = target
-    problem = standard([shape], num_tokens, weighted, dtype)
-    learner, (x,), g = problem.learner.to(device, dtype), problem.teacher, normal(*shape, seed=1).to(dtype)
-    learner.impl, (module,) = impl, learner.mask_modules
-    want, plain = literal_results(module, x, g), literal_results(module, x, g, dtype)
-    offset = 1 + (module.channel_mean / module.channel_std).abs().max().item()
-    units = 2e-12 if dtype == torch.float64 else 6 * offset * torch.finfo(dtype).eps  # measured: 4.9
-    for layout in (*LAYOUTS, NLC) if impl == "eager" else [(*LAYOUTS, NLC)[num_tokens % 3]]:
-        learner.zero_grad()
-        placed = in_layout(x, layout).to(device).detach().requires_grad_()
-        got = results(module, placed, learner(placed), learner.dice_loss(), g.to(device))
-        assert got.keys() == want.keys()
-        for name, value in want.items():
-            error, allowed = (got[name] - value).abs().max(), 2 * (plain[name] - value).abs().max()
-            assert error <= allowed + units * value.abs().max(), (name, error / value.abs().max())
-
-
-def test_masks_and_weights(target: Target) -> None:
-    _, device = target
-    problem = standard([(2, 6, 5, 7)], 3, dtype=torch.float64)
-    (module,), (x,) = problem.learner.double().mask_modules, problem.teacher
-    seen = standardised(module, x)
-    masks, weights = reference.masks(seen, module.mask_token), reference.mask_weights(seen, *module.weighting())
-    module.to(device)
-    close(module.masks(x.to(device)), masks, 1e-12)
-    close(module.weights(x.to(device)), weights, 1e-12)
+def standard(shapes: list[Shape], num_tokens: int) -> Problem:
+    return Problem(shapes, num_tokens, dtype=torch.float32, standardize=True)
 
 
 class Teacher(nn.Module):
@@ -161,63 +87,6 @@ def test_calibrate_errors_name_what_is_wrong() -> None:
         teacher(normal(2, 2, 3, 3))
 
 
-def test_statistics_travel_with_the_tokens(tmp_path: Path) -> None:
-    problem = standard([(2, 4, 5, 5), (2, 6, 5, 5)], 3)
-    learner = problem.learner
-    learner.save(tmp_path / "tokens.pt")
-    want = {k: v.clone() for k, v in learner.state_dict().items()}
-    assert sorted(k for k in want if "mask_modules.0" in k and "prob" not in k) == [
-        f"mask_modules.0.{name}" for name in ("channel_mean", "channel_std", "mask_token", "pixels_seen")
-    ]
-    loaded = mask_state(MaskLearner([4, 6], 3, standardize=True, pretrained=tmp_path / "tokens.pt"))
-    assert loaded.keys() == want.keys()
-    assert all(torch.equal(loaded[k], v) for k, v in want.items())
-    criteria = [MaskedDistillLoss([4, 6], 3, standardize=True, pretrained=p) for p in (tmp_path / "tokens.pt", learner)]
-    criteria.append(MaskedDistillLoss([4, 6], 3, standardize=True, pretrained=criteria[0]))
-    for criterion in criteria:
-        for got, module, features in zip(criterion.masks(problem.teacher), learner.mask_modules, problem.teacher, strict=True):
-            close(got, module.masks(features).detach(), 1e-6)
-
-
-def test_tokens_of_the_other_kind_are_refused() -> None:
-    learner, plain = standard([(1, 4, 1, 1)], 3).learner, MaskLearner(4, 3)
-    with pytest.raises(ValueError, match=r" standardised; expected .* not standardised: pass standardize=True here, too"):
-        MaskedDistillLoss(4, 3, pretrained=learner)
-    with pytest.raises(ValueError, match=r"not standardised; expected .* pass standardize=False here, too"):
-        MaskedDistillLoss(4, 3, standardize=True, pretrained=plain)
-    with pytest.raises(ValueError, match=r"mask_modules.0.pixels_seen is 0: no statistics"):
-        MaskedDistillLoss(4, 3, standardize=True, pretrained=MaskLearner(4, 3, standardize=True))
-    state = learner.state_dict()
-    state["mask_modules.0.channel_std"] = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"mask_modules.0.channel_std: expected deviations above 0"):
-        MaskedDistillLoss(4, 3, standardize=True, pretrained=state)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-def test_compile_fullgraph(weighted: bool, target: Target) -> None:
-    impl, device = target
-    torch._dynamo.reset()
-    problems = [standard([(2, 4, h, w)], 3, weighted) for h, w in ((5, 7), (6, 9))]
-    learner, criterion = problems[0].learner.to(device), problems[0].criterion(impl=impl).to(device)
-    learner.impl = impl
-
-    def loss(s: Tensor, t: Tensor) -> Tensor:
-        return criterion(s, t) + learner(t).square().mean() + learner.dice_loss()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    for problem in problems:
-        s, t = problem.student[0].to(device), problem.teacher[0].to(device)
-        got = []
-        for function in (loss, compiled):
-            learner.zero_grad()
-            student = s.clone().requires_grad_()
-            function(student, t).backward()
-            got.append([student.grad, *(p.grad.clone() for p in learner.parameters())])
-        for want, value in zip(*got, strict=True):
-            assert torch.allclose(value, want, rtol=1e-5, atol=1e-7)
-
-
 # --- one scale for all channels ---------------------------------------------------------------------------------------
 
 
@@ -277,17 +146,3 @@ def test_isotropic_is_phi_s(distance: str, target: Target) -> None:
     (loss, grad), (turned, turned_grad) = found
     torch.testing.assert_close(turned, loss, rtol=1e-11, atol=0)
     torch.testing.assert_close(turned_grad, grad, rtol=1e-9, atol=1e-13)
-
-
-def test_kinds_are_told_apart(tmp_path: Path) -> None:
-    x = Problem([(3, 5, 6, 7)], 3, standardize=True).teacher[0]
-    for kind in ("channel", "isotropic"):
-        gathered(kind, x).save(tmp_path / f"{kind}.pt")
-    for module in (MaskLearner, MaskedDistillLoss):
-        with pytest.raises(ValueError, match=r"expected .*isotropic.: pass standardize=True here, too"):
-            module(5, 3, standardize="isotropic", pretrained=tmp_path / "channel.pt")
-        found = module(5, 3, standardize="isotropic", pretrained=tmp_path / "isotropic.pt")
-        assert "standardize='isotropic'" in repr(found)
-    for wrong in ("batch", 2, None):
-        with pytest.raises(ValueError, match="standardize: expected False, True, 'channel' or 'isotropic', got"):
-            MaskLearner(5, 3, standardize=wrong)

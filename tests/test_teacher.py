@@ -3,11 +3,10 @@
 import copy
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maskd_triton import FrozenTeacher, MaskLearner, capture
 from maskd_triton.capture import FeatureCapture
@@ -122,29 +121,6 @@ def test_left_where_its_owner_put_it() -> None:
     assert net[3].weight.is_meta
 
 
-def test_sharded_teacher_is_left_alone(tmp_path: Path) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        net = fully_shard(nn.Sequential(nn.Conv2d(3, 8, 1)), mesh=mesh)
-        model = holder(net)
-        model.half()
-        assert net[0].weight.dtype == torch.float32
-        assert model["teacher"](IMAGES).shape == (4, 8, 6, 6)
-        first = FullyShardedDataParallel(nn.Sequential(nn.Conv2d(3, 8, 1)), device_id=torch.device("cpu"))
-        model = holder(first)
-        want = model["teacher"](IMAGES)
-        model.half().to_empty(device="cpu")
-        assert torch.equal(model["teacher"](IMAGES), want)
-        inner = network()
-        fully_shard(nn.Sequential(nn.Conv2d(3, 3, 1), FrozenTeacher(inner)), mesh=mesh)
-        assert type(inner[0].weight) is nn.Parameter
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("kind", ["plain", "frozen twice"])
 def test_copies_share_it(kind: str) -> None:
     net = network()
@@ -194,44 +170,43 @@ def test_made_under_inference_mode() -> None:
     assert holder(net).double()["teacher"](IMAGES.double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("depth", ["itself", "twice", "held"])
-def test_looked_through(depth: str) -> None:
-    """Modules go by the names that the teacher itself has for them."""
-    net = network()
-    model = {"itself": FrozenTeacher, "twice": lambda m: FrozenTeacher(FrozenTeacher(m)), "held": holder}[depth](net)
-    name, run = ("teacher.1", model["teacher"]) if depth == "held" else ("1", model)
-    want: Tensor = net[1](net[0](IMAGES))
-    student = network()
-    with FeatureCapture(student, model, {"1": name}) as features:
-        student(IMAGES)
-        run(IMAGES)
-        (_, (found,)) = features.take()
-    assert torch.equal(found, want)
-
-    learner, plain = MaskLearner(8, 4, standardize=True), net(IMAGES)
-    with learner.calibrate(model, name):
-        run(IMAGES)
-    torch.testing.assert_close(learner.mask_modules[0].channel_mean, want.mean((0, 2, 3)))
-    with learner.attach(model, name):
-        scores = run(IMAGES)
-        assert scores.requires_grad
-        with torch.no_grad():
-            assert not run(IMAGES).requires_grad
-        assert not torch.allclose(scores, plain)
-    scores.mean().backward()
-    assert learner.mask_modules[0].mask_token.grad.abs().max() > 0
-    assert all(p.grad is None for p in net.parameters())
-    assert not run(IMAGES).requires_grad
-    with learner.attach(model, name):
-        twin = copy.deepcopy(model)
-    assert not (twin["teacher"] if depth == "held" else twin).with_gradient
-
-
 def test_capture_of_one_call() -> None:
     net = network()
     scores, (level,) = capture.call(FrozenTeacher(net), "1", IMAGES)
     assert torch.equal(level, net[1](net[0](IMAGES)))
     assert not scores.requires_grad
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_captured_by_the_names_of_the_model_itself(depth: int) -> None:
+    net, student = network(), network()
+    teacher: nn.Module = net
+    for _ in range(depth):
+        teacher = FrozenTeacher(teacher)
+    with FeatureCapture(student, teacher, "1") as features:
+        student(IMAGES)
+        teacher(IMAGES)
+        _, (found,) = features.take()
+    assert torch.equal(found, net[1](net[0](IMAGES)))
+    with MaskLearner(8, 4).attach(teacher, "1"):
+        twin = copy.deepcopy(teacher)
+        assert teacher(IMAGES).requires_grad
+        assert not twin(IMAGES).requires_grad
+
+
+def test_half_precision_images() -> None:
+    """FSDP's mixed precision casts the inputs of the module that holds the teacher, but not the teacher."""
+    teacher = FrozenTeacher(network())
+    with pytest.raises(TypeError, match=r"the teacher's parameters are torch\.float32, but it was called with torch\.bfloat16"):
+        teacher(IMAGES.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher(IMAGES.bfloat16())
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        teacher(IMAGES[:, :2])
+    casting = network()
+    casting.register_forward_pre_hook(lambda module, inputs: inputs[0].to(module[0].weight.dtype))  # as transformers' models do
+    assert FrozenTeacher(casting)(IMAGES.bfloat16()).dtype == torch.float32
+    assert FrozenTeacher(network().bfloat16())(IMAGES.bfloat16()).dtype == torch.bfloat16
 
 
 def test_wrong_model() -> None:

@@ -56,7 +56,9 @@ def main(steps: int = 4) -> list[float]:
     learner, (images, targets) = MaskLearner([256] * 5), examples(2)
     optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
     teacher.train()  # R-CNN returns losses only so; attach keeps its normalisation in eval mode
-    with learner.attach(teacher, "backbone"):
+    padded = {}  # the detector pads by itself: the ImageList that its transform returns says which pixels are valid
+    teacher.transform.register_forward_hook(lambda module, arguments, result: padded.update(latest=result[0]))
+    with learner.attach(teacher, "backbone", valid=lambda *arguments: padded["latest"]):
         for _ in range(steps):
             loss = sum(teacher(images, [dict(t) for t in targets]).values()) + learner.dice_loss()
             optimizer.zero_grad()

@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 import hypothesis
 from hypothesis.strategies import SearchStrategy
 
-from tests.fuzz.cases import MOST, MOST_INTERPRETED, Case, cases
-from tests.fuzz.check import check
-from tests.fuzz.tensors import given_by
+from tests.answers import check
+from tests.cases import MOST, MOST_INTERPRETED, Case
+from tests.fuzz.cases import cases
+from tests.given import given_by
+from tests.helpers import SEED as SHIFT
 
 CASES = int(os.environ.get("MASKD_FUZZ_CASES", "2000"))  # as ``python -m tests.fuzz`` sets them
-SEED = int(os.environ.get("MASKD_FUZZ_SEED", "0"))
+SEED = int(os.environ.get("MASKD_FUZZ_SEED", "0")) + SHIFT
 
 
 def tried(

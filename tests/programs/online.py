@@ -19,7 +19,7 @@ def main() -> None:
 
     from maskd_triton.kernels import tuning
 
-    assert ("maskd_triton.kernels.autotune" in sys.modules) == (tuning.on_miss is not None)
+    assert ("maskd_triton.kernels.autotune" in sys.modules) == (tuning.search is not None)
     print(*(key.kernel for key in tuning.read(tuning.user_file("cpu"))))
 
 

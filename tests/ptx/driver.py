@@ -26,10 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.driver import driver
 
-from .counts import Counts
 from .emulator import Launch, Program
 from .memory import Allocations
-from .record import Record
 
 ARCHS = (80, 90)
 _SHARED = {80: 166912, 90: 232448}  # bytes that a CTA may have
@@ -42,7 +40,6 @@ _UNWRITTEN = {
     **{torch.float16: (torch.int16, 0x7E5A), torch.bfloat16: (torch.int16, 0x7FDA)},
     **{torch.float32: (torch.int32, 0x7FC0BA5E), torch.float64: (torch.int64, 0x7FF8BA5EBA5EBA5E)},
 }
-_make_cubin = CUDABackend.make_cubin  # what a virtual GPU has something else for
 _programs: dict[bytes, Program] = {}
 
 
@@ -66,49 +63,12 @@ def _ptxas(ptx: bytes, arch: int) -> str:
 class Device:
     """A virtual GPU. ``launches`` counts those of every kernel, by module and name: ``learn.mask_kernel``.
 
-    ``counts`` are those of every launch inside of :meth:`counting`, ``records`` those inside of :meth:`recording`. ``_fresh``
-    holds of every storage that is checked: its bits, those of NaN, and which bytes were written.
+    ``_fresh`` holds of every storage that is checked: its bits, those of NaN, and which bytes were written.
     """
 
     arch: int
     launches: Counter[str] = field(default_factory=Counter)
-    counts: list[Counts] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    _counting: bool = False
-    _recording: bool = False
     _fresh: dict[int, tuple[Tensor, int, np.ndarray]] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[list[Counts]]:
-        """Inside, what every launch costs is counted."""
-        self._counting, self.counts = True, []
-        try:
-            yield self.counts
-        finally:
-            self._counting = False
-
-    def count(self, kernel: str, programs: int, threads: int) -> Counts | None:
-        """Where to count a launch, inside of :meth:`counting`."""
-        if not self._counting:
-            return None
-        self.counts.append(Counts(kernel, programs * threads // 32))
-        return self.counts[-1]
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[list[Record]]:
-        """Inside, what every program reads and writes is noted."""
-        self._recording, self.records = True, []
-        try:
-            yield self.records
-        finally:
-            self._recording = False
-
-    def record(self, kernel: str) -> Record | None:
-        """Where to note the accesses of a launch, inside of :meth:`recording`."""
-        if not self._recording:
-            return None
-        self.records.append(Record(kernel))
-        return self.records[-1]
 
     @contextlib.contextmanager
     def initcheck(self) -> Iterator[None]:
@@ -189,9 +149,7 @@ class _Launcher:
                 raise NotImplementedError(f"{self.name}: scratch memory")
             packed += bytes(8)
         program = _loaded(ptx, device.arch)
-        counts = device.count(self.name, x * y * z, program.kernel.threads)
-        allocations, record = Allocations(spans), device.record(self.name)
-        Launch(program, (x, y, z), packed, self.metadata.shared, allocations, device.uninitialised(), counts, record).run()
+        Launch(program, (x, y, z), packed, self.metadata.shared, Allocations(spans), device.uninitialised()).run()
         device.launches[self.name] += 1
         if leave is not None:
             leave(about)
@@ -231,11 +189,6 @@ class _Driver:
 
 def _ptx_as_binary(_backend: Any, src: str, _metadata: Any, _options: Any, _capability: int) -> bytes:
     return src.encode()
-
-
-def assembled(ptx: str, arch: int, options: Any) -> bytes:
-    """What ptxas makes of a kernel, inside of a virtual GPU, too, with the options that Triton would give it."""
-    return _make_cubin(CUDABackend(GPUTarget("cuda", arch, 32)), ptx, {}, options, arch)
 
 
 @contextlib.contextmanager

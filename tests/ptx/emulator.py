@@ -13,11 +13,9 @@ from collections.abc import Callable
 import numpy as np
 
 from .compiler import Compiler
-from .counts import Counts
 from .errors import PtxError
 from .memory import Allocations
 from .parser import SIZES, Block, Kernel, parse
-from .record import Record
 from .warps import Warps
 
 LANES = 4096  # of a batch
@@ -48,8 +46,6 @@ class Launch:
         shared: bytes of shared memory of a CTA.
         allocations: what global memory may be touched.
         uninitialised: for the start of an allocation, which of its bytes were written; loads of others fail.
-        counts: where to count what it costs, if anywhere.
-        record: where to note what each program reads and writes, if anywhere.
     """
 
     def __init__(
@@ -60,12 +56,9 @@ class Launch:
         shared: int,
         allocations: Allocations,
         uninitialised: dict[int, np.ndarray],
-        counts: Counts | None = None,
-        record: Record | None = None,
     ) -> None:
         self.program, self.kernel, self.grid, self.shared = program, program.kernel, grid, shared
-        self.allocations, self.uninitialised, self.counts, self.record = allocations, uninitialised, counts, record
-        self.warps_of = np.zeros(len(self.kernel.blocks), np.int64)  # that ran each block
+        self.allocations, self.uninitialised = allocations, uninitialised
         if len(params) != self.kernel.param_bytes:
             raise ValueError(f"{self.kernel.name} takes {self.kernel.param_bytes} bytes of parameters, not {len(params)}")
         self.params = np.frombuffer(params + bytes(-len(params) % 8), np.uint8)
@@ -88,8 +81,6 @@ class Launch:
                 work = [Batch(self, own, banks)]
                 while work:
                     work += work.pop().run()
-        if self.counts is not None:
-            self.counts.blocks(self.kernel, self.warps_of)
 
     def where(self, at: int) -> str:
         """An instruction in words."""
@@ -120,7 +111,6 @@ class Batch(Warps):
                     return []
                 block = blocks[self.pc]
                 block.run(self, True)
-                self.launch.warps_of[self.pc] += self.lanes // 32
                 if block.end == "branch":
                     taken = self._taken(block)
                     if taken.all():
@@ -177,7 +167,6 @@ class Batch(Warps):
                 mask = ready & (pcs == pc)
                 block = blocks[pc]
                 block.run(self, True if mask.all() else mask)
-                self.launch.warps_of[pc] += np.count_nonzero(mask.reshape(-1, 32).any(1))
                 if block.end == "branch":
                     pcs[mask] = np.where(self._taken(block), block.target, pc + 1)[mask]
                 else:

@@ -47,11 +47,6 @@ class GlobalMemory(Lanes):
         for low, written in self.launch.uninitialised.items():
             self._initialised(at, lanes, address, size, write, low, written)
         self._race(at, lanes, address, size, write, index)
-        if self.launch.counts is not None:
-            self.launch.counts.global_access(self.launch.allocations, index, size)
-        if self.launch.record is not None:
-            programs = self.ctas[self.cta_of[lanes]]
-            self.launch.record.access(self.launch.allocations, programs, index, address, size, write)
         return (address - np.uint64(PAGE)) // np.uint64(size)
 
     def _initialised(

@@ -105,7 +105,6 @@ class SharedMemory(GlobalMemory):
             size = width * len(rows)
             places = self.places(at, lanes, self.at_lanes(address, lanes), size)
             self.reads(at, places, size, lanes)
-            self.count(at, places, size, lanes)
             self.spread(self.memory(size, width)[places // size], rows, lanes, signed)
 
     def store_shared(self, k: Any, at: int, width: int, values: list[Any], address: Any) -> None:
@@ -115,13 +114,7 @@ class SharedMemory(GlobalMemory):
             size = width * len(values)
             places = self.places(at, lanes, self.at_lanes(address, lanes), size)
             self.writes(at, places, size, lanes)
-            self.count(at, places, size, lanes)
             self.stored(at, places, size, lanes, self.gathered(values, lanes, width))
-
-    def count(self, at: int, places: np.ndarray, size: int, lanes: np.ndarray) -> None:
-        """Count an access of shared memory, if the launch is counted."""
-        if self.launch.counts is not None:
-            self.launch.counts.shared_access(self.kernel, at, places, size, lanes)
 
     # races
 
@@ -223,7 +216,6 @@ class SharedMemory(GlobalMemory):
         if len(own):
             data[own] = host(size, width)[self.checked(at, lanes[own], self.at_lanes(address, lanes)[own], size, write=False)]
         self.writes(at, places, size, lanes, copy=True)
-        self.count(at, places, size, lanes)
         self.copies.append(Copy(lanes, places, data, self.committed[lanes]))
 
     def async_commit(self, k: Any) -> None:

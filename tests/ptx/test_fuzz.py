@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="needs the test extra")
 
-from maskd_triton.kernels import launch
+from maskd_triton.kernels import launch, tuning
 from tests.fuzz import run
 from tests.fuzz.cases import Variant, cases, cases_of
 from tests.ptx.driver import Device
@@ -20,13 +20,13 @@ BLOCKS = 2
 PIXELS_FIRST = ("nchw", "every second channel", "expanded images")
 CHANNELS_FIRST = ("channels_last", "nlc")
 
-_PLAIN: dict[str, Any] = {"tokens": 3, "weighted": True, "standard": False, "valid": "", "through": "function"}
-_LOSS: dict[str, Any] = {"masks": "", "mask_weights": False, "student_channels": 0, "resize": "", "sizes": ()}
+_PLAIN: dict[str, Any] = {"tokens": 3, "weighted": True, "standardize": "", "valid": "", "through": "function"}
+_LOSS: dict[str, Any] = {"masks": "", "mask_weights": False, "align": 0, "resize": "", "sizes": ()}
 _LOSS |= {"custom": "from the start", "power": 2, "distance": "squared"}
 VARIANTS = {
     "squares": Variant(2, ("fp32", "fp32"), PIXELS_FIRST, _PLAIN | _LOSS),
     "half": Variant(2, ("bf16", "bf16"), CHANNELS_FIRST, _PLAIN | _LOSS | {"valid": "rectangles", "rubbish": "nan"}),
-    "cosine": Variant(2, ("fp16", "fp32"), PIXELS_FIRST, _PLAIN | _LOSS | {"distance": "cosine", "standard": True}),
+    "cosine": Variant(2, ("fp16", "fp32"), PIXELS_FIRST, _PLAIN | _LOSS | {"distance": "cosine", "standardize": "channel"}),
     "tokens": Variant(1, ("fp32", ""), PIXELS_FIRST, _PLAIN | {"inputs": True}),
     "tokens, half": Variant(1, ("fp16", ""), CHANNELS_FIRST, _PLAIN | {"inputs": False, "valid": "pixels", "rubbish": "inf"}),
 }
@@ -43,9 +43,9 @@ def test_random_cases_of_a_few_kernels(variant: Variant, emulated_gpu: Device) -
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_random_cases(block: int, emulated_gpu: Device, record_property: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every second block with 64-bit offsets."""
-    monkeypatch.setattr(launch, "PLANS", {})
     if block % 2:
-        monkeypatch.setattr(launch, "is_wide", lambda *_: True)
+        monkeypatch.setattr(launch.Map, "is_wide", True)
+    tuning.forget()
     number = -(-run.CASES // BLOCKS)
     record_property("cases", number)
     record_property("share", run.tried("triton", number, 100 + block, cases(300), emulated_gpu.initcheck))

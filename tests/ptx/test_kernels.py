@@ -4,14 +4,13 @@ The cases are a choice, not a product: each value of each option with several of
 outside of the views that are passed, and as uninitialised until a kernel or the host has written it.
 """
 
-import contextlib
 import copy
 import importlib
+import os
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, kernels
-from maskd_triton.kernels import tuning
 from tests.ptx.driver import ARCHS, virtual_gpu
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -32,7 +30,7 @@ class Case:
     """``dtype`` and ``layout`` are the teacher's; ``other`` are the student's, in stage 1 those of the upstream gradient.
 
     ``place``: a slice of channels or columns of larger maps, or a storage offset of 3 elements; ``given``: masks come with the
-    call; ``inputs``: the features' gradient is wanted; ``variants``: stage 2's backward kernel in all of its variants.
+    call; ``inputs``: the features' gradient is wanted.
     """
 
     dtype: str = "fp32"
@@ -51,13 +49,10 @@ class Case:
     distance: str = "squared"
     inputs: bool = True
     same_channels: int = 0
-    variants: bool = False
 
     def __str__(self) -> str:
         other = f"-of-{self.other_dtype or self.dtype}-{self.other_layout or self.layout}"
-        flags = [
-            name for name in ("weighted", "standard", "valid", "given", "custom", "inputs", "variants") if getattr(self, name)
-        ]
+        flags = [name for name in ("weighted", "standard", "valid", "given", "custom", "inputs") if getattr(self, name)]
         maps = self.layout + (other if self.other_dtype or self.other_layout else "")
         return "-".join([self.dtype, maps, f"{self.tokens}x{self.levels}", *flags, self.distance, self.place or "whole"])
 
@@ -109,8 +104,18 @@ def learner_of(case: Case) -> MaskLearner:
     return learner.double() if case.dtype == "fp64" else learner
 
 
-def stage_2(case: Case) -> Callable[[str, torch.dtype | None], dict[str, list[Tensor]]]:
-    """Losses of every level and the student's gradients, as a function of the implementation and of a dtype for all."""
+Outputs = dict[str, list[Tensor]]
+Measured = Callable[..., Outputs]
+
+
+def noisy(x: Tensor, noise: float) -> Tensor:
+    """Every element off by a part of itself, ``noise`` in the mean."""
+    return x * (1 + noise * torch.randn_like(x)) if noise else x
+
+
+def stage_2(case: Case) -> Measured:
+    """Losses of every level and the student's gradients, as a function of the implementation, of a dtype for all, and of the
+    noise of all that goes in."""
     student, teacher = case.maps(case.other_dtype, case.other_layout), case.maps()
     precise = torch.float64 if case.dtype == "fp64" else torch.float32
     criterion = MaskedDistillLoss(
@@ -122,10 +127,14 @@ def stage_2(case: Case) -> Callable[[str, torch.dtype | None], dict[str, list[Te
     weights = [torch.rand(2, case.tokens, dtype=precise) for _ in masks]
     upstream = 1 + torch.rand(case.levels)
 
-    def measured(impl: str, dtype: torch.dtype | None) -> dict[str, list[Tensor]]:
+    def measured(impl: str, dtype: torch.dtype | None = None, noise: float = 0.0) -> Outputs:
         module = copy.deepcopy(criterion).to(dtype or precise)
         module.impl = impl
-        s, t, m, w = ([x.detach().to(dtype or x.dtype) for x in each] for each in (student, teacher, masks, weights))
+        for table in module.buffers():
+            if noise and table.is_floating_point():
+                table.copy_(noisy(table, noise))
+        every = student, teacher, masks, weights
+        s, t, m, w = ([noisy(x.detach().to(dtype or x.dtype), noise) for x in each] for each in every)
         s = [x.requires_grad_() for x in s]
         options: dict[str, Any] = {"masks": m, "mask_weights": w if case.weighted else None} if case.given else {}
         loss = module(s, t, reduction="none", valid=case.pixels(), **options)
@@ -135,17 +144,20 @@ def stage_2(case: Case) -> Callable[[str, torch.dtype | None], dict[str, list[Te
     return measured
 
 
-def stage_1(case: Case) -> Callable[[str, torch.dtype | None], dict[str, list[Tensor]]]:
+def stage_1(case: Case) -> Measured:
     """Masked features, Dice loss and all gradients."""
     features, learner = case.maps(), learner_of(case)
     upstream = [g / s[1] for g, s in zip(case.maps(case.other_dtype, case.other_layout), case.shapes, strict=True)]
     upstream = [placed(g, case.other_layout or case.layout, "") for g in upstream]
 
-    def measured(impl: str, dtype: torch.dtype | None) -> dict[str, list[Tensor]]:
+    def measured(impl: str, dtype: torch.dtype | None = None, noise: float = 0.0) -> Outputs:
         module = copy.deepcopy(learner).to(dtype or next(learner.parameters()).dtype)
         for part in (module, *module.mask_modules):
             part.impl = impl
-        x, g = ([v.detach().to(dtype or v.dtype) for v in each] for each in (features, upstream))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(noisy(parameter, noise))
+        x, g = ([noisy(v.detach().to(dtype or v.dtype), noise) for v in each] for each in (features, upstream))
         x = [v.requires_grad_(case.inputs) for v in x]
         y = module(x, case.pixels())
         dice = module.dice_loss()
@@ -174,9 +186,9 @@ CASES = {
         Case("bf16", "channels_last", tokens=3, given=True, valid=True, weighted=False),
         Case("fp16", "nchw", tokens=16, weighted=False, place="channels"),
         Case("bf16", "nchw", tokens=32, same_channels=40),
-        Case("fp16", "channels_last", tokens=33, levels=1, same_channels=40),
-        Case("bf16", "nchw", tokens=64, same_channels=40),
-        Case("fp32", "nchw", tokens=64, levels=1),
+        Case("fp16", "channels_last", tokens=31, levels=1, same_channels=40),
+        Case("bf16", "channels_last", tokens=32, same_channels=40),
+        Case("fp32", "nchw", tokens=32, levels=1),
         Case("bf16", "nchw", place="offset"),
         Case("fp32", "channels_last", place="offset"),
         Case("bf16", "channels_last", place="channels", standard=True),
@@ -187,8 +199,8 @@ CASES = {
         Case("fp32", "channels_last", distance="cosine", standard=True, levels=3),
         Case("bf16", "nchw", other_dtype="fp32", distance="cosine", valid=True, power=1),
         Case("fp64", "nchw", distance="cosine", tokens=3, given=True),
-        Case("bf16", "channels_last", variants=True),
-        Case("fp32", "nchw", distance="cosine", valid=True, variants=True),
+        Case("bf16", "channels_last"),
+        Case("fp32", "nchw", distance="cosine", valid=True),
     ],
     1: [
         Case("fp32", "nchw", tokens=6, levels=2),
@@ -202,18 +214,17 @@ CASES = {
         Case("fp16", "channels_last", tokens=16, weighted=False, place="channels"),
         Case("bf16", "nchw", tokens=32, same_channels=40),
         Case("fp16", "nchw", tokens=32, same_channels=40, inputs=False),
-        Case("bf16", "channels_last", tokens=64, same_channels=40),
-        Case("fp32", "nchw", tokens=64, levels=1, inputs=False),
+        Case("bf16", "channels_last", tokens=32, same_channels=40),
+        Case("fp32", "nchw", tokens=32, levels=1, inputs=False),
         Case("bf16", "nchw", place="offset"),
         Case("fp32", "channels_last", place="offset", inputs=False),
         Case("fp32", "nchw", place="columns", levels=1),
         Case("fp32", "batch_last", levels=1),
     ],
 }
-# Measured beside twice the error of eager torch in the same dtypes, relative to the largest value: sums in another order, and
-# tokens, which enter a product with bfloat16 features with 16 bits. Where these cancel, in sums over pixels, it shows most.
-FLOORS = {"fp64": 1e-14, "fp32": 1e-6, "fp16": 1e-6, "bf16": 1e-5}
-CANCELLING = {**FLOORS, "bf16": 1e-4}  # gradients of parameters; measured: 7e-5
+# Half of the last place of what enters a product: float32 tokens enter one with half features in two parts
+UNITS = {"fp64": 2**-53, "fp32": 2**-24, "fp16": 2**-22, "bf16": 2**-16}
+STEPS = 8  # roundings on the way from input to output, each as large as one of the input
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -223,73 +234,40 @@ def error(got: Tensor, want: Tensor) -> float:
     return off if off == off else float("inf")
 
 
-@contextlib.contextmanager
-def all_variants() -> Iterator[None]:
-    """Tiles in reverse, hints for L2, the gradient with the loss, level by level and image by image."""
-    config = tuning.Config(32, 64, 128, reverse=True, hints=True, with_loss=True)
-    with mock.patch.object(tuning, "_l2_bytes", return_value=0), tuning.forced("backward_kernel", config):
-        yield
+def bounds(case: Case, measured: Measured, want: Outputs) -> dict[str, list[float]]:
+    """The error that rounding may make of each output, but for that of its own dtype: how far it moves in float64, at most,
+    when all inputs are off by a unit, so that sums which cancel are allowed more; and a unit for what follows the sums."""
+    unit = max(UNITS[dtype] for dtype in (case.dtype, case.other_dtype or case.dtype))
+    last = UNITS["fp64" if case.dtype == "fp64" else "fp32"]
+    moved = [measured("eager", torch.float64, unit) for _ in range(16)]
+    return {
+        name: [STEPS * (last + max(error(each[name][i], exact) for each in moved)) for i, exact in enumerate(values)]
+        for name, values in want.items()
+    }
 
 
 def launched(stage: int, case: Case) -> set[str]:
     """The kernels that a step takes."""
-    pooled = {"pool.pool_kernel"} if case.valid and case.weighted and not case.given else set()
     if stage == 2:
-        later = {"distill.rescale_kernel"} if case.variants else set()
-        return pooled | later | {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
-    always = {"learn.mask_kernel", "learn.finish_kernel", "learn.token_gradient_kernel", "learn.add_shares_kernel"}
+        return {"distill.forward_kernel", "distill.finish_kernel", "distill.backward_kernel"}
     gated = {"learn.gate_kernel"} if case.weighted and not case.valid else set()
-    return pooled | always | gated | ({"learn.feature_gradient_kernel"} if case.inputs else set())
+    wanted = {"learn.feature_gradient_kernel"} if case.inputs else set()
+    return {"learn.mask_kernel", "learn.token_gradient_kernel"} | gated | wanted
 
 
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MASKD_PTX_SEEDS", "1"))))
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("stage", "case"), [(stage, case) for stage in CASES for case in CASES[stage]], ids=str)
-def test_as_eager_float64(stage: int, case: Case, arch: int) -> None:
-    torch.manual_seed(0)
+def test_as_eager_float64(stage: int, case: Case, arch: int, seed: int) -> None:
+    torch.manual_seed(seed)
     measured = (stage_1 if stage == 1 else stage_2)(case)
-    with virtual_gpu(arch) as gpu, gpu.initcheck(), all_variants() if case.variants else contextlib.nullcontext():
-        got = measured("triton", None)
+    with virtual_gpu(arch) as gpu, gpu.initcheck():
+        got = measured("triton")
     assert gpu.launches.keys() == launched(stage, case)
-    want, eager = measured("eager", torch.float64), measured("eager", None)
-    for name, values in want.items():
-        floor = (CANCELLING if name == "parameters" else FLOORS)[case.dtype]
-        for i, exact in enumerate(values):
-            assert error(got[name][i], exact) <= 2 * error(eager[name][i], exact) + floor, (name, i)
-
-
-@pytest.mark.parametrize("upstream", [1.0, 2.0])
-def test_rescaling_reads_nothing_where_the_factor_is_1(upstream: float) -> None:
-    x, y = (torch.randn(2, 16, 4, 8, dtype=torch.bfloat16) for _ in range(2))
-    criterion = MaskedDistillLoss(16, None, impl="triton")
-    with virtual_gpu(90) as gpu, gpu.counting() as found, all_variants():
-        loss = criterion(x.requires_grad_(), y, masks=torch.rand(2, 3, 4, 8))
-        torch.autograd.grad(loss, x, torch.tensor(upstream))
-    counts = found[-1]
-    assert counts.kernel == "distill.rescale_kernel"
-    assert counts.asked["g_ptrs"] == (0 if upstream == 1 else 2 * 2 * x.numel())
-
-
-def test_variants_are_in_the_code() -> None:
-    """Reversed, the last program takes the first tile; hints are policies of L2."""
-    x, y, masks = torch.randn(2, 64, 4, 8), torch.randn(2, 64, 4, 8), torch.rand(2, 3, 4, 8)
-    criterion = MaskedDistillLoss(64, None, impl="triton")
-    tiles, policies, kept = [], [], []
-    for changes in ({}, {"reverse": True, "hints": True, "keep": True}):
-        with (
-            virtual_gpu(90) as gpu,
-            gpu.recording() as records,
-            gpu.counting() as counts,
-            tuning.forced("backward_kernel", tuning.Config(32, 64, 128, **changes)),
-        ):
-            torch.autograd.grad(criterion(x.requires_grad_(), y, masks=masks), x)
-        written = records[-1].written
-        tiles.append([written[program, "g_ptrs"].nonzero()[0].min() for program in range(len(written))])
-        policies.append(counts[-1].operations["createpolicy"])
-        kept.append(counts[0].operations["createpolicy"])
-    assert len(tiles[0]) == 4
-    assert tiles[0] == sorted(tiles[0]) == tiles[1][::-1]
-    assert policies[0] == kept[0] == 0
-    assert min(policies[1], kept[1]) > 0
+    want = measured("eager", torch.float64)
+    for name, allowed in bounds(case, measured, want).items():
+        for x, exact, bound in zip(got[name], want[name], allowed, strict=True):
+            assert error(x, exact) <= bound + torch.finfo(x.dtype).eps / 2, name
 
 
 def test_every_kernel_is_launched() -> None:

@@ -72,7 +72,6 @@ class Warps(SharedMemory):
         if not len(lanes):
             return
         self.reads(at, places, 16, lanes)
-        self.count(at, places, 16, lanes)
         m = self.memory(16, 2)[places // 16].reshape(-1, count, 8, 8)
         m = np.ascontiguousarray(m.swapaxes(2, 3) if across else m)
         words = m.view(np.uint32).reshape(-1, count, 32)
@@ -88,7 +87,6 @@ class Warps(SharedMemory):
         m = m.view(np.uint16).reshape(-1, count, 8, 8)
         m = m.swapaxes(2, 3) if across else m
         self.writes(at, places, 16, lanes)
-        self.count(at, places, 16, lanes)
         self.stored(at, places, 16, lanes, np.ascontiguousarray(m).reshape(-1, 8))
 
     # tensor cores: products in float32, which is exact, and sums in float32
@@ -165,8 +163,6 @@ class Warps(SharedMemory):
         lanes = np.repeat(groups * 128, address.shape[1])
         places = self.places(at, lanes, address.ravel(), width)
         self.operand(at, places, lanes)
-        if self.launch.counts is not None:
-            self.launch.counts.operand_access(self.kernel, at, len(groups) * rows * 32)
         data = self.memory(width, width)[places // width, 0].reshape(len(groups), rows, depth)
         if kind == "tf32":
             return (data & _TF32).view(np.float32)
