@@ -446,24 +446,27 @@ def backward(
 
 
 def _pairs(gram: Tensor) -> Tensor:
-    """``pairs [N, T, T]``: the gradient of the Dice loss for the masks m is ``pairs @ m``; ``gram``: their products."""
-    with torch.enable_grad():
-        gram = gram.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_eager.dice_of_gram(gram).sum(), gram)
-    return gradient + gradient.transpose(1, 2)
+    """``pairs [N, T, T]``: the gradient of the Dice loss for the masks m is ``pairs @ m``; ``gram [N, T, T]``: their products.
+    In closed form: inside of an operator there is no autograd."""
+    n, t, _ = gram.shape
+    area = torch.diagonal(gram, dim1=1, dim2=2)
+    areas = area[:, :, None] + area[:, None, :] + _eager.DICE_EPS
+    share = (1 - torch.eye(t, dtype=gram.dtype, device=gram.device)) / areas / max(n * t * (t - 1), 1)
+    # every pair counts twice; the area of a mask is its product with itself, and falls in T - 1 pairs
+    return 4 * share - 8 * torch.diag_embed((share * gram / areas).sum(2))
 
 
 def _sums_gradient(i: int, of_weights: Tensor, options: LearnOptions, kept: LearnKept, to_tables: LearnTables) -> Tensor:
     """The gradient ``[N, 9, C]`` of the strip sums of level ``i``, from that of its mask weights; fills its weighting's."""
-    height, pixels = options.heights[i], kept.masks[i].shape[2]
-    with torch.enable_grad():
-        given = kept.sums[i], options.tables.pool_rows[i], options.tables.pool_bias[i]
-        inputs = [x.detach().requires_grad_() for x in given]
-        weights = _eager.weights_of_sums(*inputs, height, pixels // height)
-    to_sums, to_rows, to_bias = torch.autograd.grad(weights, inputs, of_weights)
-    to_tables.pool_rows[i].copy_(to_rows)
+    w, height, pixels = kept.weights[i], options.heights[i], kept.masks[i].shape[2]
+    to_scores = w * (of_weights - (w * of_weights).sum(1, keepdim=True))
+    to_tables.pool_rows[i].copy_(torch.einsum("nt,nsc->stc", to_scores / pixels, kept.sums[i]))
+    to_bias = to_scores.sum(0)
+    if to_tables.pool_bias[i].dim() == 2:
+        corners = to_bias / pixels
+        to_bias = torch.stack([to_bias, to_bias / height, to_bias / (pixels // height), corners, corners])
     to_tables.pool_bias[i].copy_(to_bias)
-    return to_sums.contiguous()  # as the kernel reads it
+    return ((to_scores / pixels)[:, None, :, None] * options.tables.pool_rows[i].to(to_scores.dtype)).sum(2)
 
 
 @functools.lru_cache(launch.PLANS)

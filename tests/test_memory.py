@@ -52,9 +52,9 @@ def stage_1(impl: str, device: str, standardize: bool, need_x: bool = False) -> 
     return call
 
 
-# Measured. Stage 2 on the CPU 1.8 maps (the gradient, the masks), as kernels 1.4; stage 1 2.8 (masked features, a product) and
-# 1.6; the gradient of the features is one map more. The literal formulas take 24 and 8.6.
-BOUNDS = {("2", "eager"): 2.0, ("2", "triton"): 1.6, ("1", "eager"): 3.0, ("1", "triton"): 1.8}
+# Measured. Stage 2 on the CPU 1.8 maps (the gradient, the masks), as kernels 1.4; stage 1 2.4 (masked features, a product) and
+# 1.6; the gradient of the features is two maps more, or one. The literal formulas take 24 and 8.6.
+BOUNDS = {("2", "eager"): 2.0, ("2", "triton"): 1.6, ("1", "eager"): 2.6, ("1", "triton"): 1.8}
 
 
 @pytest.mark.slow
@@ -69,7 +69,8 @@ def test_stage_2(distance: str, standardize: bool, target: Target) -> None:
 @pytest.mark.parametrize("need_x", [False, True], ids=["", "need_x"])
 @pytest.mark.parametrize("standardize", [False, True], ids=["", "standardize"])
 def test_stage_1(standardize: bool, need_x: bool, target: Target) -> None:
-    assert feature_maps(stage_1(*target, standardize, need_x), target[1]) < BOUNDS["1", target[0]] + 1.1 * need_x
+    features = 0.0 if not need_x else 1.1 if target[0] == "triton" else 2.1  # autograd adds up shares of the gradient
+    assert feature_maps(stage_1(*target, standardize, need_x), target[1]) < BOUNDS["1", target[0]] + features
 
 
 def test_the_literal_formulas_would_fail() -> None:
