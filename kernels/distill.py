@@ -1,4 +1,4 @@
-"""Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels and images.
+"""Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels that are aligned alike.
 
 Forward reads student and teacher once: a program takes all channels of BLOCK_P pixels of an image and writes their masks and
 three partial sums per token, A = sum m^2 d (or sum m d) of the distances d, B = sum m and Z = sum_p (pool_rows[0] @ t). For the
@@ -78,7 +78,7 @@ def _forward_tile(
         elif DISTANCE == "smooth_l1":
             sums += smooth_l1(value - target, BETA)
         else:
-            tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
+            tl.static_assert(DISTANCE == "squared", "no branch for the distance " + DISTANCE)
             sums += (value - target) * (value - target)
     token = tl.arange(0, TP)
     real = token < T
@@ -291,7 +291,7 @@ def finish_kernel(
     area = tl.sum(b, axis=0) + EPS
     share = weight / N
     if DISTANCE != "cosine":
-        tl.static_assert((DISTANCE == "squared") | (DISTANCE == "smooth_l1"), "a distance without a branch here")
+        tl.static_assert((DISTANCE == "squared") | (DISTANCE == "smooth_l1"), "no branch for the distance " + DISTANCE)
         share = share / C
     share = tl.where(real, share / area, 0.0)
     if EMPTY:  # an image without valid pixels, or a box that is on no pixel, counts nothing also without eps
@@ -357,7 +357,7 @@ def backward_kernel(
         slope = (value - target) / BETA
         slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))
     else:
-        tl.static_assert(DISTANCE == "squared", "a distance without a branch here")
+        tl.static_assert(DISTANCE == "squared", "no branch for the distance " + DISTANCE)
         slope = value - target
     g = slope * scale[None, :]
     if DISTANCE == "cosine" and g_ptr.dtype.element_ty == tl.float16:
@@ -445,7 +445,8 @@ def _forward_numbers(
     widths = [m.p // h for m, h in zip(s, heights, strict=True)]
     counts = [_partials_of(h, w, variant.weighted, config) for h, w in zip(heights, widths, strict=True)]
     # the cosine adds up three tiles where other distances add up one
-    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and splits[0] == 2 else config.block_c
+    least = min(16, config.block_c)  # channels of a matrix product
+    block_c = max(least, config.block_c // 2) if variant.distance == "cosine" else config.block_c
     common = {
         "WEIGHTED": variant.weighted, "DISTANCE": variant.distance, "ACC": launch.acc_type(dtypes[0]),
         "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p,

@@ -463,7 +463,7 @@ def _sums_gradient(i: int, of_weights: Tensor, options: LearnOptions, kept: Lear
     to_sums, to_rows, to_bias = torch.autograd.grad(weights, inputs, of_weights)
     to_tables.pool_rows[i].copy_(to_rows)
     to_tables.pool_bias[i].copy_(to_bias)
-    return to_sums
+    return to_sums.contiguous()  # as the kernel reads it
 
 
 @functools.lru_cache(launch.PLANS)

@@ -35,10 +35,10 @@ class MaskedDistillLoss(Options):
     $$
 
     for the student's features ``s`` and the teacher's ``t``, with sums over images n, tokens t, pixels p and channels c, and
-    ``loss_weight`` as lambda. A level is one feature map. The masks are ``m = sigmoid(E t)`` for the learned tokens ``E [T, C]``. A
-    small learned head, the *mask weighting*, gives each image a softmax weight ``w`` for every mask. After the warm-up masks are
-    customised, that is, multiplied by the student's own: ``m = sigmoid(E t) * sigmoid(E s)``. No gradient goes through ``m``.
-    Huang et al., ICLR 2023, arXiv 2205.14589.
+    ``loss_weight`` as lambda. A level is one feature map. The masks are ``m = sigmoid(E t)`` for the learned tokens
+    ``E [T, C]``. A small learned head, the *mask weighting*, gives each image a softmax weight ``w`` for every mask. After the
+    warm-up masks are customised, that is, multiplied by the student's own: ``m = sigmoid(E t) * sigmoid(E s)``. No gradient
+    goes through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
 
     Args:
         channels: channels of the teacher's features, one per level; an int means a single level. A mapping ``{name: C}`` names
@@ -84,12 +84,12 @@ class MaskedDistillLoss(Options):
         float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
     Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
-    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules``
-    tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when tokens
-    are loaded.
-    They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading also takes a
-    learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing it with the
-    warm-up never waits for the GPU. A call that activation checkpointing repeats in the backward pass counts once.
+    ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds
+    their tables, a `maskd_triton.tables.LevelTables` per level: what the kernels read, in buffers, computed in float64 when
+    tokens are loaded. They stay in float32 when the module is cast to half precision. A state dict holds these tables; loading
+    also takes a learner's state dict. ``warmup_step`` counts calls in training mode and is saved in the state dict. Comparing
+    it with the warm-up never waits for the GPU. A call that an activation checkpoint repeats in the backward pass counts once,
+    unless the criterion itself was compiled.
 
     Raises:
         ValueError, TypeError: arguments or levels that do not fit, named; a teacher that requires grad.

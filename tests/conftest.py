@@ -13,17 +13,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a thread for each of pytest-xdist's processes, and for those that tests start
 
 import torch
-from helpers import require_private
+from helpers import TARGETS, require_private
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-_TARGETS = [("eager", "cpu"), *([("eager", "cuda"), ("triton", "cuda")] if HAS_GPU else [("triton", "cpu")])]
 
-
-@pytest.fixture(params=_TARGETS, ids=lambda target: "-".join(target))
+@pytest.fixture(params=TARGETS, ids=lambda target: "-".join(target))
 def target(request: pytest.FixtureRequest) -> tuple[str, str]:
     """An implementation and the device it runs on: with a GPU the same tests run on CUDA tensors."""
     if request.param[0] == "triton":

@@ -22,8 +22,8 @@ TORCHES = {
     "2.13.0": ("triton==3.7.1",),
     "2.14.1": ("triton==3.8.0", "torchvision==0.29.1"),
 }
-KERNELS = ("golden", "distill", "learn", "given", "valid", "pyramid", "standardize", "stages", "interpreter", "versions")
-TORCH = ("ops", "compile", "transforms", "graphs", "amp", "tuning", "inspect", "install", "models", "recipes")
+KERNELS = ("golden", "numbers", "pyramid", "standardize", "stages", "valid", "versions")
+TORCH = ("ops", "compile", "graphs", "amp", "tuning", "inspect", "install", "models", "recipes")
 
 
 def files(names: tuple[str, ...]) -> list[str]:

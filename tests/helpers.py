@@ -14,6 +14,8 @@ from torch import Tensor
 from maskd_triton import MaskLearner
 
 SEED = int(os.environ.get("MASKD_TEST_SEED", "0"))  # shifts every seed of the tests of numbers
+INTERPRETED = ("triton", "cpu")
+TARGETS = [("eager", "cpu"), *([("eager", "cuda"), ("triton", "cuda")] if torch.cuda.is_available() else [INTERPRETED])]
 DOCS = Path(__file__).parents[1] / "docs"
 LAYOUTS = ("nchw", "channels_last")
 NLC = "nlc"  # strides of "channels_last", but for an axis of one image

@@ -393,7 +393,10 @@ def test_saved_and_loaded(suffix: str, tmp_path: Path) -> None:
     assert path.stat().st_size < 6000 + 2 * sum(v.numel() for v in expected.values())  # not the 8000 bytes of ``whole``
     link = tmp_path / f"link{suffix}"
     link.symlink_to(path)
-    learned(seed=9).save(link)
+    with path.open("rb") as reader:
+        before = path.read_bytes()
+        learned(seed=9).save(link)
+        assert reader.read() == before  # replaced, never written over
     assert link.is_symlink()
     assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=path), learned(seed=9))
 

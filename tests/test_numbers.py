@@ -3,6 +3,8 @@
 ``cases.py`` is the table, ``bounds.py`` says how far off a result may be. ``MASKD_TEST_SEED=k`` gives all of it other numbers.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from maskd_triton import functional as F
 from tests.answers import Comparison, check, criterion_of, ours
 from tests.cases import SPECIAL, STAGE_1, STAGE_2, Case, case_of, covering, pairs_of, possible
 from tests.given import given_by
-from tests.helpers import far_apart
+from tests.helpers import INTERPRETED, TARGETS, far_apart
 from tests.problems import Target, close, normal
 
 STAGES = {2: STAGE_2, 1: STAGE_1}
@@ -22,7 +24,18 @@ CASES = {**SPECIAL, **PAIRS}
 HALF = (torch.float16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", CASES)
+def quick_and_slow() -> list[Any]:
+    """Every case for every target; in the interpreter only every third is quick."""
+    return [
+        pytest.param(
+            name, target, id=f"{name}-{'-'.join(target)}", marks=[pytest.mark.slow] if target == INTERPRETED and i % 3 else []
+        )
+        for target in TARGETS
+        for i, name in enumerate(CASES)
+    ]
+
+
+@pytest.mark.parametrize(("name", "target"), quick_and_slow(), indirect=["target"])
 def test_case(name: str, target: Target) -> None:
     check(given_by(CASES[name]), *target)
 
@@ -46,6 +59,7 @@ PLAIN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_an_error_of_three_times_the_bound_is_found(name: str) -> None:
     """In an element of any result; and a bound is a small part of the result."""
@@ -172,7 +186,7 @@ def test_wide_offsets(layout: str, target: Target) -> None:
 def test_sums_of_large_maps(dtype: torch.dtype, target: Target) -> None:
     """67200 pixels under a mask of ones: a float16 sum would be infinite; of features of 60000 so would every square."""
     tokens, value = torch.full((2, 4), 40.0, device=target[1]), 6e4 if dtype == torch.float16 else 1e4
-    h, w = (200, 336) if target != ("triton", "cpu") else (20, 168)
+    h, w = (200, 336) if target != INTERPRETED else (20, 168)
     teacher = torch.full((1, 4, h, w), value, device=target[1], dtype=dtype)
     student, valid = (-teacher).requires_grad_(), torch.ones(1, h, w, dtype=torch.bool, device=target[1])
     for pixels in (None, valid):
@@ -239,5 +253,5 @@ def test_mean_inside_of_a_box(target: Target) -> None:
 def test_a_distance_without_a_branch_is_an_error(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "DISTANCES", (*F.DISTANCES, "another"))
     s, t = level(target, 1, 4, 3, 3).requires_grad_(), level(target, 1, 4, 3, 3, seed=1)
-    with pytest.raises(Exception, match="another"):
+    with pytest.raises(Exception, match=r"another|without a branch"):
         F.masked_distill_loss(s, t, [level(target, 2, 4)], distance="another", impl=target[0])
