@@ -242,7 +242,7 @@ class Hooked:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins."""
-        self.inside, self.images, self.arguments = True, None, None
+        self.inside, self.images = True, None
         if self.where.layout == "tokens" and self.where.grid is None:
             self.images = _image_size([*args, *kwargs.values()])
         if self.read is not None:
