@@ -8,6 +8,7 @@ what is compiled is what a launch on that GPU would compile, and nothing is exec
 
 import argparse
 import contextlib
+import itertools
 import re
 import subprocess
 import sys
@@ -80,25 +81,19 @@ class Case:
     distance: str = "squared"
 
     def __str__(self) -> str:
-        return " ".join(
-            f"{name}={value}"
-            for name, value in vars(self).items()
-            if name in ("dtype", "layout") or value != getattr(Case, name)
-        )
+        shown = {k: v for k, v in vars(self).items() if k in ("dtype", "layout") or v != getattr(Case, k)}
+        return " ".join(f"{name}={value}" for name, value in shown.items())
 
     def features(self, dtype: str, layout: str) -> list[torch.Tensor]:
         memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-        return [
-            torch.zeros((2, self.channels, *size), dtype=DTYPES[dtype]).contiguous(memory_format=memory) for size in self.sizes
-        ]
+        shapes = [(2, self.channels, *size) for size in self.sizes]
+        return [torch.zeros(shape, dtype=DTYPES[dtype]).contiguous(memory_format=memory) for shape in shapes]
 
     def step(self) -> None:
         """Forward and backward passes of both stages."""
         c, t = self.channels, self.tokens
-        student = [
-            x.requires_grad_() for x in self.features(self.student_dtype or self.dtype, self.student_layout or self.layout)
-        ]
-        teacher = self.features(self.dtype, self.layout)
+        student = self.features(self.student_dtype or self.dtype, self.student_layout or self.layout)
+        student, teacher = [x.requires_grad_() for x in student], self.features(self.dtype, self.layout)
         valid = torch.ones(2, *self.sizes[0], dtype=torch.bool) if self.valid else None
 
         def parameters(*shape: int) -> list[torch.Tensor]:
@@ -128,13 +123,8 @@ class Case:
 
 def cases() -> list[Case]:
     """Every branch that the library can launch: dtypes, layouts, token counts, flags, odd sizes."""
-    layouts = ("nchw", "nhwc")
-    plain = [
-        Case(d, x, standard=s, valid=v)
-        for d in DTYPES
-        for x in layouts
-        for s, v in ((False, False), (True, False), (True, True))
-    ]
+    layouts, kinds = ("nchw", "nhwc"), ((False, False), (True, False), (True, True))
+    plain = [Case(d, x, standard=s, valid=v) for d, x, (s, v) in itertools.product(DTYPES, layouts, kinds)]
     flags = [Case(weighted=w, custom=c) for w, c in ((False, False), (False, True), (True, False))]
     flags += [Case(given=True, valid=v) for v in (False, True)]
     counts = [Case(d, x, tokens=t, standard=True) for d in ("bf16", "fp32", "fp64") for x in layouts for t in (1, 16, 32)]
@@ -146,10 +136,8 @@ def cases() -> list[Case]:
     ]
     sizes = [Case(d, x, sizes=((50, 84), (25, 42), (13, 21)), standard=True) for d in ("bf16", "fp32") for x in layouts]
     sizes += [Case(sizes=((13, 21),)), Case("fp32", channels=4096), Case("bf16", "nhwc", channels=64, standard=True)]
-    sizes += [
-        Case(d, "nhwc", channels=c, tokens=t, standard=True)
-        for d, c, t in (("bf16", 19, 8), ("bf16", 150, 32), ("fp32", 19, 16))
-    ]
+    narrow = ("bf16", 19, 8), ("bf16", 150, 32), ("fp32", 19, 16)
+    sizes += [Case(d, "nhwc", channels=c, tokens=t, standard=True) for d, c, t in narrow]
     distances = [Case(d, x, distance=k, standard=True) for d in DTYPES for x in layouts for k in ("smooth_l1", "cosine")]
     return [*plain, *flags, *counts, *mixed, *sizes, *distances]
 

@@ -1,4 +1,4 @@
-"""Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels and images.
+"""Stage 2 on Triton: loss and gradient of masked feature reconstruction, one launch for all levels that are aligned alike.
 
 Forward reads student and teacher once: a program takes all channels of BLOCK_P pixels of an image and writes their masks and
 three partial sums per token, A = sum m^2 d (or sum m d) of the distances d, B = sum m and Z = sum_p (pool_rows[0] @ t). For the
@@ -445,7 +445,8 @@ def _forward_numbers(
     widths = [m.p // h for m, h in zip(s, heights, strict=True)]
     counts = [_partials_of(h, w, variant.weighted, config) for h, w in zip(heights, widths, strict=True)]
     # the cosine adds up three tiles where other distances add up one
-    block_c = max(16, config.block_c // 2) if variant.distance == "cosine" and splits[0] == 2 else config.block_c
+    least = min(16, config.block_c)  # channels of a matrix product
+    block_c = max(least, config.block_c // 2) if variant.distance == "cosine" else config.block_c
     common = {
         "WEIGHTED": variant.weighted, "DISTANCE": variant.distance, "ACC": launch.acc_type(dtypes[0]),
         "T": num_tokens, "TP": rows, "BLOCK_P": config.block_p,

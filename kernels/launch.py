@@ -55,12 +55,12 @@ Looks = Sequence[Look]  # of the levels of one sequence of feature maps
 
 def looks(tensors: Iterable[Tensor]) -> Looks:
     """All that a launch depends on of feature maps."""
-    return tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+    return tuple([(x.shape, x.stride(), x.dtype) for x in tensors])
 
 
 def dtypes(*tensors: Iterable[Tensor]) -> tuple[tuple[torch.dtype, ...], ...]:
     """All that a launch depends on of parameters."""
-    return tuple(tuple(x.dtype for x in each) for each in tensors)
+    return tuple([tuple([x.dtype for x in each]) for each in tensors])
 
 
 class Map(NamedTuple):
@@ -141,9 +141,9 @@ class Group(NamedTuple):
     align: int
     wide: bool
 
-    def own(self, values: Sequence[Any]) -> list[Any]:
+    def own(self, values: Sequence[Any]) -> Sequence[Any]:
         """The entries of these levels."""
-        return [values[i] for i in self.levels]
+        return values if len(values) == len(self.levels) else [values[i] for i in self.levels]
 
     def addresses(self, *tensors: Sequence[Tensor]) -> list[Any]:
         """The tensors of these levels as a kernel takes them. The first stand in for those that are missing: never read."""

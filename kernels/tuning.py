@@ -147,17 +147,17 @@ def _distance(a: Key, b: Key) -> int:
 
 def default(key: Key) -> Config:
     """The configuration where nothing was measured."""
-    nhwc, narrow = key.layout == "nhwc", key.layout == "nhwc" and key.channels * key.bits % 128 != 0
     if key.kernel in WRITING:
         across, along = (16, 64) if key.bits == 64 else (32, 64 if key.kernel == "feature_gradient_kernel" else 128)
+        narrow = key.layout == "nhwc" and key.channels * key.bits % 128 != 0  # elements are loaded one by one
         threads = 256 if narrow or across * along < 4096 else 128
-        if not nhwc:
+        if key.layout == "nchw":
             return Config(across, along, threads)
         channels = min(along, max(across, power_of_2(key.channels)))
         return Config(channels, across * along // channels, threads)
     if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
         return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128)
-    return Config(32, 1024 // key.tokens, 128 if key.bits == 16 and key.tokens == 8 and not narrow else 256)
+    return Config(32, 1024 // key.tokens, 256)
 
 
 def user_file(gpu: str) -> Path:

@@ -77,7 +77,7 @@ def mask_state(source: Source) -> dict[str, Tensor]:
     return found
 
 
-def load_masks(modules: Any, source: Source) -> None:
+def load_masks(modules: nn.ModuleList, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
     A criterion's modules compose their tables from a learner's entries, or copy those of another criterion. Warns
@@ -107,18 +107,19 @@ def load_masks(modules: Any, source: Source) -> None:
             "tokens once it has memory (to_empty): checkpoints.load_masks(module.mask_modules, pretrained), or load_state_dict"
         )
     found = mask_state(source)
+    levels: list[Any] = list(modules)
     composed = any(key.split(".", 2)[2] in COMPOSED for key in found)
-    if composed and not all(isinstance(level, LevelTables) for level in modules):
+    if composed and not all(isinstance(level, LevelTables) for level in levels):
         raise ValueError(
             "pretrained: these are the tables of a MaskedDistillLoss, composed of tokens and mask weights that a learner "
             "cannot get back; pass the MaskLearner or the file that it saved"
         )
     shapes = {
         f"mask_modules.{i}.{name}": shape
-        for i, level in enumerate(modules)
+        for i, level in enumerate(levels)
         for name, shape in (level.table_shapes() if composed else level.published_shapes()).items()
     }
-    held, expected = _kind_of_entries(found), _kind_of_modules(modules)
+    held, expected = _kind_of_entries(found), _kind_of_modules(levels)
     problems = _misfits(found, shapes)
     fits = expected in (
         held,
@@ -154,9 +155,9 @@ class _Kind(NamedTuple):
         return f"{levels} of {channels} channels, {self.num_tokens} tokens, {weights}, {standardised[self.standardize]}"
 
 
-def _kind_of_modules(modules: Any) -> _Kind:
-    first = modules[0]
-    return _Kind([module.channels for module in modules], first.num_tokens, first.weight_mask, first.standardize)
+def _kind_of_modules(levels: list[Any]) -> _Kind:
+    first = levels[0]
+    return _Kind([level.channels for level in levels], first.num_tokens, first.weight_mask, first.standardize)
 
 
 def _kind_of_entries(found: Mapping[str, Tensor]) -> _Kind:
@@ -266,7 +267,7 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
-def save_masks(modules: Any, path: str | os.PathLike[str]) -> None:
+def save_masks(modules: nn.ModuleList, path: str | os.PathLike[str]) -> None:
     """Write the tokens and mask weights of ``modules`` as CPU tensors ``mask_modules.{level}.<parameter>``.
 
     An existing file is replaced in one step once the new one is on disk: a process killed while saving leaves the old file

@@ -57,17 +57,10 @@ def swapped_data(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path
         own.data = new.clone()
 
 
-def parameters_for_buffers(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
-    for own, new in zip(criterion.mask_modules, other.mask_modules, strict=True):
-        for name, value in new.named_buffers():
-            delattr(own, name)
-            setattr(own, name, nn.Parameter(value.clone()))
-
-
 def entries_of_a_learner(criterion: MaskedDistillLoss, other: MaskedDistillLoss, _: Path) -> None:
     learner = learned(3, other.weight_mask, other.standardize)
     own = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
-    criterion.load_state_dict(own, assign=True, strict=False)
+    criterion.load_state_dict(own, assign=True)  # strict: what else a criterion counts, a learner need not hold
     assert not any(x.requires_grad for x in criterion.mask_modules.buffers())
 
 
@@ -83,7 +76,6 @@ CHANGES: dict[str, Change] = {
     "load_assign_of_parameters": entries_of_a_learner,
     "distributed_checkpoint": distributed_checkpoint,
     "data_swapped": swapped_data,
-    "parameters_for_buffers": parameters_for_buffers,
     "modules_replaced": replaced_modules,
 }
 IN_PLACE = ["load", "load_of_a_part", "distributed_checkpoint"]
@@ -102,7 +94,7 @@ def test_changes_are_seen(change: Change, weight_mask: bool, standardize: bool, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [*IN_PLACE, "parameters_for_buffers"])
+@pytest.mark.parametrize("change", IN_PLACE)
 def test_changes_are_seen_by_a_compiled_criterion(change: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     criterion, other = (criterion_of(learned(seed)) for seed in (2, 3))

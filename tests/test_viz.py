@@ -64,6 +64,8 @@ def test_shows_images_masks_and_numbers(n: int, tokens: int) -> None:
                 assert tuple(overlay.get_extent()) == (0, 32, 24, 0)
                 assert overlay.get_clim() == (0, 1)
                 assert axis.get_title() == f"token {t}\nw {weights[i, t].item():.2f}   c {masks[i, t].mean().item():.2f}"
+            lefts = [axis.get_position().x0 for axis in rows[level * n + i]]
+            assert lefts == sorted(lefts)
             bold = [axis.title.get_fontweight() == "bold" for axis in tiles]
             assert bold == [t == weights[i].argmax() for t in range(tokens)]
         expected = describe(masks).dice

@@ -4,6 +4,7 @@ The cases are a choice, not a product: each value of each option with several of
 outside of the views that are passed, and as uninitialised until a kernel or the host has written it.
 """
 
+import contextlib
 import copy
 import importlib
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, kernels
+from maskd_triton.kernels import tuning
 from tests.ptx.driver import ARCHS, virtual_gpu
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -30,7 +32,7 @@ class Case:
     """``dtype`` and ``layout`` are the teacher's; ``other`` are the student's, in stage 1 those of the upstream gradient.
 
     ``place``: a slice of channels or columns of larger maps, or a storage offset of 3 elements; ``given``: masks come with the
-    call; ``inputs``: the features' gradient is wanted.
+    call; ``inputs``: the features' gradient is wanted; ``stages``: of the load pipeline, where a tuner chose another one.
     """
 
     dtype: str = "fp32"
@@ -49,12 +51,16 @@ class Case:
     distance: str = "squared"
     inputs: bool = True
     same_channels: int = 0
+    stages: int = 1
 
     def __str__(self) -> str:
         other = f"-of-{self.other_dtype or self.dtype}-{self.other_layout or self.layout}"
         flags = [name for name in ("weighted", "standard", "valid", "given", "custom", "inputs") if getattr(self, name)]
         maps = self.layout + (other if self.other_dtype or self.other_layout else "")
-        return "-".join([self.dtype, maps, f"{self.tokens}x{self.levels}", *flags, self.distance, self.place or "whole"])
+        staged = [f"stages{self.stages}"] if self.stages > 1 else []
+        return "-".join(
+            [self.dtype, maps, f"{self.tokens}x{self.levels}", *flags, self.distance, self.place or "whole", *staged]
+        )
 
     @property
     def shapes(self) -> list[tuple[int, int, int, int]]:
@@ -201,6 +207,8 @@ CASES = {
         Case("fp64", "nchw", distance="cosine", tokens=3, given=True),
         Case("bf16", "channels_last"),
         Case("fp32", "nchw", distance="cosine", valid=True),
+        Case("fp32", "nchw", same_channels=40, stages=3),
+        Case("bf16", "channels_last", tokens=32, same_channels=40, stages=3),
     ],
     1: [
         Case("fp32", "nchw", tokens=6, levels=2),
@@ -220,11 +228,14 @@ CASES = {
         Case("fp32", "channels_last", place="offset", inputs=False),
         Case("fp32", "nchw", place="columns", levels=1),
         Case("fp32", "batch_last", levels=1),
+        Case("fp32", "channels_last", same_channels=40, stages=2),
+        Case("bf16", "nchw", tokens=32, same_channels=40, stages=3, inputs=False),
     ],
 }
 # Half of the last place of what enters a product: float32 tokens enter one with half features in two parts
 UNITS = {"fp64": 2**-53, "fp32": 2**-24, "fp16": 2**-22, "bf16": 2**-16}
-STEPS = 8  # roundings on the way from input to output, each as large as one of the input
+STEPS = 8  # roundings of this size on the way from input to output
+SUMS = 32  # roundings of the size of the accumulator's unit: those of sums over channels, tiles and images, one after another
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -235,13 +246,14 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def bounds(case: Case, measured: Measured, want: Outputs) -> dict[str, list[float]]:
-    """The error that rounding may make of each output, but for that of its own dtype: how far it moves in float64, at most,
-    when all inputs are off by a unit, so that sums which cancel are allowed more; and a unit for what follows the sums."""
+    """The error that rounding may make of each output, but for that of its own dtype. It follows from how far the output moves
+    in float64, at most, when all inputs are off by a unit, so that sums which cancel are allowed more."""
     unit = max(UNITS[dtype] for dtype in (case.dtype, case.other_dtype or case.dtype))
     last = UNITS["fp64" if case.dtype == "fp64" else "fp32"]
+    steps = STEPS + SUMS * last / unit
     moved = [measured("eager", torch.float64, unit) for _ in range(16)]
     return {
-        name: [STEPS * (last + max(error(each[name][i], exact) for each in moved)) for i, exact in enumerate(values)]
+        name: [steps * max(error(each[name][i], exact) for each in moved) + STEPS * last for i, exact in enumerate(values)]
         for name, values in want.items()
     }
 
@@ -261,7 +273,9 @@ def launched(stage: int, case: Case) -> set[str]:
 def test_as_eager_float64(stage: int, case: Case, arch: int, seed: int) -> None:
     torch.manual_seed(seed)
     measured = (stage_1 if stage == 1 else stage_2)(case)
-    with virtual_gpu(arch) as gpu, gpu.initcheck():
+    with virtual_gpu(arch) as gpu, gpu.initcheck(), contextlib.ExitStack() as stack:
+        for kernel in tuning.READING if case.stages > 1 else ():
+            stack.enter_context(tuning.forced(kernel, tuning.Config(16, 32, 128, case.stages)))
         got = measured("triton")
     assert gpu.launches.keys() == launched(stage, case)
     want = measured("eager", torch.float64)
