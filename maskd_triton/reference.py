@@ -106,8 +106,12 @@ def masked_distance(
         masked = factor[:, :, None] * (s - t)[:, None]  # [N, T, C, H, W]
         weighed = masked.square().sum((2, 3, 4)) / s.shape[1]
     else:
-        smooth = distance == "smooth_l1"
-        d = smooth_l1_loss(s, t, reduction="none", beta=beta).mean(1) if smooth else 1 - cosine_similarity(s, t, dim=1)
+        if distance == "smooth_l1":
+            d = smooth_l1_loss(s, t, reduction="none", beta=beta).mean(1)
+        elif distance == "cosine":
+            d = 1 - cosine_similarity(s, t, dim=1)
+        else:
+            raise NotImplementedError(f"distance {distance!r}")
         weighed = (m**mask_power * d[:, None]).sum((2, 3))
     per_token = weighed / (m.sum((2, 3)) + eps)
     per_image = per_token.mean(1) if w is None else (w * per_token).sum(1)
