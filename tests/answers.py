@@ -352,8 +352,8 @@ class Comparison:
             return 0.0
         units = UNITS_OF_SUMS[self.case.precise]
         most = bound(want[known], [x[known] for x in moved], self.unit, units, self.last(name, dtype))
-        # what underflows: a term of a sum, which a Dice loss divides by 2e-12, and a result
-        least = torch.finfo(self.case.precise).smallest_normal * (1e12 if name.startswith("dice") else 1)
+        # what underflows: a mask, times features and in sums, which a Dice loss divides by 2e-12, and a result
+        least = torch.finfo(self.case.precise).smallest_normal * (1e12 if name.startswith("dice") else 1e6)
         most += least + info.smallest_normal * info.eps
         return (got[known] - want[known]).abs().max().item() / most
 
