@@ -281,7 +281,8 @@ def test_as_eager_float64(stage: int, case: Case, arch: int, seed: int) -> None:
     want = measured("eager", torch.float64)
     for name, allowed in bounds(case, measured, want).items():
         for x, exact, bound in zip(got[name], want[name], allowed, strict=True):
-            assert error(x, exact) <= bound + torch.finfo(x.dtype).eps / 2, name
+            # its own dtype, to which a gradient is rounded twice where it comes two ways, as through weights of valid pixels
+            assert error(x, exact) <= bound + torch.finfo(x.dtype).eps, name
 
 
 def test_every_kernel_is_launched() -> None:
