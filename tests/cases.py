@@ -196,6 +196,12 @@ def sound(case: Case) -> Case:
         values = "images of all sizes"
     if (case.resize or case.align) and values in ("equal", "near"):
         values = "normal"
+    # where products of float32 or half numbers leave their range or lose all digits, no bound says how far a result may be
+    extreme = {values, case.teacher.values} & {"huge", "inf", "far from zero"}
+    if extreme and (case.custom != "no" or case.distance == "cosine" or case.align):
+        case = replace(case, custom="no", distance="squared", align=0, own_align=False)
+    if case.learned == "saturating" and case.eps == 0:  # a mask whose area is 0 in float32 alone
+        case = replace(case, eps=default.eps)
     return replace(case, student=replace(case.student, values=values))
 
 
