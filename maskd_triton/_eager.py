@@ -441,7 +441,7 @@ def resized_valid(x: Tensor, source: Tensor, goal: Tensor) -> tuple[Tensor, Tens
         return torch.einsum("nvw,nchw->nchv", columns, torch.einsum("nuh,nchw->ncuw", rows, maps))
 
     weight = resized(source[:, None].to(acc))
-    counted = weight > 0
+    counted = weight > 1e-3  # rounding leaves more than 0 where there is nothing
     values = resized(x.to(acc).masked_fill(~source[:, None], 0)) / weight.where(counted, 1)
     return values.to(x.dtype), (goal & counted[:, 0]).to(torch.uint8)
 
