@@ -11,7 +11,7 @@ kernel writes the gradient of x where it is wanted: 2 passes more. All reduction
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -318,7 +318,7 @@ class _Variant(NamedTuple):
 
 
 # Groups, tiles of an image of each level, and numbers of the first and the last kernel
-_Launches = list[tuple[launch.Group, list[int], launch.Numbers, launch.Numbers]]
+_Launches = list[tuple[launch.Group, list[int], launch.Numbers, launch.Numbers | None]]  # the last where it is needed
 
 
 def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kept: LearnKept) -> list[Tensor]:
@@ -493,11 +493,16 @@ def _plan_backward(
             SPLIT=launch.split(dtype), FAST=group.axes[0], UPCAST=launch.INTERPRETED, STAGES=config.num_stages,
             **common, **config.tile,
         )  # fmt: skip
-        widths = [m.p // height for m, height in zip(x, group.own(variant.heights), strict=True)]
-        config = group.config("feature_gradient_kernel", t, device, of=2)
-        of_features = launch.numbers(
-            group, launch.tiles(x, config), (1, 2), group.levels, widths, WEIGHTED=variant.weighted,
-            TP=tuning.power_of_2(t), D_FAST=group.axes[2], **common, **config.tile,
-        )  # fmt: skip
+        of_features = _of_features(group, variant, common, device) if need_features else None
         launches.append((group, counts, of_tokens, of_features))
     return maps, launches
+
+
+def _of_features(group: launch.Group, variant: _Variant, common: dict[str, Any], device: torch.device) -> launch.Numbers:
+    x, t = group.maps[0], variant.num_tokens
+    widths = [m.p // height for m, height in zip(x, group.own(variant.heights), strict=True)]
+    config = group.config("feature_gradient_kernel", t, device, of=2)
+    return launch.numbers(
+        group, launch.tiles(x, config), (1, 2), group.levels, widths, WEIGHTED=variant.weighted,
+        TP=tuning.power_of_2(t), D_FAST=group.axes[2], **common, **config.tile,
+    )  # fmt: skip

@@ -157,7 +157,8 @@ def default(key: Key) -> Config:
         return Config(channels, across * along // channels, threads)
     if key.bits == 64:  # no matrix instruction: the product is a [T, C, P] block
         return Config(2, 16, 256) if key.tokens > 16 else Config(8, 32, 128)
-    return Config(32, 1024 // key.tokens, 256)
+    across = 64 if key.bits == 16 and key.tokens > 16 else 32  # 16 bytes for every thread
+    return Config(across, 1024 // key.tokens, 256)
 
 
 def user_file(gpu: str) -> Path:
