@@ -194,7 +194,7 @@ def sound(case: Case) -> Case:
     values = case.student.values
     if case.distance == "cosine" and values == "tiny":  # below a length of 1e-8 torch has another gradient
         values = "images of all sizes"
-    if (case.resize or case.align) and values in ("equal", "near"):
+    if (case.resize or case.align) and values in ("equal", "near", "tiny"):
         values = "normal"
     # where products of float32 or half numbers leave their range or lose all digits, no bound says how far a result may be
     extreme = {values, case.teacher.values} & {"huge", "inf", "far from zero"}
