@@ -7,6 +7,7 @@ outside of the views that are passed, and as uninitialised until a kernel or the
 import contextlib
 import copy
 import importlib
+import math
 import os
 import pkgutil
 from collections.abc import Callable
@@ -235,7 +236,6 @@ CASES = {
 # Half of the last place of what enters a product: float32 tokens enter one with half features in two parts
 UNITS = {"fp64": 2**-53, "fp32": 2**-24, "fp16": 2**-22, "bf16": 2**-16}
 STEPS = 8  # roundings of this size on the way from input to output
-SUMS = 32  # roundings of the size of the accumulator's unit: those of sums over channels, tiles and images, one after another
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -250,7 +250,8 @@ def bounds(case: Case, measured: Measured, want: Outputs) -> dict[str, list[floa
     in float64, at most, when all inputs are off by a unit, so that sums which cancel are allowed more."""
     unit = max(UNITS[dtype] for dtype in (case.dtype, case.other_dtype or case.dtype))
     last = UNITS["fp64" if case.dtype == "fp64" else "fp32"]
-    steps = STEPS + SUMS * last / unit
+    terms = max(math.prod(shape) for shape in case.shapes)  # of a sum over images, channels and pixels
+    steps = STEPS + math.sqrt(terms) * last / unit  # its roundings are those of a random walk
     moved = [measured("eager", torch.float64, unit) for _ in range(16)]
     return {
         name: [steps * max(error(each[name][i], exact) for each in moved) + STEPS * last for i, exact in enumerate(values)]
