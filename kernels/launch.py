@@ -6,6 +6,7 @@ device, nothing is synchronised, and a captured CUDA graph keeps them.
 """
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -143,11 +144,12 @@ class Group(NamedTuple):
 
     def own(self, values: Sequence[Any]) -> Sequence[Any]:
         """The entries of these levels."""
-        return values if len(values) == len(self.levels) else [values[i] for i in self.levels]
+        return [values[i] for i in self.levels]
 
     def addresses(self, *tensors: Sequence[Tensor]) -> list[Any]:
         """The tensors of these levels as a kernel takes them. The first stand in for those that are missing: never read."""
-        return [per_level(self.own(each or tensors[0])) for each in tensors]
+        pick = operator.itemgetter(*self.levels)  # one entry, or a tuple of several
+        return [pick(each or tensors[0]) for each in tensors]
 
     def config(self, kernel: str, num_tokens: int, device: torch.device, of: int = 0) -> Config:
         """The configuration of ``kernel``, whose tiles follow the maps ``of``."""

@@ -303,8 +303,9 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
     """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
     student, teacher = names
     features(t, teacher, channels)
-    features(s, student, channels, "; give student_channels= and the criterion aligns them")
-    if s.shape != t.shape:
+    dense(s, student)
+    if s.shape != t.shape or s.dtype not in _DTYPES:
+        features(s, student, channels, "; give student_channels= and the criterion aligns them")
         raise ValueError(
             f"{student}: expected the shape of {teacher}, {list(t.shape)}, got {list(s.shape)} "
             "(different channels: give student_channels; different sizes: give resize='student' or 'teacher')"

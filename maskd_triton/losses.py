@@ -368,14 +368,15 @@ class MaskedDistillLoss(Options):
             check.features(s, f"student{label}", narrow)
 
     def _warn_without_gradient(self, levels: Matched) -> None:
+        if self._warned or all(s.requires_grad for s in levels.students):
+            return
         without = [f"student{label}" for s, label in zip(levels.students, levels.labels, strict=True) if not s.requires_grad]
-        if without and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{', '.join(without)}: no gradient, so the student does not learn from the distillation; usual causes are a "
-                "detach(), torch.no_grad(), or a reentrant activation checkpoint around the module (use_reentrant=False)",
-                stacklevel=5,  # through nn.Module's two functions
-            )
+        self._warned = True
+        warnings.warn(
+            f"{', '.join(without)}: no gradient, so the student does not learn from the distillation; usual causes are a "
+            "detach(), torch.no_grad(), or a reentrant activation checkpoint around the module (use_reentrant=False)",
+            stacklevel=5,  # through nn.Module's two functions
+        )
 
     def _prepared(self, levels: Matched, valid: Any) -> tuple[Matched, list[Tensor]]:
         """Levels aligned and resized, and their valid pixels."""
