@@ -273,7 +273,7 @@ class MaskLearner(Options):
             reasons = collapsed(level, overlap=False) if name not in self._warned else []
             if reasons:
                 self._warned.add(name)
-                advice = "" if self.standardize else "; standardize=True usually prevents it"
+                advice = "" if self.standardize else "; standardize=True may prevent it"
                 warnings.warn(f"MaskLearner, level {name!r}: masks have collapsed: {'; '.join(reasons)}{advice}", stacklevel=2)
         return levels
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from maskd_triton.functional import DISTANCES
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 LAYOUTS = (
     "nchw", "channels_last", "nlc", "batch_last", "offset", "channels of more", "columns of more", "every second channel",
@@ -134,7 +136,7 @@ STAGE_2: dict[str, tuple[Any, ...]] = {
     "mask_weights": (False, True),
     "custom": ("from the start", "no", "warm-up", "warmed up"),
     "power": (2, 1),
-    "distance": ("squared", "smooth_l1", "cosine"),
+    "distance": DISTANCES,
     "beta": (1.0, 0.3),
     "eps": (1e-12, 1e-3, 0.0),
     "weight_as": ("number", "tensor", "assigned"),
