@@ -39,7 +39,7 @@ def run(processes: int, *program: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "learn", "calibrate"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "calibrate"])
 def test_two_processes(mode: str) -> None:
     assert f"{mode} equal" in run(2, "tests/programs/two_processes.py", mode)
 
