@@ -1,9 +1,9 @@
 """DDP and FSDP2 give the losses, gradients and parameters of one process on the joined batch."""
 
 import os
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,31 +17,34 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 
-def run(processes: int, *program: str) -> str:
-    """What the ``program`` prints in that many processes. Without torchrun, which was seen to hang once they had ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = []
-    for rank in range(processes):
-        environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        command, pipe = [sys.executable, *program], subprocess.PIPE
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True))
+def run(processes: int, folder: Path, *program: str) -> str:
+    """What the ``program`` prints in that many processes; AssertionError with the words of the first that fails, as the others
+    then wait for it. They meet in a file: a free port may be taken by another test before they listen."""
+    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "STORE": str(folder / "store"), "WORLD_SIZE": str(processes)}
+    ranks, outputs = [], [folder / f"{rank}.txt" for rank in range(processes)]
+    for rank, output in enumerate(outputs):
+        with output.open("w") as file:  # not a pipe, which a process may fill while nobody reads it
+            environment = os.environ | shared | {"RANK": str(rank)}
+            command = [sys.executable, *program]
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
+    end = time.monotonic() + 300
     try:
-        printed = [process.communicate(timeout=300) for process in ranks]
+        while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
+            assert time.monotonic() < end, [output.read_text()[-4000:] for output in outputs]
+            time.sleep(0.1)
+        failed = [output.read_text()[-4000:] for process, output in zip(ranks, outputs, strict=True) if process.poll()]
     finally:
         for process in ranks:
             process.kill()
-    for process, (_, errors) in zip(ranks, printed, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return "".join(out for out, _ in printed)
+            process.wait()
+    assert not failed
+    return "".join(output.read_text() for output in outputs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "calibrate"])
-def test_two_processes(mode: str) -> None:
-    assert f"{mode} equal" in run(2, "tests/programs/two_processes.py", mode)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "learn", "calibrate"])
+def test_two_processes(mode: str, tmp_path: Path) -> None:
+    assert f"{mode} equal" in run(2, tmp_path, "tests/programs/two_processes.py", mode)
 
 
 def test_dtensor_features() -> None:
