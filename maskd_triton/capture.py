@@ -1,6 +1,5 @@
 """Features of named modules, without changing the models: a list of levels from the student, and one from the teacher."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._hooks import Hooked, Output, Where, changes_in_train_mode, names_of
+from ._warn import warn
 
 __all__ = ["FeatureCapture", "call"]
 
@@ -132,10 +132,9 @@ class FeatureCapture:
         layer = None if self._warned or teacher.only is not None else teacher.in_train_mode()
         if layer is not None:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"capture: the teacher ran with {layer!r} in train mode, so its features depend on the batch or on chance; "
                 "call teacher.eval(), or hold it in a FrozenTeacher",
-                stacklevel=2,
             )
         return students, teachers
 

@@ -16,6 +16,7 @@ from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
+from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, collapsed, describe
 from .functional import learn
@@ -274,7 +275,7 @@ class MaskLearner(Options):
             if reasons:
                 self._warned.add(name)
                 advice = "" if self.standardize else "; standardize=True may prevent it"
-                warnings.warn(f"MaskLearner, level {name!r}: masks have collapsed: {'; '.join(reasons)}{advice}", stacklevel=2)
+                warn(f"MaskLearner, level {name!r}: masks have collapsed: {'; '.join(reasons)}{advice}")
         return levels
 
     def save(self, path: str | os.PathLike[str]) -> None:

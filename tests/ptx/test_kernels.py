@@ -281,9 +281,10 @@ def test_as_eager_float64(stage: int, case: Case, arch: int, seed: int) -> None:
     assert gpu.launches.keys() == launched(stage, case)
     want = measured("eager", torch.float64)
     for name, allowed in bounds(case, measured, want).items():
+        # to its own dtype; a gradient that also comes through the weights of valid pixels: either way, and their sum
+        roundings = 3 if name == "features" and case.valid and case.weighted else 1
         for x, exact, bound in zip(got[name], want[name], allowed, strict=True):
-            # its own dtype, to which a gradient is rounded twice where it comes two ways, as through weights of valid pixels
-            assert error(x, exact) <= bound + torch.finfo(x.dtype).eps, name
+            assert error(x, exact) <= bound + roundings * torch.finfo(x.dtype).eps / 2, name
 
 
 def test_every_kernel_is_launched() -> None:
