@@ -147,7 +147,7 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     """TypeError or ValueError unless ``given`` is None or has one entry for each level."""
     if given is None:
         return
-    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+    if isinstance(given, str | Tensor) or not isinstance(given, Sequence):
         raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(given).__name__}")
     if len(given) != levels:
         raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(given)}")

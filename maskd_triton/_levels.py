@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _checks as check
 from .shapes import valid_pixels
@@ -182,10 +182,7 @@ def in_order(value: Any, name: str, names: Sequence[Any] | None, levels: int) ->
         if set(value) != set(names):
             raise ValueError(f"{name}: expected the levels {list(names)}, got {list(value)}")
         return [value[key] for key in names]
-    if isinstance(value, str | Tensor) or not isinstance(value, Sequence | nn.ModuleList):
-        raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(value).__name__}")
-    if len(value) != levels:
-        raise ValueError(f"{name}: expected one entry for each of the {check.counted(levels)}, got {len(value)}")
+    check.per_level(value, name, levels)
     return list(value)
 
 

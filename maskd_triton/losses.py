@@ -185,9 +185,11 @@ class MaskedDistillLoss(Options):
         if align is not None and student_channels is not None:
             raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
         if align is not None:
-            align = dict(align.items()) if isinstance(align, nn.ModuleDict) else align
-            single = isinstance(align, nn.Module) and not isinstance(align, nn.ModuleList)
-            modules = in_order([align] if single else align, "align", self.names, levels)
+            if isinstance(align, nn.ModuleDict):
+                align = dict(align.items())
+            elif isinstance(align, nn.Module):
+                align = list(align) if isinstance(align, nn.ModuleList) else [align]
+            modules = in_order(align, "align", self.names, levels)
             for i, module in enumerate(modules):
                 if not isinstance(module, nn.Module):
                     raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
