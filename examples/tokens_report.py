@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .tokens import Study
 
 Line = dict[str, Any]
+KINDS = ["raw", "channel", "isotropic"]
 # of a 95 % interval by Student's t, by the number of pairs less one
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -27,6 +28,7 @@ def tables(lines: Sequence[Line]) -> list[str]:
 
 def tokens_table(lines: Sequence[Line], teacher: str) -> list[str]:
     own = [line for line in lines if line["run"] == "tokens" and line["teacher"] == teacher]
+    own.sort(key=lambda line: KINDS.index(line["name"].partition(":")[0]))
     rows = [
         "| features: way | task loss | focus | emphasis | entropy in an image | over the set | largest Dice | coverage "
         "| IoU: boxes | background | digits |",
@@ -119,12 +121,12 @@ def draw(study: "Study", names: Sequence[str], path: Path) -> None:
                 axis = axes[level * count + n, column]
                 axis.set_axis_off()
                 if not name:
-                    axis.imshow(images[n])
+                    axis.imshow(images[n].numpy())
                     continue
                 masks, weights = study.masks(name)
                 m = masks[level][n]
                 w = torch.full((len(m),), 1 / len(m)) if weights is None else weights[level][n]
                 s = (m.square() * (w / m.sum((1, 2)))[:, None, None]).sum(0)
-                axis.imshow(s / s.mean(), vmin=0, vmax=3)
+                axis.imshow((s / s.mean()).numpy(), vmin=0, vmax=3)
                 axis.set_title(name.replace(": ", ":\n") if level == n == 0 else "", fontsize=7)
     figure.savefig(path, dpi=80)
