@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, one_hot
+from torch.nn.functional import adaptive_avg_pool2d
 
 from bench import environment
 from maskd_triton import MaskedDistillLoss, MaskLearner, MaskModule
 from maskd_triton.diagnostics import LevelDiagnostics, verdict
 
 from . import tokens_report as report
-from .digits_data import NUM_CLASSES, Scenes, make_scenes
+from .digits_data import Scenes, make_scenes
 from .digits_training import batches
 from .tokens_teachers import Net, objects_of, student_of, teacher_of
 
@@ -104,17 +104,22 @@ FEW = [  # for the detector, whose head takes long
     "channel: weighting slower",
     "channel: weight decay 0.1",
 ]
-STUDENTS = (  # in the order of their value
+STUDENTS = (  # in the order of their value; "x 3": with three times the loss weight
     "feature MSE",
     "channel: one token",
     "channel: as published",
     "raw: as published",
+    "feature MSE x 3",
+    "channel: one token x 3",
+    "raw: unweighted",
     "channel: weighting slower",
-    "channel: unweighted",
     "alone",
     "true boxes",
     "random masks",
+    "channel: unweighted",
     "channel: weight decay 0.1",
+    "feature MSE x 0.3",
+    "channel: one token x 0.3",
 )
 
 
@@ -136,12 +141,13 @@ def run(settings: Settings, out: Path, ways: Mapping[str, Tokens] = WAYS, studen
     for study in studies.values():
         for name in ways if study.kind != "detector" else filter(FEW.__contains__, ways):
             journal.once({"run": "tokens", "teacher": study.kind, "name": name}, lambda n=name, s=study: s.judge(n))
-        report.draw(study, [name for name in students if name in ways], out / f"masks-{study.kind}.png")
     for name in students:
         for seed in range(settings.seeds):
             for study in studies.values():
                 key = {"run": "student", "teacher": study.kind, "name": name, "seed": seed}
                 journal.once(key, lambda n=name, s=study, seed=seed: s.score(n, seed))
+    for study in studies.values():
+        report.draw(study, [name for name in students if name in ways], out / f"masks-{study.kind}.png")
 
 
 class Journal:
@@ -166,7 +172,7 @@ class Study:
     """A trained teacher, and all that is learned from it."""
 
     def __init__(self, kind: str, settings: Settings, out: Path, journal: Journal) -> None:
-        self.kind, self.settings, self.tokens = kind, settings, dict[str, MaskLearner]()
+        self.kind, self.settings, self.out, self.tokens = kind, settings, out, dict[str, MaskLearner]()
         self.train, self.validation, self.test = (
             make_scenes(split, count) for split, count in zip(("train", "validation", "test"), settings.scenes, strict=True)
         )
@@ -198,13 +204,20 @@ class Study:
     def learner(self, name: str) -> MaskLearner:
         """With tokens learned in the way of this name."""
         if name not in self.tokens:
-            self.tokens[name] = self._learn(WAYS[name])
+            path = self.out / f"{self.kind}, {name.replace(':', ',')}.pt"
+            way = WAYS[name]
+            torch.manual_seed(0)
+            learner = MaskLearner(self.teacher.channels, way.num_tokens, way.weighted, standardize=way.standardize)
+            if path.exists():
+                learner.load_state_dict(torch.load(path, weights_only=True))
+            else:
+                self._learn(learner, way)
+                torch.save(learner.state_dict(), path)
+            self.tokens[name] = learner
         return self.tokens[name]
 
     @torch.enable_grad()
-    def _learn(self, way: Tokens) -> MaskLearner:
-        torch.manual_seed(0)
-        learner = MaskLearner(self.teacher.channels, way.num_tokens, way.weighted, standardize=way.standardize)
+    def _learn(self, learner: MaskLearner, way: Tokens) -> None:
         levels, labels = ([x[: self.settings.token_scenes] for x in xs] for xs in (self.levels, [self.train.labels]))
         if way.standardize:
             neck = nn.Identity()
@@ -225,7 +238,6 @@ class Study:
             loss.backward()
             optimizer.step()
             schedule.step()
-        return learner
 
     @torch.no_grad()
     def judge(self, name: str) -> dict[str, Any]:
@@ -244,15 +256,12 @@ class Study:
     def _level(self, learner: MaskLearner, i: int, level: LevelDiagnostics) -> dict[str, Any]:
         module, x = learner.mask_modules[i], self.unseen[i]
         masks: Tensor = module.masks(x) > 0.5  # type: ignore[operator]
-        share = one_hot(self.validation.labels, NUM_CLASSES).movedim(3, 1).float()
-        classes = adaptive_avg_pool2d(share, x.shape[2:])
         inside = adaptive_avg_pool2d(objects_of(self.validation.labels).float()[:, None], x.shape[2:]) > 0.5
         found = {name: value.tolist() for name, value in vars(level).items() if value is not None}
         return found | {
             "verdict": verdict(level, standardized=bool(learner.standardize)),
             "iou_boxes": best_iou(masks, inside[:, 0]),
             "iou_background": best_iou(masks, ~inside[:, 0]),
-            "iou_digits": [best_iou(masks, kind > 0.5) for kind in classes[:, 1:].unbind(1)],
         }
 
     @torch.no_grad()
@@ -274,13 +283,17 @@ class Study:
 
     def score(self, name: str, seed: int) -> dict[str, Any]:
         """Of a student that reconstructs standardised features under these masks."""
+        name, _, times = name.partition(" x ")
         torch.manual_seed(seed)
         student = student_of(self.kind).to(memory_format=torch.channels_last)
         extra = None
         if name != "alone":
             torch.manual_seed(seed)
             criterion = MaskedDistillLoss(
-                self.teacher.channels, num_tokens=None, student_channels=student.channels, loss_weight=LOSS_WEIGHT
+                self.teacher.channels,
+                num_tokens=None,
+                student_channels=student.channels,
+                loss_weight=LOSS_WEIGHT * float(times or 1),
             )
             masks, weights = self.masks(name)
 

@@ -31,9 +31,9 @@ def tokens_table(lines: Sequence[Line], teacher: str) -> list[str]:
     own.sort(key=lambda line: KINDS.index(line["name"].partition(":")[0]))
     rows = [
         "| features: way | task loss | focus | emphasis | entropy in an image | over the set | largest Dice | coverage "
-        "| IoU: boxes | background | digits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-        f"| not masked | {own[0]['unmasked']:.3f} | | 1 | | | | | | | |" if own else "",
+        "| IoU: boxes | background |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| not masked | {own[0]['unmasked']:.3f} | 0 | 1 | | | | | | |",
     ]
     for line in own:
         levels = line["levels"]
@@ -45,7 +45,6 @@ def tokens_table(lines: Sequence[Line], teacher: str) -> list[str]:
             each(levels, largest_dice),
             ", ".join(f"{min(x['coverage']):.2f} to {max(x['coverage']):.2f}" for x in levels),
             *(each(levels, lambda x, name=name: x[name]) for name in ("iou_boxes", "iou_background")),
-            each(levels, lambda x: statistics.mean(x["iou_digits"])),
         ]
         rows.append(f"| {line['name']} | {line['masked']:.3f} | {' | '.join(figures)} |")
     return rows
