@@ -167,15 +167,16 @@ def boxes_to_masks(
         image_size: height and width ``(H0, W0)`` of the batch that the models are called with, padding included.
         level_sizes: ``(H_i, W_i)`` of each level, also as an array or tensor ``[levels, 2]``.
         classes: ints ``[k]`` of every image, from 0 to ``num_classes - 1``; None: one mask for all boxes.
-        num_classes: T, how many masks an image gets with ``classes``, so that every batch gets equally many.
+        num_classes: T, how many masks an image gets with ``classes``; give it, so that every batch gets equally many. None: as
+            many as the largest class of this batch needs, which waits for the device.
 
     Returns:
         For each level float32 ``[N, T, H_i, W_i]`` of 0 and 1 on the boxes' device; T = 1 without ``classes``.
 
     Raises:
         TypeError: boxes or classes that are no tensors; sizes that are no pairs of ints; a ``num_classes`` that is no int.
-        ValueError: other shapes; classes that are no ints; only one of ``classes`` and ``num_classes``; a class that is out of
-            range, which is checked on the CPU only.
+        ValueError: other shapes; classes that are no ints; ``num_classes`` without ``classes``; a class that is out of range,
+            which is checked on the CPU only.
 
     Examples:
         >>> import torch
@@ -192,18 +193,17 @@ def boxes_to_masks(
     """
     height, width = pair(image_size, "image_size")
     sizes = [pair(size, f"level_sizes[{i}]") for i, size in enumerate(_listed(level_sizes))]
-    if (classes is None) != (num_classes is None):
-        given = "num_classes" if classes is None else "classes"
-        raise ValueError(f"classes and num_classes: expected both or none, got only {given}")
+    if classes is None and num_classes is not None:
+        raise ValueError("num_classes: expected None without classes, which say what class each box has")
     for i, found in enumerate(boxes):
         if not isinstance(found, Tensor):
             raise TypeError(f"boxes[{i}]: expected a tensor [k, 4], got {type(found).__name__}")
         if found.dim() != 2 or found.shape[1] != 4:
             raise ValueError(f"boxes[{i}]: expected [k, 4] (x0, y0, x1, y1), got shape {list(found.shape)}")
-    if classes is None or num_classes is None:
+    if classes is None:
         owners = [torch.ones(len(found), 1, device=found.device) for found in boxes]
     else:
-        owners = _owners(boxes, classes, positive_int(num_classes, "num_classes"))
+        owners = _owners(boxes, classes, num_classes)
     levels = []
     for h, w in sizes:
         cells = [_within(found, (height / h, width / w), (h, w)) for found in boxes]
@@ -212,16 +212,21 @@ def boxes_to_masks(
     return levels
 
 
-def _owners(boxes: Sequence[Tensor], classes: Sequence[Tensor], num_classes: int) -> list[Tensor]:
+def _owners(boxes: Sequence[Tensor], classes: Sequence[Tensor], num_classes: int | None) -> list[Tensor]:
     """``[k, T]`` of every image: 1 for the class of each box."""
     if len(classes) != len(boxes):
         raise ValueError(f"classes: expected a tensor for each of the {len(boxes)} images, got {len(classes)}")
-    owners = []
     for i, (found, own) in enumerate(zip(boxes, classes, strict=True)):
         if not isinstance(own, Tensor):
             raise TypeError(f"classes[{i}]: expected an int tensor [{len(found)}], got {type(own).__name__}")
         if own.shape != found.shape[:1] or own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
             raise ValueError(f"classes[{i}]: expected ints [{len(found)}], got {own.dtype} of shape {list(own.shape)}")
+    if num_classes is None:
+        num_classes = 1 + max([0, *(int(own.max()) for own in classes if len(own))])
+    else:
+        num_classes = positive_int(num_classes, "num_classes")
+    owners = []
+    for i, own in enumerate(classes):
         if own.device.type == "cpu" and len(own) and not 0 <= own.min() <= own.max() < num_classes:
             raise ValueError(f"classes[{i}]: expected classes from 0 to {num_classes - 1}, got {own.unique().tolist()}")
         owners.append((own[:, None] == torch.arange(num_classes, device=own.device)).float())

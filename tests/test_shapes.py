@@ -77,8 +77,8 @@ def test_views_with_equal_losses_and_gradients(
             TypeError,
             "level_sizes[0]: expected a pair (H, W) of ints, got 2",
         ),
-        (lambda: masks_of(BOX, [CLASS]), ValueError, "classes and num_classes: expected both or none, got only classes"),
-        (lambda: masks_of(BOX, None, 3), ValueError, "classes and num_classes: expected both or none, got only num_classes"),
+        (lambda: masks_of(BOX, [CLASS - 9]), ValueError, "classes[0]: expected classes from 0"),
+        (lambda: masks_of(BOX, None, 3), ValueError, "num_classes: expected None without classes"),
         (lambda: masks_of(BOX, [CLASS], 3.0), TypeError, "num_classes: expected a positive int, got 3.0"),
         (lambda: masks_of(BOX, [CLASS] * 2, 3), ValueError, "classes: expected a tensor for each of the 1 images, got 2"),
         (lambda: masks_of(BOX, [[2]], 3), TypeError, "classes[0]: expected an int tensor [1], got list"),
@@ -156,6 +156,10 @@ def test_boxes_to_masks(dtype: torch.dtype, target: tuple[str, str]) -> None:
         assert torch.equal(one.cpu(), want.amax(1, keepdim=True))
     assert apart[0].any()
     assert not apart[0][1].any()
+    known = shapes.boxes_to_masks(*on_device, [x.to(device) for x in classes])  # the batch has all four classes
+    assert all(map(torch.equal, known, apart))
+    none = shapes.boxes_to_masks([boxes[1]], image_size, sizes, [classes[1]])
+    assert none[0].shape == (1, 1, *sizes[0])
 
 
 def test_boxes_to_masks_edges() -> None:
