@@ -12,7 +12,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--plots needs matplotlib: pip install 'maskd-triton[viz]'", name=error.name) from error
+        raise ModuleNotFoundError("--plots needs matplotlib: pip install matplotlib", name=error.name) from error
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in results["rows"] if row["mode"] == MODE]

@@ -389,18 +389,12 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
     with launch.device_of(loss):
         for group, tiles, finish in launches:
             part = loss.new_empty((tiles.programs, 3, variant.num_tokens))
-            launch.run(
-                forward_kernel, tiles.programs,
-                *group.addresses(
-                    *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
-                    *(options.masks, options.valid, masks, cosines),
-                ),
-                *tiles.tables, options.customised if variant.chosen else loss, part, **tiles.constants,
-            )  # fmt: skip
-            launch.run(
-                finish_kernel, finish.programs,
-                *group.addresses(bias or masks), *finish.tables, part, weights, loss, coefficients, **finish.constants,
-            )  # fmt: skip
+            addresses = group.addresses(
+                *(student, teacher, tokens, teacher_tokens, token_bias, statistics, rows),
+                *(options.masks, options.valid, masks, cosines),
+            )
+            launch.run(forward_kernel, tiles, addresses, options.customised if variant.chosen else loss, part)
+            launch.run(finish_kernel, finish, group.addresses(bias or masks), part, weights, loss, coefficients)
 
 
 class _Variant(NamedTuple):
@@ -486,12 +480,9 @@ def backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor,
     student, teacher = launch.readable(student, maps[0]), launch.readable(teacher, maps[1])
     written = launch.writable(grads, maps[2])
     with launch.device_of(coefficients):
-        for group, (programs, tables, constants) in launches:
-            launch.run(
-                backward_kernel, programs,
-                *group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written), *tables,
-                grad, kept.coefficients, *grad.stride(), **constants,
-            )  # fmt: skip
+        for group, numbers in launches:
+            addresses = group.addresses(student, teacher, kept.masks, statistics, kept.valid, kept.cosines, written)
+            launch.run(backward_kernel, numbers, addresses, grad, coefficients, *grad.stride())
     return launch.copied_back(grads, written)
 
 

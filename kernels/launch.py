@@ -37,17 +37,21 @@ def device_of(x: Tensor) -> torch.cuda.device:
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
 
-def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Launch ``kernel`` on ``programs`` programs, with fused multiply-adds, which Triton 3.10 no longer makes by default."""
-    kernel.run(*arguments, grid=(programs,), warmup=False, enable_fp_fusion=True, **constants)
-
-
 class Numbers(NamedTuple):
     """What a launch takes beside tensors: how many programs, tables of the levels, constants."""
 
     programs: int
     tables: Sequence[Any]
     constants: dict[str, Any]
+
+
+def run(kernel: Any, numbers: Numbers, addresses: Sequence[Any], *others: Any) -> None:
+    """Launch ``kernel``, with fused multiply-adds, which Triton 3.10 no longer makes by default.
+
+    Its arguments are the addresses of the levels, the tables, and ``others``.
+    """
+    programs, tables, constants = numbers
+    kernel.run(*addresses, *tables, *others, grid=(programs,), warmup=False, enable_fp_fusion=True, **constants)
 
 
 Look = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype

@@ -338,14 +338,15 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
     maps, launches = _plan_forward(*looks, launch.dtypes(*parameters), variant, dice.device, tuning.generation())
     features, written = launch.readable(features, maps[0]), launch.writable(masked, maps[1])
     with launch.device_of(dice):
-        for group, counts, (programs, tables, constants), gate in launches:
+        for group, counts, tiles, gate in launches:
             totals = [weights.new_empty((n, k, m.c)) for k, m in zip(counts, group.maps[0], strict=True)]
             products = [weights.new_empty((n, k, t, t)) for k in counts]
-            launch.run(
-                mask_kernel, programs,
+            addresses = [
                 *group.addresses(features, tokens, token_bias, options.valid, masks),
-                *map(launch.per_level, (totals, products)), *group.addresses(written), *tables, weights, n, **constants,
-            )  # fmt: skip
+                *map(launch.per_level, (totals, products)),
+                *group.addresses(written),
+            ]
+            launch.run(mask_kernel, tiles, addresses, weights, n)
             for i, total, product in zip(group.levels, totals, products, strict=True):
                 torch.sum(product, 1, out=grams[i])
                 dice[i] = _eager.dice_of_gram(grams[i])
@@ -356,8 +357,7 @@ def forward(features: Sequence[Tensor], options: LearnOptions, dice: Tensor, kep
                 elif not variant.given_weights:
                     weights[i] = 1.0
             if variant.weighted:
-                addresses = group.addresses(features, masks, written)
-                launch.run(gate_kernel, gate.programs, *addresses, *gate.tables, weights, n, **gate.constants)
+                launch.run(gate_kernel, gate, group.addresses(features, masks, written), weights, n)
     return launch.copied_back(masked, written)
 
 
@@ -417,16 +417,14 @@ def backward(
     features, grads = launch.readable(features, maps[0]), launch.readable(grads, maps[1])
     written = launch.writable(result, maps[2]) if need_features else []
     gx = [weights.new_empty((n, m.p)) for m in maps[0]] if need_features else []
-    to_sums, of_all = list(sums), (weights, torch.stack([_pairs(gram) for gram in grams]), grad_dice)
+    to_sums, of_all = list(sums), (weights, torch.stack([_pairs(gram) for gram in grams]), grad_dice, grad_dice.stride(0))
     with launch.device_of(weights):
-        for group, counts, (programs, tables, constants), last in launches:
+        for group, counts, of_tokens, of_features in launches:
             token_shares = [weights.new_empty((n, k, t, m.c)) for k, m in zip(counts, group.maps[0], strict=True)]
             shares = [weights.new_empty((n, k, 2, t)) for k in counts]
-            launch.run(
-                token_gradient_kernel, programs,
-                *group.addresses(features, grads, masks, options.valid, gx),
-                *map(launch.per_level, (token_shares, shares)), *tables, *of_all, grad_dice.stride(0), n, **constants,
-            )  # fmt: skip
+            addresses = group.addresses(features, grads, masks, options.valid, gx)
+            addresses += map(launch.per_level, (token_shares, shares))
+            launch.run(token_gradient_kernel, of_tokens, addresses, *of_all, n)
             for i, token_share, share in zip(group.levels, token_shares, shares, strict=True):
                 of_weights, of_bias = share.sum(1).unbind(1)
                 to_tables.tokens[i].copy_(token_share.sum((0, 1)))
@@ -438,10 +436,7 @@ def backward(
                     to_sums[i] = _sums_gradient(i, of_weights, options, kept, to_tables)
             if need_features:
                 addresses = group.addresses(grads, gx, masks, options.valid, tokens, to_sums, written)
-                launch.run(
-                    feature_gradient_kernel, last.programs,
-                    *addresses, *last.tables, *of_all, grad_dice.stride(0), n, **last.constants,
-                )  # fmt: skip
+                launch.run(feature_gradient_kernel, of_features, addresses, *of_all, n)
     return launch.copied_back(result, written)
 
 

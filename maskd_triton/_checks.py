@@ -284,13 +284,17 @@ def tables(given: Any, maps: Sequence[Tensor], standard: bool) -> None:
     ``given``: a `DistillTables` or a `LearnTables`; ``standard``: whether the weighting is one of standardised features.
     """
     t = len(given.tokens[0]) if given.tokens else 0
+    bias = (5, t) if standard else (t,)
+    present = [field for field in zip(given._fields, given, strict=True) if field[1]]
     for i, x in enumerate(maps):
-        c = x.shape[1]
-        shapes = {"tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": (5, t) if standard else (t,)}
-        shapes |= {"teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c)}
-        for name, levels in zip(given._fields, given, strict=True):
-            if levels and (levels[i].shape != shapes[name] or levels[i].device != x.device):
-                parameter(levels[i], f"{name}[{i}]", shapes[name], x.device)  # says which
+        c, device = x.shape[1], x.device
+        shapes = {
+            "tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": bias,
+            "teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c),
+        }  # fmt: skip
+        for name, levels in present:
+            if levels[i].shape != shapes[name] or levels[i].device != device:
+                parameter(levels[i], f"{name}[{i}]", shapes[name], device)  # says which
 
 
 def frozen(x: Tensor, name: str) -> None:

@@ -262,7 +262,7 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a .safetensors file needs the safetensors package: pip install 'maskd-triton[safetensors]'", name="safetensors"
+            "a .safetensors file needs the safetensors package: pip install safetensors", name="safetensors"
         ) from error
     return safetensors
 

@@ -151,6 +151,7 @@ def masked_distill_loss(
         eps=check.eps(eps),
     )
     channels = [e.shape[1] for e in tokens or ()]
+    loss_weight = check.loss_weight(loss_weight)
     return distill(levels, channels, options, masks, mask_weights, loss_weight, reduction, impl)[0]
 
 
@@ -164,10 +165,10 @@ def distill(
     reduction: str,
     impl: str,
 ) -> tuple[Tensor, Latest]:
-    """The one door of stage 2: checks everything but the tables, which are the caller's, and gives the loss.
+    """The one door of stage 2: checks what differs from call to call, and gives the loss.
 
-    ``channels``: of every level; none: any. ``options``: everything but given masks and weights. Returns the loss, and what
-    ``diagnostics()`` reads, without gradient.
+    ``channels``: of every level; none: any. ``options``: checked by the caller, without given masks and weights.
+    Returns the loss, and what ``diagnostics()`` reads, without gradient.
     """
     check.choice(reduction, "reduction", REDUCTIONS)
     students, teachers, labels = levels.students, levels.teachers, levels.labels
@@ -175,7 +176,6 @@ def distill(
         names = f"student{label}", f"teacher{label}"
         check.pair(s, t, names, channels[i] if channels else None, students[0], f"student{labels[0]}")
     check.tables(options.tables, teachers, bool(options.tables.statistics))
-    loss_weight = check.loss_weight(loss_weight)
     weighted = bool(options.tables.pool_rows) or mask_weights is not None
     impl = resolve_impl(impl, students[0].device)
     outputs = _ops.distill(students, teachers, _with_given(levels, options, masks, mask_weights), impl)

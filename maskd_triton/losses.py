@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from . import functional
-from ._eager import acc_dtype, resized_valid
+from ._eager import resized_valid
 from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
 from ._ops import customised
 from ._options import Check, Options
@@ -273,7 +273,7 @@ class MaskedDistillLoss(Options):
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(
-            tables=self._tables(prepared.students[0].dtype, masks is None, mask_weights is None),
+            tables=self._tables(masks is None, mask_weights is None),
             valid=pixels,
             custom_mask=custom,
             customised=customised(self.warmup_step, self.custom_mask_warmup, counts) if custom else None,
@@ -399,21 +399,22 @@ class MaskedDistillLoss(Options):
             pixels = valid_of_levels(valid, teachers)
         return levels._replace(students=students, teachers=teachers), pixels
 
-    def _tables(self, dtype: torch.dtype, with_tokens: bool, weighted: bool) -> DistillTables:
+    def _tables(self, with_tokens: bool, weighted: bool) -> DistillTables:
         """Every level's: with given masks the statistics alone, which the target needs."""
-        tables = [level.tables(acc_dtype(dtype)) for level in self._levels]
-        standards = [level.standardization for level in tables if level.standardization is not None]
-        statistics = [standard.affine for standard in standards]
-        if not with_tokens:
-            return DistillTables(statistics=statistics)
-        pools = [level.weighting for level in tables if level.weighting is not None and weighted]
+        buffers = [level.float_buffers() for level in self._levels]
+
+        def of(name: str, wanted: bool) -> list[Tensor]:
+            return [level[name] for level in buffers] if wanted else []
+
+        standard = bool(self.standardize)
+        weighted, standard_tokens = with_tokens and weighted and self.weight_mask, with_tokens and standard
         return DistillTables(
-            [level.tokens for level in tables],
-            [rows for rows, _ in pools],
-            [bias for _, bias in pools],
-            [standard.tokens for standard in standards],
-            [standard.token_bias for standard in standards],
-            statistics,
+            of("mask_token", with_tokens),
+            of("pool_rows", weighted),
+            of("pool_bias", weighted),
+            of("teacher_tokens", standard_tokens),
+            of("token_bias", standard_tokens),
+            of("statistics", standard),
         )
 
 

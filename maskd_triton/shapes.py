@@ -1,4 +1,4 @@
-"""Features of other shapes as views ``[N, C, H, W]``, and which pixels of a padded batch are valid."""
+"""Features of other shapes as views ``[N, C, H, W]``, valid pixels of a padded batch, and masks made of boxes."""
 
 from collections.abc import Sequence
 from operator import index
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["from_nhwc", "from_packed", "from_tokens", "valid_pixels"]
+from ._checks import positive_int
+
+__all__ = ["boxes_to_masks", "from_nhwc", "from_packed", "from_tokens", "valid_pixels"]
 
 
 def from_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -142,3 +144,97 @@ def valid_pixels(
     ends = torch.tensor(sizes, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
     rows, columns = torch.arange(height, device=ends.device), torch.arange(width, device=ends.device)
     return (rows < ends[:, :1])[:, :, None] & (columns < ends[:, 1:])[:, None, :]
+
+
+def boxes_to_masks(
+    boxes: Sequence[Tensor],
+    image_size: tuple[int, int],
+    level_sizes: Sequence[tuple[int, int]],
+    classes: Sequence[Tensor] | None = None,
+    num_classes: int | None = None,
+) -> list[Tensor]:
+    r"""Masks of the pixels that lie in boxes, for ``masks=``: one mask an image, or one for every class.
+
+    $$
+    m_{ntyx} = 1 \text{ if a box of image n (and class t) has }
+    x_0 \le (x + 0.5) W_0 / W_i < x_1 \text{ and } y_0 \le (y + 0.5) H_0 / H_i < y_1, \quad 0 \text{ otherwise}
+    $$
+
+    So a pixel of a level counts if its centre lies in a box. A box between the centres of a coarse level leaves its mask empty.
+
+    Args:
+        boxes: ``[k, 4]`` of every image: ``(x0, y0, x1, y1)`` in pixels of the batch, of any real dtype; ``k`` may be 0.
+        image_size: height and width ``(H0, W0)`` of the batch that the models are called with, padding included.
+        level_sizes: ``(H_i, W_i)`` of each level, also as an array or tensor ``[levels, 2]``.
+        classes: ints ``[k]`` of every image, from 0 to ``num_classes - 1``; None: one mask for all boxes.
+        num_classes: T, how many masks an image gets with ``classes``; give it, so that every batch gets equally many. None: as
+            many as the largest class of this batch needs, which waits for the device.
+
+    Returns:
+        For each level float32 ``[N, T, H_i, W_i]`` of 0 and 1 on the boxes' device; T = 1 without ``classes``.
+
+    Raises:
+        TypeError: boxes or classes that are no tensors; sizes that are no pairs of ints; a ``num_classes`` that is no int.
+        ValueError: other shapes; classes that are no ints; ``num_classes`` without ``classes``; a class that is out of range,
+            which is checked on the CPU only.
+
+    Examples:
+        >>> import torch
+        >>> from maskd_triton import shapes
+        >>> boxes = [torch.tensor([[0, 0, 16, 8], [8, 8, 32, 32]]), torch.zeros(0, 4)]
+        >>> classes = [torch.tensor([0, 1]), torch.zeros(0, dtype=torch.int64)]
+        >>> shapes.boxes_to_masks(boxes, (32, 32), [(4, 4)])[0][0]
+        tensor([[[1., 1., 0., 0.],
+                 [0., 1., 1., 1.],
+                 [0., 1., 1., 1.],
+                 [0., 1., 1., 1.]]])
+        >>> [m.shape for m in shapes.boxes_to_masks(boxes, (32, 32), [(4, 4), (2, 2)], classes, num_classes=3)]
+        [torch.Size([2, 3, 4, 4]), torch.Size([2, 3, 2, 2])]
+    """
+    height, width = pair(image_size, "image_size")
+    sizes = [pair(size, f"level_sizes[{i}]") for i, size in enumerate(_listed(level_sizes))]
+    if classes is None and num_classes is not None:
+        raise ValueError("num_classes: expected None without classes, which say what class each box has")
+    for i, found in enumerate(boxes):
+        if not isinstance(found, Tensor):
+            raise TypeError(f"boxes[{i}]: expected a tensor [k, 4], got {type(found).__name__}")
+        if found.dim() != 2 or found.shape[1] != 4:
+            raise ValueError(f"boxes[{i}]: expected [k, 4] (x0, y0, x1, y1), got shape {list(found.shape)}")
+    if classes is None:
+        owners = [torch.ones(len(found), 1, device=found.device) for found in boxes]
+    else:
+        owners = _owners(boxes, classes, num_classes)
+    levels = []
+    for h, w in sizes:
+        cells = [_within(found, (height / h, width / w), (h, w)) for found in boxes]
+        masks = [(owner.T @ inside).clamp(max=1).unflatten(1, (h, w)) for owner, inside in zip(owners, cells, strict=True)]
+        levels.append(torch.stack(masks) if masks else torch.zeros(0, num_classes or 1, h, w))
+    return levels
+
+
+def _owners(boxes: Sequence[Tensor], classes: Sequence[Tensor], num_classes: int | None) -> list[Tensor]:
+    """``[k, T]`` of every image: 1 for the class of each box."""
+    if len(classes) != len(boxes):
+        raise ValueError(f"classes: expected a tensor for each of the {len(boxes)} images, got {len(classes)}")
+    for i, (found, own) in enumerate(zip(boxes, classes, strict=True)):
+        if not isinstance(own, Tensor):
+            raise TypeError(f"classes[{i}]: expected an int tensor [{len(found)}], got {type(own).__name__}")
+        if own.shape != found.shape[:1] or own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
+            raise ValueError(f"classes[{i}]: expected ints [{len(found)}], got {own.dtype} of shape {list(own.shape)}")
+    if num_classes is None:
+        num_classes = 1 + max([0, *(int(own.max()) for own in classes if len(own))])
+    else:
+        num_classes = positive_int(num_classes, "num_classes")
+    owners = []
+    for i, own in enumerate(classes):
+        if own.device.type == "cpu" and len(own) and not 0 <= own.min() <= own.max() < num_classes:
+            raise ValueError(f"classes[{i}]: expected classes from 0 to {num_classes - 1}, got {own.unique().tolist()}")
+        owners.append((own[:, None] == torch.arange(num_classes, device=own.device)).float())
+    return owners
+
+
+def _within(boxes: Tensor, stride: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """float ``[k, H W]``: which pixels of a level have their centre in each box."""
+    y, x = ((torch.arange(n, device=boxes.device) + 0.5) * s for n, s in zip(size, stride, strict=True))
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    return (((y >= y0) & (y < y1))[:, :, None] & ((x >= x0) & (x < x1))[:, None, :]).flatten(1).float()

@@ -215,14 +215,19 @@ class LevelTables(MaskLevel):
         Args:
             dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
         """
-        buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
-        if is_narrow(buffers["mask_token"]):
-            self.check_buffers()
+        buffers = self.float_buffers()
         weighting = (buffers["pool_rows"], buffers["pool_bias"]) if self.weight_mask else None
         standardization = None
         if self.standardize:
             standardization = Standardization(buffers["teacher_tokens"], buffers["token_bias"], buffers["statistics"])
         return Tables(buffers["mask_token"], weighting, standardization)
+
+    def float_buffers(self) -> dict[str, Any]:
+        """The buffers by name; TypeError where a wrapper has cast them to half precision."""
+        buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
+        if is_narrow(buffers["mask_token"]):
+            self.check_buffers()
+        return buffers
 
     def _load_from_state_dict(
         self,

@@ -1,6 +1,7 @@
 """Pictures of learned masks; needs matplotlib (extra ``viz``). pyplot is not used: no window opens, no backend is chosen."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,15 +9,9 @@ from torch import Tensor
 from ._eager import acc_dtype
 from .diagnostics import describe
 
-try:
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "maskd_triton.viz needs matplotlib, which is not installed: pip install 'maskd-triton[viz]'", name="matplotlib"
-    ) from error
 
 __all__ = ["plot_masks"]
 
@@ -33,7 +28,7 @@ def plot_masks(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
-) -> Figure:
+) -> "Figure":
     r"""Every mask of every level over its image, with its weight and coverage, and each level's pairwise Dice coefficients.
 
     Coverage is a mask's mean value over the image's pixels. Dice coefficients are means over the images given:
@@ -56,7 +51,7 @@ def plot_masks(
 
     Raises:
         ValueError: no image or level, shapes or lengths that do not fit, ``mean`` without ``std``, values outside ``[0, 1]``.
-        ModuleNotFoundError: on import, if matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
 
     Examples:
         >>> import torch
@@ -67,6 +62,14 @@ def plot_masks(
         >>> len(figure.axes)  # 2 images with 4 masks each, a Dice matrix, a colour bar
         12
     """
+    try:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plot_masks needs matplotlib, which is not installed: pip install matplotlib", name="matplotlib"
+        ) from error
     pictures = _pictures(images, mean, std)
     _check_levels(images, masks, weights, names)
     n, columns = len(pictures), 1 + max(m.shape[1] for m in masks)
@@ -100,13 +103,13 @@ def plot_masks(
     return figure
 
 
-def _draw_mask(axis: Axes, picture: Tensor, mask: Tensor) -> None:
+def _draw_mask(axis: "Axes", picture: Tensor, mask: Tensor) -> None:
     extent = (0, picture.shape[1], picture.shape[0], 0)
     axis.imshow(picture.mean(2).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
     axis.imshow(mask.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.7, extent=extent, interpolation="nearest")
 
 
-def _draw_dice(axis: Axes, dice: Tensor) -> None:
+def _draw_dice(axis: "Axes", dice: Tensor) -> None:
     axis.imshow(dice.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_title("pairwise Dice", fontsize=_FONT)
     ticks = range(0, len(dice), -(-len(dice) // 12))

@@ -326,8 +326,14 @@ class Comparison:
 
     def allowed(self, name: str, dtype: torch.dtype) -> list[float]:
         """The bound of every part."""
-        units, last = UNITS_OF_SUMS[self.case.precise], self.last(name, dtype)
-        return [bound(want, moved, self.unit, units, last) for _, (want, _, *moved) in self.parts(name)]
+        return [self._bound(name, dtype, want, moved) for _, (want, _, *moved) in self.parts(name)]
+
+    def _bound(self, name: str, dtype: torch.dtype, want: Tensor, moved: Sequence[Tensor]) -> float:
+        info, precise = torch.finfo(dtype), self.case.precise
+        # what underflows: a mask, times features and in sums, which a Dice loss divides by 2e-12, and a result
+        least = torch.finfo(precise).smallest_normal * (1e12 if name.startswith("dice") else 1e6)
+        least += info.smallest_normal * info.eps
+        return bound(want, moved, self.unit, UNITS_OF_SUMS[precise], self.last(name, dtype)) + least
 
     def largest(self, name: str, part: int) -> float:
         want = self.parts(name)[part][1][0]
@@ -350,12 +356,7 @@ class Comparison:
         known &= got.isfinite()  # beside a number that is not, its image's others may be so, too
         if not known.any():
             return 0.0
-        units = UNITS_OF_SUMS[self.case.precise]
-        most = bound(want[known], [x[known] for x in moved], self.unit, units, self.last(name, dtype))
-        # what underflows: a mask, times features and in sums, which a Dice loss divides by 2e-12, and a result
-        least = torch.finfo(self.case.precise).smallest_normal * (1e12 if name.startswith("dice") else 1e6)
-        most += least + info.smallest_normal * info.eps
-        return (got[known] - want[known]).abs().max().item() / most
+        return (got[known] - want[known]).abs().max().item() / self._bound(name, dtype, want[known], [x[known] for x in moved])
 
 
 def check(given: Given, impl: str, device: str = "cpu") -> float:

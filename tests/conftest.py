@@ -3,6 +3,7 @@
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
 """
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -46,10 +47,24 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.fixture(scope="module")
+def large_tiles() -> Iterator[None]:
+    """Fewer programs: for large maps the interpreter takes long. Tiles of every size are in `test_numbers`."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from maskd_triton.kernels import tuning
+
+    with contextlib.ExitStack() as stack:
+        for kernel in (*tuning.READING, *tuning.WRITING):
+            stack.enter_context(tuning.forced(kernel, tuning.Config(64, 256, 128)))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> Iterator[None]:
     """The interpreter patches triton.language anew for every call of one jit function by another, which takes half of the time
-    of all tests. The kernel that calls has done so already."""
+    of all tests. The kernel that calls has done so for our functions; what is patched for Triton's own stays patched."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
@@ -57,10 +72,14 @@ def quick_interpreter() -> Iterator[None]:
 
     require_private(InterpretedFunction, "__call__", "rewrite")
     patching = InterpretedFunction.__call__
+    patched: set[str] = set()
 
     def call(function: Any, *args: Any, **named: Any) -> Any:
-        ours = function.fn.__module__.startswith("maskd_triton")
-        return function.rewrite()(*args, **named) if ours else patching(function, *args, **named)
+        module = function.fn.__module__
+        if module.startswith("maskd_triton") or module in patched:
+            return function.rewrite()(*args, **named)
+        patched.add(module)
+        return patching(function, *args, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "__call__", call)

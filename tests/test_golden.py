@@ -11,6 +11,7 @@ from maskd_triton import MaskedDistillLoss, MaskModule
 from maskd_triton.checkpoints import load_masks
 
 DATA = Path(__file__).parent / "data"
+pytestmark = pytest.mark.usefixtures("large_tiles")
 DISTILL = sorted(p.stem for p in DATA.glob("*.npz") if not p.stem.startswith("learn"))
 LEARN = sorted(p.stem for p in DATA.glob("learn*.npz"))
 

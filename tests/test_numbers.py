@@ -69,13 +69,15 @@ def test_an_error_of_three_times_the_bound_is_found(name: str) -> None:
     for key, value in got.items():
         by_image = key.startswith(("student", "features", "masked"))
         for n, allowed in enumerate(comparison.allowed(key, value.dtype)):
+            largest, info = comparison.largest(key, n), torch.finfo(value.dtype)
+            if largest >= info.max:  # a gradient in half precision that saturates
+                continue
             off = value.clone(memory_format=torch.contiguous_format)
             part = off[n] if by_image else off
-            largest = comparison.largest(key, n)
-            assert not largest or allowed <= TIGHT[value.dtype] * largest, (key, n)
-            if allowed:
-                part.view(-1)[part.numel() // 2] += 3 * allowed
-                assert max(comparison.shares({**got, key: off}).values()) > 1, (key, n)
+            cancels = key.startswith("prob")  # the slopes of a softmax add up to zero
+            assert cancels or not largest or allowed <= TIGHT[value.dtype] * largest + info.tiny * info.eps, (key, n)
+            part.view(-1)[part.numel() // 2] += 3 * allowed
+            assert max(comparison.shares({**got, key: off}).values()) > 1, (key, n)
 
 
 # --- what a table cannot say ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tokens, NHWC and packed scales: views with the right values, losses and gradients that equal those of [N, C, H, W]."""
+"""Tokens, NHWC and packed scales: views with the right values, losses and gradients that equal those of [N, C, H, W]; masks of boxes."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +14,11 @@ from maskd_triton import MaskedDistillLoss, shapes
 
 SIZES = [(4, 6), (2, 3)]
 TOKENS = torch.zeros(2, 24, 8)
+BOX, CLASS = torch.tensor([[0, 0, 4, 4]]), torch.tensor([2])
+
+
+def masks_of(boxes: Any, *classes: Any) -> list[Tensor]:
+    return shapes.boxes_to_masks([boxes], (8, 8), [(2, 2)], *classes)
 
 
 def tokens_of(*levels: Tensor) -> Tensor:
@@ -63,6 +68,32 @@ def test_views_with_equal_losses_and_gradients(
         (lambda: shapes.valid_pixels([2, 3], (4, 4)), TypeError, "image_sizes[0]: expected a pair (H, W) of ints, got 2"),
         (lambda: shapes.valid_pixels(np.array([[2.0, 3.0]]), (4, 4)), TypeError, "image_sizes[0]: expected a pair (H, W) of"),
         (lambda: shapes.valid_pixels([(5, 3)], (4, 4)), ValueError, "image_sizes[0]: expected at most (4, 4), got (5, 3)"),
+        (lambda: masks_of([[0, 0, 1, 1]]), TypeError, "boxes[0]: expected a tensor [k, 4], got list"),
+        (lambda: masks_of(torch.zeros(4)), ValueError, "boxes[0]: expected [k, 4] (x0, y0, x1, y1), got shape [4]"),
+        (lambda: masks_of(torch.zeros(0)), ValueError, "boxes[0]: expected [k, 4] (x0, y0, x1, y1), got shape [0]"),
+        (lambda: shapes.boxes_to_masks([BOX], 8, [(2, 2)]), TypeError, "image_size: expected a pair (H, W) of ints, got 8"),
+        (
+            lambda: shapes.boxes_to_masks([BOX], (8, 8), (2, 2)),
+            TypeError,
+            "level_sizes[0]: expected a pair (H, W) of ints, got 2",
+        ),
+        (lambda: masks_of(BOX, [CLASS - 9]), ValueError, "classes[0]: expected classes from 0"),
+        (lambda: masks_of(BOX, None, 3), ValueError, "num_classes: expected None without classes"),
+        (lambda: masks_of(BOX, [CLASS], 3.0), TypeError, "num_classes: expected a positive int, got 3.0"),
+        (lambda: masks_of(BOX, [CLASS] * 2, 3), ValueError, "classes: expected a tensor for each of the 1 images, got 2"),
+        (lambda: masks_of(BOX, [[2]], 3), TypeError, "classes[0]: expected an int tensor [1], got list"),
+        (
+            lambda: masks_of(BOX, [CLASS.float()], 3),
+            ValueError,
+            "classes[0]: expected ints [1], got torch.float32 of shape [1]",
+        ),
+        (
+            lambda: masks_of(BOX, [CLASS[:, None]], 3),
+            ValueError,
+            "classes[0]: expected ints [1], got torch.int64 of shape [1, 1]",
+        ),
+        (lambda: masks_of(BOX, [CLASS], 2), ValueError, "classes[0]: expected classes from 0 to 1, got [2]"),
+        (lambda: masks_of(BOX, [-CLASS], 3), ValueError, "classes[0]: expected classes from 0 to 2, got [-2]"),
     ],
 )
 def test_errors(call: Any, error: type[Exception], sentence: str) -> None:
@@ -92,3 +123,55 @@ def test_sizes_of_other_kinds(form: Callable[[list[tuple[int, int]]], Any]) -> N
     image_list = SimpleNamespace(tensors=torch.zeros(2, 3, 4, 4), image_sizes=form(images))
     student = normal(2, 8, 4, 4).requires_grad_()
     assert torch.equal(criterion(student, x, valid=image_list), criterion(student, x, valid=want))
+
+
+def slow_masks(boxes: list[Tensor], classes: list[Tensor], num_classes: int, image_size: Any, size: Any) -> Tensor:
+    """Box by box and pixel by pixel, in float64."""
+    masks = torch.zeros(len(boxes), num_classes, *size)
+    for n, (found, own) in enumerate(zip(boxes, classes, strict=True)):
+        for (x0, y0, x1, y1), label in zip(found.tolist(), own.tolist(), strict=True):
+            for row, column in np.ndindex(*size):
+                y, x = (row + 0.5) * image_size[0] / size[0], (column + 0.5) * image_size[1] / size[1]
+                if x0 <= x < x1 and y0 <= y < y1:
+                    masks[n, label, row, column] = 1
+    return masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
+def test_boxes_to_masks(dtype: torch.dtype, target: tuple[str, str]) -> None:
+    """Three images, the second without boxes, sizes of levels that do not divide the image's."""
+    device, image_size, sizes = target[1], (37, 50), [(10, 13), (5, 7), (1, 1)]
+    generator = torch.Generator().manual_seed(0)
+    corners = [60 * torch.rand(k, 4, generator=generator) - 5 for k in (5, 0, 9)]
+    boxes = [x.to(dtype) for x in corners]  # also outside of the image, and with x1 < x0
+    classes = [torch.randint(4, (len(x),), generator=generator) for x in boxes]
+    on_device = [x.to(device) for x in boxes], image_size, sizes
+    together = shapes.boxes_to_masks(*on_device)
+    apart = shapes.boxes_to_masks(*on_device, [x.to(device) for x in classes], num_classes=4)
+    for size, one, each in zip(sizes, together, apart, strict=True):
+        want = slow_masks(boxes, classes, 4, image_size, size)
+        assert each.dtype == one.dtype == torch.float32
+        assert each.device.type == one.device.type == torch.device(device).type
+        assert torch.equal(each.cpu(), want)
+        assert torch.equal(one.cpu(), want.amax(1, keepdim=True))
+    assert apart[0].any()
+    assert not apart[0][1].any()
+    known = shapes.boxes_to_masks(*on_device, [x.to(device) for x in classes])  # the batch has all four classes
+    assert all(map(torch.equal, known, apart))
+    none = shapes.boxes_to_masks([boxes[1]], image_size, sizes, [classes[1]])
+    assert none[0].shape == (1, 1, *sizes[0])
+
+
+def test_boxes_to_masks_edges() -> None:
+    """Neighbouring boxes share no pixel; an empty batch has its shape; forms of sizes; what the criterion takes."""
+    left, right = torch.tensor([[0.0, 0, 4, 8]]), torch.tensor([[4.0, 0, 8, 8]])
+    (one,), (other,) = (shapes.boxes_to_masks([x], (8, 8), [(8, 8)]) for x in (left, right))
+    assert torch.equal(one + other, torch.ones(1, 1, 8, 8))
+    assert [x.shape for x in shapes.boxes_to_masks([], (8, 8), [(2, 3)], [], 5)] == [(0, 5, 2, 3)]
+    for form in SIZE_FORMS:
+        (image_size,), sizes = form([(8, 8)]), form([(4, 4), (2, 2)])
+        assert [x.shape for x in shapes.boxes_to_masks([left] * 2, image_size, sizes)] == [(2, 1, 4, 4), (2, 1, 2, 2)]
+    student, teacher = normal(2, 8, 4, 4, seed=0).requires_grad_(), normal(2, 8, 4, 4, seed=1)
+    masks = shapes.boxes_to_masks([left] * 2, (8, 8), [(4, 4)])
+    loss = MaskedDistillLoss(8, None, mask_power=1, eps=0)(student, teacher, masks=masks)
+    torch.testing.assert_close(loss, (student - teacher)[..., :2].square().mean())

@@ -182,5 +182,5 @@ def test_without_matplotlib() -> None:
     command = [sys.executable, str(PROGRAMS / "without.py"), "matplotlib"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    sentence = "maskd_triton.viz needs matplotlib, which is not installed: pip install 'maskd-triton[viz]'"
+    sentence = "plot_masks needs matplotlib, which is not installed: pip install matplotlib"
     assert result.stdout.strip() == f"matplotlib {sentence}"

@@ -6,4 +6,4 @@ def missing(error: ModuleNotFoundError, how: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(f"this recipe needs {error.name}: {how}", name=error.name)
 
 
-EXTRA = "pip install 'maskd_triton[recipes]'"
+EXTRA = "pip install '.[recipes]' in a checkout of maskd_triton"

@@ -1,17 +1,15 @@
-"""What ``test_viz.py`` runs: masks drawn into a file, its argument, without pyplot; matplotlib is imported by viz alone."""
+"""What ``test_viz.py`` runs: masks drawn into a file, its argument, without pyplot; matplotlib is imported by a plot alone."""
 
 import sys
 
 import torch
 
-import maskd_triton  # noqa: F401
+from maskd_triton import viz
 
 
 def main(path: str) -> None:
     assert "matplotlib" not in sys.modules
-    from maskd_triton.viz import plot_masks
-
-    plot_masks(torch.rand(1, 3, 8, 8), [torch.rand(1, 2, 4, 4)]).savefig(path)
+    viz.plot_masks(torch.rand(1, 3, 8, 8), [torch.rand(1, 2, 4, 4)]).savefig(path)
     assert "matplotlib.pyplot" not in sys.modules
 
 

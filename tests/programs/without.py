@@ -30,7 +30,12 @@ def triton() -> None:
 
 
 def matplotlib() -> None:
-    import maskd_triton.viz  # noqa: F401
+    import torch
+
+    import maskd_triton
+
+    assert "viz" in dir(maskd_triton)  # which does not import matplotlib
+    maskd_triton.viz.plot_masks(torch.zeros(1, 3, 4, 4), [torch.zeros(1, 2, 4, 4)])
 
 
 def main(package: str) -> None:
