@@ -218,9 +218,12 @@ def verdict(level: LevelDiagnostics, *, standardized: bool = False) -> str:
         figures += f", emphasis {emphasis:.2f}"
     if focus < PLAIN:  # not NaN, of no image
         kind = "plain MSE"
-        remedy = ". Learn with standardize=True" if not standardized else ". Learn with one token"
         if _untrained(level):
             remedy = ". Learn longer, with no more weight decay than 1e-3"
+        elif standardized:
+            remedy = ". Learn with one token, and no more weight decay than 1e-3"
+        else:
+            remedy = ". Learn with standardize=True"
     elif emphasis < 1:
         kind, remedy = "background", ". Learn with one token"
     return "; ".join([f"{kind}: {figures}", *found]) + remedy

@@ -251,14 +251,15 @@ def pillars(*heights: float) -> Tensor:
 LONGER, STANDARDIZE, ONE = (f". Learn {how}" for how in (
     "longer, with no more weight decay than 1e-3", "with standardize=True", "with one token"
 ))  # fmt: skip
+DECAY = ", and no more weight decay than 1e-3"
 EVERYWHERE = "plain MSE: focus 0.00; token 0 is on everywhere: coverage 1.00"
 UNTRAINED = "plain MSE: focus 0.00; tokens 0 and 1 are copies: Dice 1.00"
 VERDICTS: dict[str, tuple[Tensor, Tensor | None, bool, str]] = {
     "a_quarter": (pillars(0), None, False, "selective: focus 0.75"),
     "untrained": (masks_of(*[[0.01, -0.01] * 4] * 2), None, True, UNTRAINED + LONGER),
     "everywhere": (pillars(1), None, False, EVERYWHERE + STANDARDIZE),
-    "everywhere_although_standardised": (pillars(1), None, True, EVERYWHERE + ONE),
-    "different_and_flat_in_sum": (pillars(*[0] * 4), None, True, "plain MSE: focus 0.00" + ONE),
+    "everywhere_although_standardised": (pillars(1), None, True, EVERYWHERE + ONE + DECAY),
+    "different_and_flat_in_sum": (pillars(*[0] * 4), None, True, "plain MSE: focus 0.00" + ONE + DECAY),
     "one_rules": (pillars(*[0] * 4), weights_of(1, 0, 0, 0), True, "selective: focus 0.75; token 0 has all the weight"),
     "copies": (pillars(0, 0)[:, [0, 1, 0]], None, True, "selective: focus 0.55; tokens 0 and 2 are copies: Dice 1.00"),
 }
