@@ -230,7 +230,7 @@ def weights_of_levels(weights: Levels, shape: Sequence[int], dtype: torch.dtype,
 
 def _given(value: Levels, name: str, levels: Matched) -> list[Tensor]:
     if isinstance(value, Mapping) and levels.keys is None:
-        raise TypeError(f"{name}: got a mapping, but teacher is none; give a sequence in its order")
+        raise TypeError(f"{name}: expected a sequence, because teacher is no mapping, got a mapping")
     found = unpack(value, name, levels.keys).tensors
     if len(found) != len(levels.teachers):
         raise ValueError(f"{name}: expected one entry for each of the {check.counted(len(levels.teachers))}, got {len(found)}")

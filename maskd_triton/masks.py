@@ -175,6 +175,7 @@ class MaskLearner(Options):
 
     CHECKS: ClassVar[dict[str, Check]] = {"weight_mask": check.flag, "standardize": check.standardize, "impl": check.impl}
     FIXED = frozenset(("channels", "names", "weight_mask", "standardize"))
+    USED_UP = frozenset(("num_tokens", "pretrained"))
 
     mask_modules: nn.ModuleList
 
@@ -441,7 +442,7 @@ class MaskLearner(Options):
             level.check(f"calibrate: level {name!r}")
         for _, level, module in levels:
             module.channel_mean.copy_(level.mean)
-            module.channel_std.copy_(level.std() if self.standardize == "channel" else level.scale())
+            module.channel_std.copy_({"channel": level.std, "isotropic": level.scale}[str(self.standardize)]())
             module.pixels_seen.fill_(level.pixels)
 
     @contextmanager
