@@ -412,7 +412,7 @@ def test_safetensors_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Absent("safetensors"), *sys.meta_path])
     (tmp_path / "tokens.safetensors").write_bytes(b"")
-    sentence = r"a \.safetensors file needs the safetensors package: pip install 'maskd-triton\[safetensors\]'"
+    sentence = r"a \.safetensors file needs the safetensors package: pip install safetensors"
     for call in (
         lambda: learned().save(tmp_path / "other.safetensors"),
         lambda: mask_state(tmp_path / "tokens.safetensors"),
