@@ -334,7 +334,7 @@ class MaskedDistillLoss(Options):
             return levels.rebuild([level.masks(x) for level, x in zip(self._levels, levels.tensors, strict=True)])
 
     def diagnostics(self) -> dict[Any, DistillDiagnostics]:
-        """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights and their entropy.
+        """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights, their entropy, and focus.
 
         They come from what that call kept, its masks but no features. So this costs next to nothing, and nothing waits for the
         device until you read a value. Masks are those that the loss used: customised ones once the warm-up is over.

@@ -18,7 +18,7 @@ from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
 from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
-from .diagnostics import LevelDiagnostics, collapsed, describe
+from .diagnostics import LevelDiagnostics, LevelReports, describe, is_plain, verdict
 from .functional import learn
 from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose
 
@@ -147,8 +147,9 @@ class MaskLearner(Options):
             The teacher's heads still see features as they are. ``"channel"`` (or True): every channel with mean 0 and
             deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
             With a linear align that equals PHI-S (RADIO, arXiv 2410.01680): tokens and align absorb its rotation. On raw
-            features weighted masks tend to collapse: one is on everywhere, the others are empty. Give `MaskedDistillLoss` the
-            same value. Off by default, as published.
+            features one mask easily ends on everywhere, and stage 2 is a plain feature MSE: whatever is not masked costs the
+            teacher nothing, and a token can be on everywhere where features have a mean. Recommended. Give `MaskedDistillLoss`
+            the same value. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
             `maskd_triton.checkpoints.mask_state`. None: tokens as initialised in `MaskModule`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`.
@@ -246,41 +247,54 @@ class MaskLearner(Options):
             )
         return torch.stack([self._dice[i] for i in range(len(self.channels))]).sum()
 
-    def diagnostics(self) -> dict[Any, LevelDiagnostics]:
-        """Statistics of the latest forward's masks: coverage, pairwise Dice, weights and their entropy.
+    def diagnostics(self, objects: Tensor | None = None) -> LevelReports:
+        """Statistics of the latest forward's masks: coverage, pairwise Dice, weights, their entropy, and focus.
 
-        Warns (UserWarning, naming level and tokens), once per level, when masks have collapsed in a way that the losses do not
-        show: on everywhere, empty, or one with all the weight (`maskd_triton.diagnostics.collapsed`). Values stay on the
-        device, but the check waits for it: call this now and then, not in every step. `save` calls it, too.
+        Printed, it says in a line per level what these masks are to the student, why, and what helps
+        (`maskd_triton.diagnostics.verdict`). It warns with that line, once per level, where stage 2 would be a plain MSE, which
+        the losses do not show; not of tokens that are still as initialised, which `save` does. Values stay on the device,
+        but the check waits for it: call this now and then, not in every step.
+
+        Args:
+            objects: where the objects of the latest images are, ``[N, H0, W0]``, of any size, 1 inside: labels that are not
+                background, boxes. Adds the *emphasis*, how much more they weigh to stage 2 than other pixels.
 
         Returns:
             `maskd_triton.diagnostics.LevelDiagnostics` of every level, by its key, or by its index in a sequence.
 
         Raises:
             RuntimeError: nothing has been seen yet.
+            ValueError: objects of another number of images.
 
         Examples:
             >>> import torch
             >>> from maskd_triton import MaskLearner
-            >>> learner = MaskLearner([16, 16], num_tokens=4)
-            >>> _ = learner([torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 4, 4)])
-            >>> learner.diagnostics()[1].coverage
-            tensor([0.5000, 0.5000, 0.5000, 0.5000])
+            >>> learner = MaskLearner([16, 16], num_tokens=1)
+            >>> _ = learner.requires_grad_(False).mask_modules[0].mask_token.zero_()
+            >>> _ = learner.mask_modules[1].mask_token[:, 0].fill_(9)  # this token finds the pixels of channel 0
+            >>> images = torch.zeros(2, 16, 8, 8)
+            >>> images[:, 0, :4], images[:, 0, 4:] = 1, -1
+            >>> _ = learner([images, images])
+            >>> print(learner.diagnostics(objects=images[:, 0] > 0))
+            level 0: plain MSE: focus 0.00, emphasis 1.00. Learn longer, with no more weight decay than 1e-3
+            level 1: selective: focus 0.50, emphasis 2.00
         """
         if not self._seen:
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
         weighted = self.weight_mask
-        levels = {name: describe(s.masks, s.weights if weighted else None, s.valid) for name, s in self._seen.items()}
+        levels = {n: describe(s.masks, s.weights if weighted else None, s.valid, objects) for n, s in self._seen.items()}
+        self._warn_of(levels, untrained=False)
+        return LevelReports(levels, standardized=bool(self.standardize))
+
+    def _warn_of(self, levels: Mapping[Any, LevelDiagnostics], untrained: bool) -> None:
+        """Of levels on which stage 2 would be a plain MSE, each once; of untrained ones only if so asked."""
         for name, level in levels.items():
-            reasons = collapsed(level, overlap=False) if name not in self._warned else []
-            if reasons:
+            if name not in self._warned and is_plain(level, untrained=untrained):
                 self._warned.add(name)
-                advice = "" if self.standardize else "; standardize=True may prevent it"
-                warn(f"MaskLearner, level {name!r}: masks have collapsed: {'; '.join(reasons)}{advice}")
-        return levels
+                warn(f"MaskLearner, level {name!r}: {verdict(level, standardized=bool(self.standardize))}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens for ``pretrained=``. Warns as `diagnostics` does if the latest masks have collapsed.
+        """Write the tokens for ``pretrained=``. Warns as `diagnostics` does, and of tokens that have not learned anything.
 
         Args:
             path: the file; formats and errors are those of `maskd_triton.checkpoints.save_masks`.
@@ -293,7 +307,7 @@ class MaskLearner(Options):
             ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
         """
         if self._seen:
-            self.diagnostics()
+            self._warn_of(self.diagnostics(), untrained=True)
         save_masks(self.mask_modules, path)
 
     @property

@@ -409,7 +409,7 @@ def test_diagnostics(customised: bool, weighted: bool, target: Target) -> None:
             masks = masks * F.receptive_masks(student[key], module.mask_token)
         want = describe(masks.detach(), module.weights(teacher[key]).detach() if weighted else None)
         torch.testing.assert_close(levels[key].loss, loss.detach(), rtol=1e-5, atol=0)
-        for field in ("coverage", "dice", "weight", "entropy"):
+        for field in ("coverage", "dice", "weight", "entropy", "focus"):
             a, b = getattr(levels[key], field), getattr(want, field)
             assert (a is None) == (b is None) == (not weighted and field in ("weight", "entropy"))
             if a is not None:
