@@ -210,6 +210,8 @@ class MaskedDistillLoss(Options):
         for level in self._levels:
             learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
             if not learned.mask_token.is_meta:
+                if self.standardize:
+                    learned.pixels_seen.fill_(1)  # mean 0 and deviation 1 stand in for statistics
                 level.load_state_dict(learned.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -364,8 +366,8 @@ class MaskedDistillLoss(Options):
             narrow = (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
             if narrow not in (None, c) and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
                 raise ValueError(
-                    f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student "
-                    "and teacher?"
+                    f"teacher{label}: expected {check.counted(c, 'channel')}, got {narrow}, and student{label} has {c}; did "
+                    "you swap student and teacher?"
                 )
             check.features(s, f"student{label}", narrow)
 
