@@ -218,6 +218,8 @@ class MaskedDistillLoss(Options):
         for level in self._levels:
             learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
             if not learned.mask_token.is_meta:
+                if self.standardize:
+                    learned.pixels_seen.fill_(1)  # mean 0 and deviation 1 stand in for statistics
                 level.load_state_dict(learned.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, LevelReports, describe, is_plain, verdict
 from .functional import learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose
+from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, buffer_dtype, compose
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -79,7 +79,7 @@ class MaskModule(MaskLevel):
     ) -> None:
         super().__init__(channels, num_tokens, weight_mask, standardize)
         self.impl = impl
-        self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * 0.01)
+        self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * TOKEN_STD)
         if weight_mask:
             conv3, conv1 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, num_tokens, 1)
             for conv in (conv3, conv1):
