@@ -343,7 +343,10 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
             raise ValueError(f"{name}: expected a scalar with gradient, got {loss!r}")
         norm = _gradient_norm(loss, levels, name)
         if not loss.isfinite():
-            warn(f"gradient_ratio: {name}: expected a finite loss, got {loss.item()}, whose gradient says nothing")
+            warn(
+                f"gradient_ratio: {name}: expected a finite loss, got {loss.item()}; if it overflows in half precision, compute it "
+                "in float32, outside of autocast"
+            )
         elif math.isnan(norm):
             warn(
                 f"gradient_ratio: {name}: its gradient is lost or overflows in half precision, whatever the loss is multiplied "

@@ -408,7 +408,7 @@ def right_or_not_finite(got: Callable[[], Tensor], want: float) -> bool:
     if math.isfinite(ratio):
         assert abs(ratio - want) < 0.01 * want, (ratio, want)
     else:
-        assert "lost or overflows in half precision" in str(caught[-1].message)
+        assert "overflows in half precision" in str(caught[-1].message)
         assert caught[-1].filename == __file__
     return math.isfinite(ratio)
 
@@ -546,5 +546,5 @@ def test_wrong_arguments() -> None:
 
 def test_a_loss_that_is_not_finite() -> None:
     s = torch.ones(1, 2, 3, 3, requires_grad=True)
-    with pytest.warns(UserWarning, match="distill_loss: expected a finite loss, got nan, whose gradient says nothing"):
+    with pytest.warns(UserWarning, match="distill_loss: expected a finite loss, got nan; if it overflows in half"):
         assert not gradient_ratio(s.sum(), math.nan * s.sum(), s).isfinite()
