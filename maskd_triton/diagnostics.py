@@ -344,8 +344,8 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
         norm = _gradient_norm(loss, levels, name)
         if not loss.isfinite():
             warn(
-                f"gradient_ratio: {name}: expected a finite loss, got {loss.item()}; if it overflows in half precision, compute it "
-                "in float32, outside of autocast"
+                f"gradient_ratio: {name}: expected a finite loss, got {loss.item()}; if it overflows in half precision, "
+                "compute it in float32, outside of autocast"
             )
         elif math.isnan(norm):
             warn(
