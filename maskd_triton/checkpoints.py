@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._warn import warn
-from .tables import COMPOSED, ENTRIES, STATISTICS, TOKEN_STD, WEIGHTING, LevelTables, as_small_as_drawn, fault
+from .tables import (
+    COMPOSED,
+    ENTRIES,
+    SCALES,
+    STATISTICS,
+    TOKEN_STD,
+    WEIGHTING,
+    LevelTables,
+    as_small_as_drawn,
+    fault,
+    several_scales,
+)
 
 __all__ = ["load_masks", "mask_state", "save_masks"]
 
@@ -54,13 +65,25 @@ def mask_state(source: Source) -> dict[str, Tensor]:
         {'mask_modules.0.mask_token': [6, 8], 'mask_modules.1.mask_token': [6, 16]}
     """
     state, origin = _state_dict(source)
-    places = (state, *(state[key] for key in _NESTED if isinstance(state.get(key), Mapping)))
+    return _found(_place(state), state, origin)
+
+
+def _place(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where mask entries are looked for: the first mapping with some, of the state dict and those known to be in it."""
+    inner = (state[key] for key in _NESTED if isinstance(state.get(key), Mapping))
+    return next((place for place in (state, *inner) if any(_mask_entries(place))), state)
+
+
+def _found(place: Mapping[str, Any], state: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
+    """`mask_state` of a place in a state dict."""
     found: dict[str, Tensor] = {}
-    for name, value in next(filter(None, (list(_mask_entries(place)) for place in places)), []):
+    for name, value in _mask_entries(place):
         if not isinstance(value, Tensor):
             raise TypeError(f"pretrained: {origin}: {name}: {fault(name, value)}")
         if name in found:
-            raise ValueError(f"pretrained: {origin} holds {name!r} more than once, under different prefixes")
+            raise ValueError(
+                f"pretrained: {origin} holds {name!r} more than once, under different prefixes; pass one of them alone"
+            )
         found[name] = value
     if not found:
         keys = [str(key) for key in state]
@@ -101,13 +124,16 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
             "pretrained: tensors on the meta device hold no values; build the module without pretrained= there, and load the "
             "tokens once it has memory (to_empty): checkpoints.load_masks(module.mask_modules, pretrained), or load_state_dict"
         )
-    found = mask_state(source)
+    state, origin = _state_dict(source)
+    place = _place(state)
+    found = _found(place, state, origin)
     levels: list[Any] = list(modules)
     composed = any(key.split(".", 2)[2] in COMPOSED for key in found)
     if composed and not all(isinstance(level, LevelTables) for level in levels):
         raise ValueError(
             "pretrained: these are the tables of a MaskedDistillLoss, composed of tokens and mask weights that a learner "
             "cannot get back; pass the MaskLearner or the file that it saved"
+            f"{_elsewhere(state, place)}"
         )
     shapes = {
         f"mask_modules.{i}.{name}": shape
@@ -118,13 +144,14 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
     problems = _misfits(found, shapes)
     unlike = _unlike(held, expected)
     if problems or unlike:
-        origin = source if isinstance(source, str | os.PathLike) else "the source"
+        holder = source if isinstance(source, str | os.PathLike) else "the source"
         advice = ", but not all entries fit"
         if unlike:
             first = "gather statistics with MaskLearner.calibrate and " if held.standardize == "uncalibrated" else ""
             advice = f": {first}pass {', '.join(unlike)} here, too, or tokens that were learned with the options given here"
+        advice += _elsewhere(state, place)
         shown = problems[:4] + ([f"and {len(problems) - 4} more"] if len(problems) > 4 else [])
-        raise ValueError("\n  ".join([f"pretrained: {origin} holds {held}; expected {expected}{advice}", *shown]))
+        raise ValueError("\n  ".join([f"pretrained: {holder} holds {held}; expected {expected}{advice}", *shown]))
     if not composed:
         _warn_if_untrained(found, "pretrained")
     modules.load_state_dict({key.removeprefix("mask_modules."): value for key, value in found.items()})
@@ -195,13 +222,10 @@ def _standardize_of(levels: Sequence[Mapping[str, Tensor]]) -> bool | str | None
     entries = [(name, x) for level in levels for name, x in level.items() if name in STATISTICS]
     if any(name == "pixels_seen" and not x.is_meta and not (x > 0).all() for name, x in entries):
         return "uncalibrated"
-    scales = [(name, x, x[1:] if name == "statistics" else x) for name, x in entries if name in ("channel_std", "statistics")]
-    if any(fault(name, x) for name, x, _ in scales):
-        return True
-    told = [scale.flatten() for _, _, scale in scales if scale.numel() > 1]  # one channel fits both
-    if not told:
-        return True
-    return "isotropic" if all((scale == scale[0]).all() for scale in told) else "channel"
+    scales = [(name, x) for name, x in entries if name in SCALES]
+    if any(fault(name, x) for name, x in scales) or all(x.shape[-1:] in ((), (1,)) for _, x in scales):
+        return True  # one channel fits both
+    return "channel" if any(several_scales(name, x) for name, x in scales) else "isotropic"
 
 
 _TAKEN_BY = {  # one scale for all channels fits where each has its own
@@ -262,23 +286,24 @@ def _mask_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield f"mask_modules.0.{key}", value
 
 
-def _elsewhere(held: Any) -> str:
-    """For an error: where in the containers of a source there are mask entries."""
-    places = list(_inner_keys(held, "", set()))
+def _elsewhere(held: Any, looked_at: Any = None) -> str:
+    """For an error: where in the containers of a source there are mask entries, or others than those that were looked at."""
+    places = list(_inner_keys(held, "", {id(held), id(looked_at)}))
+    some = "some" if looked_at is None else "others"
     more = f" and {len(places) - 4} more places" if len(places) > 4 else ""
-    return f"; there are some under {', '.join(places[:4])}{more}: pass what it holds there" if places else ""
+    return f"; there are {some} under {', '.join(places[:4])}{more}: pass what it holds there" if places else ""
 
 
 def _inner_keys(held: Any, path: str, seen: set[int]) -> Iterator[str]:
-    """Where mappings and modules inside of ``held`` have mask entries: ``['model']['ema']``."""
-    if id(held) in seen:
-        return
-    seen.add(id(held))
+    """Where containers and modules inside of ``held`` have mask entries: ``['model']['ema']``; no container twice."""
     for key, inner in held.items() if isinstance(held, Mapping) else enumerate(held) if isinstance(held, list | tuple) else ():
+        if not isinstance(inner, Mapping | list | tuple | nn.Module) or id(inner) in seen:
+            continue
+        seen.add(id(inner))
         state = inner.state_dict() if isinstance(inner, nn.Module) else inner
         if isinstance(state, Mapping) and any(hasattr(value, "shape") for _, value in _mask_entries(state)):
             yield f"{path}[{key!r}]"
-        elif isinstance(state, Mapping | list | tuple):
+        else:
             yield from _inner_keys(state, f"{path}[{key!r}]", seen)
 
 

@@ -90,6 +90,15 @@ def fault(name: str, x: Any) -> str:
     return ""
 
 
+SCALES = ("channel_std", "statistics")
+
+
+def several_scales(name: str, x: Tensor) -> bool:
+    """Whether the entry ``name`` of `SCALES` has other deviations for other channels."""
+    scales = (x[1:] if name == "statistics" else x).flatten()
+    return not x.is_meta and not bool((scales == scales[:1]).all())
+
+
 def faults(state: Mapping[str, Any], prefix: str) -> list[str]:
     """A line for every entry of a level in a state dict that has a `fault`."""
     found = {key: fault(key.removeprefix(prefix), x) for key, x in state.items() if key.removeprefix(prefix) in ENTRIES}
@@ -138,6 +147,12 @@ class MaskLevel(Options):
         if self.mask_token.is_meta:
             unready |= {key for key, x in state_dict.items() if isinstance(x, Tensor) and x.is_meta}
         wrong = faults({key: x for key, x in state_dict.items() if key not in unready}, prefix)
+        if self.standardize == "isotropic" and not wrong:
+            wrong = [
+                f"{prefix}{name}: expected one scale for all channels, got several: these are not standardize='isotropic'"
+                for name in SCALES
+                if prefix + name in state_dict and several_scales(name, state_dict[prefix + name])
+            ]
         if wrong:
             others[-1].extend(wrong)
             return
@@ -218,8 +233,9 @@ class LevelTables(MaskLevel):
 
     ``load_state_dict`` takes these, and the entries of a `MaskModule` (``mask_token``, ``prob.0.weight``, ...,
     ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error, and so are
-    values that are not finite, and statistics that were never gathered or did not survive a cast. Neither a
-    cast to half precision (``half()``, ``to(torch.bfloat16)``) nor half-precision entries make buffers narrower than float32.
+    entries of other options, values that are not finite, and statistics that were never gathered or did not survive a cast.
+    Neither a cast to half precision (``half()``, ``to(torch.bfloat16)``) nor half-precision entries make buffers narrower than
+    float32.
 
     Raises:
         TypeError, ValueError: sizes that are not positive ints.
@@ -288,6 +304,11 @@ class LevelTables(MaskLevel):
         if strict:
             missing_keys += [prefix + name for name in missing]
             unexpected_keys += [prefix + name for name in level if name not in expected]
+        extra = [name for name in level if name in ENTRIES and name not in expected]
+        if extra:  # also where unexpected keys are allowed
+            options = f"weight_mask={self.weight_mask}, standardize={self.standardize!r}"
+            error_msgs.append(f"{prefix[:-1]}: expected no {', '.join(extra)} with {options}")
+            return
         if missing:
             if len(missing) < len(expected):  # the tables of a level belong together
                 error_msgs.append(f"{prefix[:-1]}: expected all entries of a level, got no {', '.join(missing)}")

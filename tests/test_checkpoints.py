@@ -184,6 +184,7 @@ UNLIKE: dict[str, tuple[Callable[[], MaskLearner], dict[str, Any], str, str]] = 
 }
 
 
+@pytest.mark.filterwarnings("ignore:save: the tokens of levels")
 @pytest.mark.parametrize(("make", "options", "first", "line"), UNLIKE.values(), ids=UNLIKE)
 def test_tokens_of_other_options(
     make: Callable[[], MaskLearner], options: dict[str, Any], first: str, line: str, tmp_path: Path
@@ -402,7 +403,7 @@ ELSEWHERE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "in_a_list": (lambda own: {"state_dict": OTHER, "models": [OTHER, (own,)]}, "['models'][1][0]"),
     "of_arrays": (lambda own: {"state_dict": OTHER, "ema": {k: x.numpy() for k, x in own.items()}}, "['ema']"),
     "of_bare_entries": (lambda own: {"p3": {"mask_token": own["mask_modules.0.mask_token"]}}, "['p3']"),
-    "in_many_places": (lambda own: dict.fromkeys("abcdef", own), "['a'], ['b'], ['c'], ['d'] and 2 more places"),
+    "in_many_places": (lambda own: {key: dict(own) for key in "abcdef"}, "['a'], ['b'], ['c'], ['d'] and 2 more places"),
     "a_list": (lambda own: [3, own], "[1]"),
 }
 
@@ -415,6 +416,15 @@ def test_mask_entries_elsewhere(nested: Callable[[dict[str, Any]], Any], where: 
         with pytest.raises((ValueError, TypeError)) as caught:
             MaskLearner(CHANNELS, TOKENS, pretrained=each)
         assert str(caught.value).endswith(f"; there are some under {where}: pass what it holds there")
+
+
+def test_other_entries_than_those_that_do_not_fit() -> None:
+    """A backbone's own ``mask_token``; a criterion's tables beside the learner."""
+    learner = learned()
+    tables = MaskedDistillLoss(CHANNELS, TOKENS, pretrained=learner).state_dict()
+    for state in ({"mask_token": torch.ones(1, 384)}, tables):
+        with pytest.raises(ValueError, match=r"; there are others under \['learner'\]: pass what it holds there"):
+            MaskLearner(CHANNELS, TOKENS, pretrained={"state_dict": state, "learner": learner.state_dict()})
 
 
 def test_a_checkpoint_that_holds_modules_and_itself() -> None:

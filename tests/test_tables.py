@@ -168,6 +168,30 @@ def test_part_of_a_level_is_an_error(weight_mask: bool, standardize: bool) -> No
     assert criterion_of(learned(1)).load_state_dict({}, strict=False).missing_keys
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_entries_of_other_options_are_an_error(assign: bool) -> None:
+    """Also where unexpected keys are allowed, as they are for a criterion with an align."""
+    raw, isotropic = criterion_of(learned(1, standardize=False)), trained(CHANNELS, TOKENS, standardize="isotropic")
+    for module in isotropic.mask_modules:
+        module.channel_std.fill_(2)
+    for state in (learned(2).state_dict(), criterion_of(learned(2)).state_dict()):
+        with pytest.raises(RuntimeError, match=r"mask_modules\.0: expected no \w+, .*with weight_mask=True, standardize=False"):
+            raw.load_state_dict(state, strict=False, assign=assign)
+        for module in (MaskedDistillLoss(CHANNELS, TOKENS, standardize="isotropic", pretrained=isotropic), isotropic):
+            if module is not isotropic or "mask_modules.0.channel_std" in state:
+                with pytest.raises(
+                    RuntimeError, match=r"mask_modules\.0\.\w+: expected one scale for all channels, got several"
+                ):
+                    module.load_state_dict(state, assign=assign)
+    for state in (
+        isotropic.state_dict(),
+        MaskedDistillLoss(CHANNELS, TOKENS, standardize="isotropic", pretrained=isotropic).state_dict(),
+    ):
+        for standardize in (True, "isotropic"):
+            criterion = MaskedDistillLoss(CHANNELS, TOKENS, standardize=standardize, pretrained=isotropic)
+            criterion.load_state_dict(state, assign=assign)
+
+
 def test_tables_of_one_level() -> None:
     learner = learned(1)
     tables = LevelTables(CHANNELS[0], TOKENS, standardize=True)
