@@ -221,7 +221,7 @@ class _Recorder(Hooked):
     Attributes:
         only: passes with (True) or without gradients (False) alone count; None: all.
         watched: layers that do something else in train mode.
-        trained: one that was in train mode in a pass.
+        trained: one of these that was in train mode when features were made.
     """
 
     def __init__(self, caller: str, role: str, model: Model, where: Where) -> None:
@@ -243,16 +243,15 @@ class _Recorder(Hooked):
             return
         super().begin(args, kwargs)
         self.forget()
-        self.watch()
 
     def act(self, i: int, found: Unpacked, repeated: bool) -> None:
         skipped = self.skipped if self.inside else self.only not in (None, torch.is_grad_enabled())
         if repeated or skipped:
             return
+        self.watch()
         if not self.inside:  # a call of the module itself: the latest counts
             self.levels[i].clear()
             self.direct[i] += 1
-            self.watch()
         keys = [()] * len(found.tensors) if found.keys is None else [(key,) for key in found.keys]
         for key, x in zip(keys, found.tensors, strict=True):
             level = self.where.maps(x, self.labels[i], self.images)
@@ -269,7 +268,7 @@ class _Recorder(Hooked):
         return taken
 
     def watch(self) -> None:
-        """Remember a layer that is in train mode now, in a pass."""
+        """Remember a layer that is in train mode now, while features are made."""
         if self.trained is None:
             trained = (f"{name!r} ({type(m).__name__})" for name, m in self.watched if m.training and _has_effect(m))
             self.trained = next(trained, None)

@@ -288,7 +288,9 @@ def test_a_call_of_a_teacher_in_train_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         capture.call(model, "p3", IMAGES)
-        capture.call(FrozenTeacher(model), "p3", IMAGES)
+        frozen = FrozenTeacher(model)
+        model.train()
+        capture.call(frozen, "p3", IMAGES)
     model.train()
     with torch.no_grad(), pytest.warns(UserWarning, match="capture: the model ran with its 'layer' .* call model.eval") as seen:
         capture.call(model, "p3", IMAGES)

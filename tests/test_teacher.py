@@ -2,7 +2,9 @@
 
 import copy
 import io
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +238,12 @@ def test_torchscript() -> None:
         torch.testing.assert_close(model.train()["teacher"](IMAGES), net(IMAGES).detach())
         assert not model["teacher"](IMAGES).requires_grad
         assert not any(p.requires_grad for p in model["teacher"].model.parameters())
+
+
+def test_compiled_models_wherever_a_model_is_taken() -> None:
+    torch._dynamo.reset()
+    run = runpy.run_path(str(Path(__file__).parent / "programs" / "compiled.py"))["main"]
+    assert run(IMAGES).shape == (8, 4, 6, 6)
 
 
 def test_wrong_model() -> None:
