@@ -1,4 +1,4 @@
-"""Features of named modules, without changing the models: a list of levels from the student, and one from the teacher."""
+"""Features of named modules, without changing the models: the levels of the student, and those of the teacher."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
