@@ -139,7 +139,7 @@ def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None) 
     if names is None and (students.keys is None) != (keys is None):
         raise TypeError(
             "student and teacher: expected both or neither to be a mapping of levels, "
-            f"got {type(student).__name__} and {type(teacher).__name__}"
+            f"got {type(student).__name__} and {type(teacher).__name__}; make the mapping a sequence in the order of the other"
         )
     if len(students.tensors) != len(teachers.tensors):
         raise ValueError(

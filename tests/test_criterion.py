@@ -14,6 +14,8 @@ import pytest
 import torch
 from problems import Problem, Target, trained
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
@@ -283,6 +285,38 @@ def test_gradient_of_a_loss_weight() -> None:
 
 
 # --- the warm-up ------------------------------------------------------------------------------------------------------
+
+
+def fake(criterion: nn.Module, *features: Tensor) -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    criterion(*map(mode.from_tensor, features))
+
+
+def fake_in_their_mode(criterion: nn.Module, *features: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        criterion(*map(mode.from_tensor, features))
+
+
+TRACES: dict[str, Callable[..., Any]] = {
+    "fake": fake,
+    "fake in their mode": fake_in_their_mode,
+    "make_fx": lambda criterion, *features: make_fx(criterion)(*features),
+    "export": lambda criterion, *features: torch.export.export(criterion, features, strict=False),
+}
+
+
+@pytest.mark.parametrize("kind", TRACES)
+def test_a_trace_neither_counts_nor_is_kept(kind: str) -> None:
+    criterion, learner = MaskedDistillLoss(8, 3, pretrained=trained([8], 3)), trained([8], 3)
+    student, teacher = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(2, 8, 5, 6)
+    loss, _ = criterion(student, teacher), learner(teacher)
+    dice = learner.dice_loss()
+    TRACES[kind](criterion, student.detach(), teacher)
+    TRACES[kind](learner, teacher)
+    assert criterion.warmup_step == 1
+    torch.testing.assert_close(criterion.diagnostics()[0].loss, loss.detach())
+    torch.testing.assert_close(learner.dice_loss(), dice)
+    assert learner.diagnostics()[0].coverage.isfinite().all()
 
 
 def test_what_counts() -> None:
