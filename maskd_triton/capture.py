@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._hooks import Hooked, Output, Where, changes_in_train_mode, check_alive, names_of
 from ._levels import Unpacked
-from ._torch import Model
+from ._torch import Model, version
 from ._warn import warn
 
 __all__ = ["FeatureCapture", "call"]
@@ -255,10 +255,8 @@ class _Recorder(Hooked):
         keys = [()] * len(found.tensors) if found.keys is None else [(key,) for key in found.keys]
         for key, x in zip(keys, found.tensors, strict=True):
             level = self.where.maps(x, self.labels[i], self.images)
-            if torch.compiler.is_compiling() or x.is_inference():  # these do not count writes: a copy
-                self.levels[i].append(_Level(i, key, level.clone(), None))
-            else:
-                self.levels[i].append(_Level(i, key, level, x._version))
+            written = version(x)
+            self.levels[i].append(_Level(i, key, level.clone() if written is None else level, written))  # a copy stays as it is
 
     def forget(self) -> list[_Taken]:
         """What the latest pass has left; nothing of it is kept."""
@@ -299,7 +297,7 @@ class _Recorder(Hooked):
                     f"capture: the {role}'s {name!r} ran {module.direct} times outside of a call of the {role} {since}, so it "
                     f"is not known which calls belong together; call the {role} itself, or take() after every call"
                 )
-            if any(level.version is not None and level.version != level.tensor._version for level in module.levels):
+            if any(level.version is not None and level.version != version(level.tensor) for level in module.levels):
                 raise RuntimeError(
                     f"capture: a later layer has overwritten the features of the {role}'s {name!r} in place; make that layer "
                     "inplace=False (an activation that follows, as a rule), or capture its output instead"
