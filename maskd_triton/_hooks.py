@@ -237,7 +237,7 @@ class Hooked:
         self.arguments = self.pixels = None
 
     def settle(self, *values: Any) -> None:
-        """Note in which recomputation or trace the block itself is, if in any; ``values``: what the model will be called with."""
+        """Note in which recomputation or trace the block itself is, if any; ``values``: what the model will be called with."""
         self.context = graph_task(), tracing(*values)
 
     def find(self, i: int, result: Any) -> Unpacked:
