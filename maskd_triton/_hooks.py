@@ -237,7 +237,7 @@ class Hooked:
         self.arguments = self.pixels = None
 
     def settle(self, *values: Any) -> None:
-        """What runs from here on is no recomputation and, where ``values`` are none of a trace, no trace."""
+        """Note in which recomputation or trace the block itself is, if any; ``values``: what the model will be called with."""
         self.context = graph_task(), tracing(*values)
 
     def find(self, i: int, result: Any) -> Unpacked:

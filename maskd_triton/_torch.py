@@ -34,9 +34,9 @@ def outside_transforms() -> AbstractContextManager[Any]:
 
 
 def outlived(tensors: Iterable[Tensor]) -> bool:
-    """Whether any is one of a transform of torch.func that is over: nobody can read its numbers, or they are those of others.
+    """Whether any belongs to a transform of torch.func that is over, and its numbers with it.
 
-    What torch's public functions show of such a tensor is an ordinary one.
+    Torch's public functions take such a tensor for an ordinary one.
     """
     if torch.compiler.is_compiling() or in_transforms():
         return False

@@ -280,7 +280,7 @@ class MaskedDistillLoss(Options):
         check.level_count(levels.teachers, "teacher", self.channels)
         counts, compiling = self.training and advance, torch.compiler.is_compiling()
         # activation checkpointing repeats a call, and a trace computes nothing: neither counts, nor is kept
-        repeated = graph_task() != -1 or tracing(levels.students, levels.teachers)
+        repeated = graph_task() != -1 or tracing(levels.students[0]) or tracing(levels.teachers[0])
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(

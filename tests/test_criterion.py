@@ -297,8 +297,14 @@ def fake_in_their_mode(criterion: nn.Module, *features: Tensor) -> None:
         criterion(*map(mode.from_tensor, features))
 
 
+def fake_student(criterion: nn.Module, *features: Tensor) -> None:
+    """A learner has no student: its features are all fake."""
+    criterion(FakeTensorMode(allow_non_fake_inputs=True).from_tensor(features[0]), *features[1:])
+
+
 TRACES: dict[str, Callable[..., Any]] = {
     "fake": fake,
+    "fake student": fake_student,
     "fake in their mode": fake_in_their_mode,
     "make_fx": lambda criterion, *features: make_fx(criterion)(*features),
     "export": lambda criterion, *features: torch.export.export(criterion, features, strict=False),
