@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _checks as check
 from ._eager import acc_dtype
 from ._options import Check, Options
+from ._torch import tracing
 from .functional import Standardization, compose_standardization, compose_weighting, mask_weights, receptive_masks
 
 __all__ = ["LevelTables"]
@@ -76,6 +77,8 @@ def fault(name: str, x: Any) -> str:
         return f"expected a tensor, got {type(x).__module__}.{type(x).__name__}; make tensors of arrays with torch.from_numpy"
     if x.is_meta:
         return "expected values, got a tensor on the meta device"
+    if tracing():  # fake tensors have no values to look at
+        return ""
     cast = name in ("channel_mean", "channel_std", "statistics") and is_narrow(x)
     hint = f"; {x.dtype} does not hold statistics: save them as they are, without a cast" if cast else ""
     if not torch.isfinite(x.float()).all():
@@ -96,7 +99,7 @@ SCALES = ("channel_std", "statistics")
 def several_scales(name: str, x: Tensor) -> bool:
     """Whether the entry ``name`` of `SCALES` has other deviations for other channels."""
     scales = (x[1:] if name == "statistics" else x).flatten()
-    return not x.is_meta and not bool((scales == scales[:1]).all())
+    return not (x.is_meta or tracing() or bool((scales == scales[:1]).all()))
 
 
 def faults(state: Mapping[str, Any], prefix: str) -> list[str]:

@@ -184,7 +184,7 @@ UNLIKE: dict[str, tuple[Callable[[], MaskLearner], dict[str, Any], str, str]] = 
 }
 
 
-@pytest.mark.filterwarnings("ignore:save: the tokens of levels")
+@pytest.mark.filterwarnings("ignore:save. the tokens of levels")
 @pytest.mark.parametrize(("make", "options", "first", "line"), UNLIKE.values(), ids=UNLIKE)
 def test_tokens_of_other_options(
     make: Callable[[], MaskLearner], options: dict[str, Any], first: str, line: str, tmp_path: Path

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import default_dtype
 from problems import trained
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton.checkpoints import load_masks
@@ -241,6 +242,14 @@ def test_meta_device(assign: bool) -> None:
         assert torch.equal(criterion(S, T), want(S, T))
     load_masks(criteria[2].to_empty(device="cpu").mask_modules, learner)
     assert torch.equal(criteria[2](S, T), want(S, T))
+
+
+@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
+def test_fake_tensors_have_no_values_to_check() -> None:
+    with FakeTensorMode():
+        for standardize in (False, True, "isotropic"):
+            criterion = MaskedDistillLoss(CHANNELS, TOKENS, standardize=standardize)
+            criterion.load_state_dict(criterion.state_dict())
 
 
 # --- half precision: tables and statistics stay as they are ------------------------------------------------------------
