@@ -341,7 +341,7 @@ def _batches(losses: Any) -> list[Any]:
 
 def _median(values: Sequence[float | Tensor], name: str) -> float:
     """ValueError where it is not positive and finite, or a value is NaN, which has no place in any order."""
-    numbers = [float(value) for value in values]
+    numbers = [float(value.detach() if isinstance(value, Tensor) else value) for value in values]  # torch warns of gradients
     median = statistics.median(numbers)
     if not 0 < median < math.inf or any(map(math.isnan, numbers)):
         raise ValueError(f"{name}: expected a positive, finite median, got {median} of {[float(f'{x:.3g}') for x in numbers]}")

@@ -423,6 +423,11 @@ def test_losses_in_other_forms() -> None:
     s = torch.ones(1, 2, 3, 3, requires_grad=True)
     losses = torch.stack([s.sum(), 2 * s.sum()])
     assert suggest_loss_weight(losses, 4 * losses, [s, s], by="gradient", share=0.2) == 0.0625
+    torch.set_warn_always(True)
+    try:  # losses that still have their graphs: torch's warning would be an error here
+        assert suggest_loss_weight(list(losses), 4 * losses) == 0.25
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_wrong_arguments() -> None:

@@ -8,15 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import DOCS
-
 SIZES = {"train": 3, "val": 2, "test": 2}
-RESULTS = DOCS.parent / "bench" / "results"
 
 
 @pytest.fixture(autouse=True)
 def packages() -> None:
-    for package in ("PIL", "tqdm", "scipy", "pycocotools"):
+    for package in ("PIL", "matplotlib", "tqdm", "scipy", "pycocotools"):
         pytest.importorskip(package, reason="needs the demo and test extras")
 
 
@@ -71,6 +68,8 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.mark.parametrize("folder", ["camvid", "bccd"], indirect=True)
 def test_quick(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every loss is run; the printed scores are those of the lines; a second call runs nothing."""
+    from matplotlib import image
+
     from examples.real import __main__ as program
     from examples.real import losses, study
 
@@ -79,16 +78,20 @@ def test_quick(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(program, "QUICK", dataclasses.replace(study.QUICK, teacher_steps=2, student_steps=1))
     argv = ["--task", task, "--data", str(folder), "--out", str(tmp_path), "--quick"]
     program.main(argv, pretrained=False)
-    lines = study.read_lines(tmp_path / task / "runs.jsonl")
-    assert {line["run"] for line in lines} == {"teacher", "tokens", "student"}
+    lines = study.read_lines(tmp_path / f"{task}-quick" / "runs.jsonl")
+    assert {line["run"] for line in lines} == {"call", "teacher", "tokens", "student", "suggestion"}
     printed = capsys.readouterr().out
-    metric = next(iter(lines[0]["test"]))
+    metric = next(iter(lines[1]["test"]))
     for loss in losses.LOSSES:
         scores = [line["test"][metric] for line in lines if line.get("loss") == loss and "test" in line]
         assert len(scores) == 2
         assert f"| {loss} | {sum(scores) / 2:.3f} ±" in printed
+    for name in ("students.png", "masks.png"):
+        picture = image.imread(tmp_path / f"{task}-quick" / name)
+        assert min(picture.shape[:2]) > 200
+        assert picture[..., :3].std() > 0.1  # something is drawn
     program.main(argv, pretrained=False)
-    assert study.read_lines(tmp_path / task / "runs.jsonl") == lines
+    assert study.read_lines(tmp_path / f"{task}-quick" / "runs.jsonl") == lines
     assert printed.splitlines()[:-1] == capsys.readouterr().out.splitlines()[:-1]  # but for the time
 
 
@@ -198,3 +201,11 @@ def test_search_goes_on_while_the_best_is_at_an_end(best: float, tries: int, mon
     assert len(tried) == tries + (best in (1, 3000))
     assert min(tried) < best < max(tried)
     assert max(tried) / min(tried) >= 30
+
+
+def test_the_page_has_the_tables_of_its_files() -> None:
+    from examples.real.report import PAGE, RESULTS, with_tables
+
+    page = PAGE.read_text()
+    assert set(re.findall(r"<!-- (real-\w+\.jsonl) -->", page)) == {path.name for path in RESULTS.glob("real-*.jsonl")}
+    assert with_tables(page) == page, "python -m examples.real.report"

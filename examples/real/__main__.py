@@ -8,9 +8,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import pictures
 from .report import tables
 from .study import QUICK, Settings, Study
 from .tasks import TASKS, load_task
+
+PICTURED = {"camvid": [20, 90, 170], "bccd": [5, 30, 60]}  # test images
 
 
 def main(argv: Sequence[str] | None = None, pretrained: bool = True) -> None:
@@ -25,11 +28,13 @@ def main(argv: Sequence[str] | None = None, pretrained: bool = True) -> None:
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else Settings()
     task = load_task(args.task, args.data, settings.images)
-    study = Study(task, args.out / args.task, settings, pretrained)
+    study = Study(task, args.out / (f"{args.task}-quick" if args.quick else args.task), settings, pretrained)
     study.run()
     if args.quick:
         print("A smoke run: the figures mean nothing.")
     print(tables(study.file))
+    for name, draw in (("students", pictures.compare), ("masks", pictures.masks)):
+        draw(study, PICTURED[args.task] if not args.quick else [0, 1]).savefig(study.out / f"{name}.png", dpi=110)
     print(f"{time.perf_counter() - start:.0f} s. Written to {study.out.resolve()}")
 
 

@@ -6,6 +6,7 @@ from torch.nn.functional import interpolate
 from .backbone import EfficientNetLite
 
 STRIDE = 8  # of the level that is distilled
+TEACHER_WIDTH, STUDENT_WIDTH = 128, 64  # its channels
 
 
 class Net(nn.Module):
@@ -42,12 +43,12 @@ class Pyramid(nn.Module):
 
 def make_teacher(outputs: int) -> Net:
     """Lite2 with all stages: strides 8, 16 and 32; 128 channels."""
-    return Net(EfficientNetLite("lite2", stages=7), 128, outputs)
+    return Net(EfficientNetLite("lite2", stages=7), TEACHER_WIDTH, outputs)
 
 
 def make_student(outputs: int) -> Net:
     """The first 11 blocks of Lite0: strides 8 and 16; 64 channels."""
-    return Net(EfficientNetLite("lite0", stages=5), 64, outputs)
+    return Net(EfficientNetLite("lite0", stages=5), STUDENT_WIDTH, outputs)
 
 
 def conv_bn_relu(width: int) -> tuple[nn.Module, ...]:

@@ -1,8 +1,8 @@
-"""Tables of a study from its JSON lines: `python -m examples.real.report bench/results/real-camvid.jsonl`."""
+"""Tables of a study from its JSON lines. `python -m examples.real.report` writes those of bench/results into docs/real.md."""
 
 import math
+import re
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from scipy.stats import t
 
 from .losses import ALONE, LOSSES, MSE
 from .study import TUNING_SEED, Line, read_lines
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "real.md"
 
 
 def tables(path: Path) -> str:
@@ -21,6 +24,7 @@ def tables(path: Path) -> str:
     reported = [line for line in students if "test" in line]
     parts = [scores(reported, name, teacher["test"][name]) for name in names]
     parts.append(weights([line for line in students if line["seed"] == TUNING_SEED], names[0]))
+    parts.append(suggestions([line for line in lines if line["run"] == "suggestion"], reported))
     parts.append(masks([line for line in lines if line["run"] == "tokens"]))
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -61,6 +65,15 @@ def weights(lines: Sequence[Line], metric: str) -> list[str]:
     return rows if columns else []
 
 
+def suggestions(lines: Sequence[Line], reported: Sequence[Line]) -> list[str]:
+    """What `suggest_loss_weight` names, and the best weight on val."""
+    rows = ["| `suggest_loss_weight` | best on val | by losses, share .5 | by gradients, share .1 |", "|---|---|---|---|"]
+    for line in lines:
+        best = next(run["weight"] for run in reported if run["loss"] == line["loss"])
+        rows.append(f"| {line['loss']} | {best:g} | {line['by_loss']:.3g} | {line['by_gradient']:.3g} |")
+    return rows if lines else []
+
+
 def masks(lines: Sequence[Line]) -> list[str]:
     """What the tokens take away from the teacher's task, and how their masks look, all on val."""
     rows = [
@@ -75,5 +88,15 @@ def masks(lines: Sequence[Line]) -> list[str]:
     return rows if lines else []
 
 
+def with_tables(page: str) -> str:
+    """``page`` with the tables of each file in bench/results that a comment names, up to the comment `end`."""
+    return re.sub(
+        r"(?<=<!-- )(real-\w+\.jsonl) -->.*?(?=<!-- end -->)",
+        lambda found: f"{found[1]} -->\n\n{tables(RESULTS / found[1])}\n\n",
+        page,
+        flags=re.S,
+    )
+
+
 if __name__ == "__main__":
-    print(tables(Path(sys.argv[1])))
+    PAGE.write_text(with_tables(PAGE.read_text()))

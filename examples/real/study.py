@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench import environment
 from maskd_triton import MaskLearner
 
-from .losses import ALONE, LOSSES, Tokens, make_criterion, tokens_of
-from .models import Net
+from .losses import ALONE, LOSSES, Aligned, Masked, Tokens, make_criterion, tokens_of
+from .models import STUDENT_WIDTH, Net
 from .tasks import Task
-from .training import Tick, evaluate, features_of, learn_tokens, load_teacher, train_student, train_teacher
+from .training import Tick, evaluate, features_of, learn_tokens, load_teacher, suggest, train_student, train_teacher
 
+PACKAGES = ("torch", "numpy", "pillow", "pycocotools")
 TUNING_SEED = 100  # none of the seeds that are reported
 WEIGHTS = [m * 10**e for e in range(-3, 6) for m in (1, 3)]  # candidates
 FIRST = slice(WEIGHTS.index(10), WEIGHTS.index(300) + 1)  # these are tried; more follow while the best is at an end
@@ -29,24 +31,26 @@ FIRST = slice(WEIGHTS.index(10), WEIGHTS.index(300) + 1)  # these are tried; mor
 class Settings:
     teacher_steps: int = 700
     token_steps: int = 300
-    student_steps: int = 300
+    student_steps: int = 250
+    suggestion_steps: int = 50
     seeds: int = 4
     images: int | None = None  # of each split; None: all
 
 
-QUICK = Settings(teacher_steps=4, token_steps=4, student_steps=2, seeds=2, images=16)
+QUICK = Settings(teacher_steps=4, token_steps=4, student_steps=2, suggestion_steps=2, seeds=2, images=16)
 
 Line = dict[str, Any]
 
 
 class Study:
-    """The runs of a task; ``out`` gets ``teacher.pt``, the tokens, and ``runs.jsonl``."""
+    """The runs of a task; ``out`` gets teacher, tokens, the students of seed 0, and ``runs.jsonl``."""
 
     def __init__(self, task: Task, out: Path, settings: Settings, pretrained: bool = True) -> None:
         self.task, self.out, self.settings, self.pretrained = task, out, settings, pretrained
         out.mkdir(parents=True, exist_ok=True)
         self.file = out / "runs.jsonl"
         self.lines = read_lines(self.file) if self.file.exists() else []
+        self.described = False
         self.teacher = self._teacher()
         self.features = features_of(self.teacher, task.train.images)
         self.learners: dict[Tokens, MaskLearner] = {}
@@ -56,6 +60,8 @@ class Study:
             weight = 0.0 if loss == ALONE else self.tune(loss)
             for seed in range(self.settings.seeds):
                 self.student(loss, weight, seed, ("val", "test"))
+            if loss != ALONE:
+                self.suggestion(loss)
 
     def tune(self, loss: str) -> float:
         """The weight with the best score on val: of `FIRST`, and of further ones while the best is at an end."""
@@ -76,33 +82,48 @@ class Study:
         found = self._found(key)
         return found or self._student(key, splits)
 
+    def suggestion(self, loss: str) -> Line:
+        """The weights that `suggest_loss_weight` names after a few steps with a weight of 1."""
+        steps, seed = self.settings.suggestion_steps, TUNING_SEED
+        key = {"run": "suggestion", "loss": loss, "steps": steps}
+        found = self._found(key)
+        if found:
+            return found
+        criterion = self._criterion(loss, 1.0, steps, seed)
+        with progress(steps, f"{loss}, suggestion of a weight") as tick:
+            student = train_student(self.task, self.features, criterion, steps, tick, seed, self.pretrained)
+        suggested = suggest(self.task, self.features, criterion, student)
+        return self._add(key | {name: float(f"{value:.3g}") for name, value in suggested.items()})
+
+    def _criterion(self, loss: str, weight: float, steps: int, seed: int) -> Aligned | Masked:
+        tokens = tokens_of(loss, self.task.name)
+        return make_criterion(loss, self.learner(tokens), tokens, STUDENT_WIDTH, weight, steps, seed)
+
     def _student(self, key: Line, splits: tuple[str, ...]) -> Line:
         loss, seed, steps = key["loss"], key["seed"], key["steps"]
-        criterion = None
-        if loss != ALONE:
-            tokens = tokens_of(loss, self.task.name)
-            learner = self._learner(tokens)
-            criterion = make_criterion(loss, learner, tokens, 64, key["weight"], steps, seed)
-        start = time.perf_counter()
+        criterion = None if loss == ALONE else self._criterion(loss, key["weight"], steps, seed)
+        start = time.process_time()
         with progress(steps, f"{loss}, weight {key['weight']:g}, seed {seed}") as tick:
             student = train_student(self.task, self.features, criterion, steps, tick, seed, self.pretrained)
-        seconds = time.perf_counter() - start
-        return self._add(key | {"seconds": round(seconds)} | self._scores(student, splits))
+        seconds = time.process_time() - start
+        if seed == 0:  # for pictures
+            torch.save(student.state_dict(), student_file(self.out, loss))
+        return self._add(key | {"cpu_seconds": round(seconds)} | self._scores(student, splits))
 
     def _teacher(self) -> Net:
         steps, path = self.settings.teacher_steps, self.out / "teacher.pt"
         key = {"run": "teacher", "steps": steps}
         if self._found(key) and path.exists():
             return load_teacher(self.task, path)
-        start = time.perf_counter()
+        start = time.process_time()
         with progress(steps, "teacher") as tick:
             teacher = train_teacher(self.task, steps, tick, self.pretrained)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         torch.save(teacher.state_dict(), path)
-        self._add(key | {"seconds": round(seconds)} | self._scores(teacher, ("val", "test")))
+        self._add(key | {"cpu_seconds": round(seconds)} | self._scores(teacher, ("val", "test")))
         return teacher
 
-    def _learner(self, tokens: Tokens) -> MaskLearner:
+    def learner(self, tokens: Tokens) -> MaskLearner:
         """From its file, or learned now."""
         if tokens not in self.learners:
             path, steps = self.out / f"tokens-{tokens.name}.pt", self.settings.token_steps
@@ -120,10 +141,10 @@ class Study:
         return self.learners[tokens]
 
     def _learn(self, tokens: Tokens, path: Path, key: Line) -> MaskLearner:
-        start = time.perf_counter()
+        start = time.process_time()
         with progress(key["steps"], f"tokens, {tokens.name}") as tick:
             learner = learn_tokens(self.task, self.teacher, self.features, tokens, key["steps"], tick)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         learner.save(path)
         val = features_of(self.teacher, self.task.val.images).float()
         with torch.no_grad():
@@ -132,7 +153,7 @@ class Study:
         level = learner.diagnostics()[0]
         self._add(
             key
-            | {"seconds": round(seconds), "task_loss": round(masked.item(), 4), "unmasked": round(plain.item(), 4)}
+            | {"cpu_seconds": round(seconds), "task_loss": round(masked.item(), 4), "unmasked": round(plain.item(), 4)}
             | {"coverage": rounded(level.coverage), "dice": rounded((level.dice - level.dice.diag().diag()).max())}
             | {"weight": rounded(level.weight), "entropy": rounded(level.entropy)}
         )
@@ -146,10 +167,17 @@ class Study:
         return next((line for line in self.lines if key.items() <= line.items()), None)
 
     def _add(self, line: Line) -> Line:
-        self.lines.append(line)
+        """Also to the file, behind a line that says where this call runs."""
+        new = [line] if self.described else [{"run": "call", **environment.describe(torch.device("cpu"), PACKAGES)}, line]
+        self.described = True
+        self.lines += new
         with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.writelines(json.dumps(each) + "\n" for each in new)
         return line
+
+
+def student_file(out: Path, loss: str) -> Path:
+    return out / f"{loss.replace(' ', '-')}.pt"
 
 
 def read_lines(path: Path) -> list[Line]:

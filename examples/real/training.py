@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maskd_triton import MaskLearner
+from maskd_triton.diagnostics import suggest_loss_weight
 
 from .losses import Aligned, Masked, Tokens
 from .models import Net, make_student, make_teacher
@@ -86,6 +87,17 @@ def train_student(
         step(loss, optimizer, schedule)
         tick()
     return student
+
+
+def suggest(task: Task, features: Tensor, criterion: Aligned | Masked, student: Net, count: int = 5) -> dict[str, float]:
+    """What `suggest_loss_weight` names from a few batches, by either rule, with the shares that its docstring advises."""
+    losses, distillations, levels = [], [], []
+    for batch in batches(len(features), count, seed=0):
+        levels.append(student.features(task.train.images[batch]))
+        losses.append(task.loss(student.head(levels[-1]), task.train.targets[batch]))
+        distillations.append(criterion(levels[-1], features[batch].float(), task.train.masks[batch]))
+    by_gradient = suggest_loss_weight(losses, distillations, levels, by="gradient", share=0.1)
+    return {"by_loss": suggest_loss_weight(losses, distillations), "by_gradient": by_gradient}
 
 
 @torch.no_grad()
