@@ -31,7 +31,7 @@ FIRST = slice(WEIGHTS.index(10), WEIGHTS.index(300) + 1)  # these are tried; mor
 class Settings:
     teacher_steps: int = 700
     token_steps: int = 300
-    student_steps: int = 250
+    student_steps: int = 200
     suggestion_steps: int = 50
     seeds: int = 4
     images: int | None = None  # of each split; None: all
