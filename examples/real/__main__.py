@@ -8,10 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import pictures
-from .report import tables
-from .study import QUICK, Settings, Study
-from .tasks import TASKS, load_task
+from . import EXTRA
+
+try:
+    from . import pictures
+    from .report import tables
+    from .study import QUICK, Settings, Study
+    from .tasks import TASKS, load_task
+except ModuleNotFoundError as error:
+    raise SystemExit(f"examples.real needs the package {error.name}: {EXTRA}") from error
 
 PICTURED = {"camvid": [20, 90, 170], "bccd": [5, 30, 60]}  # test images
 

@@ -18,7 +18,7 @@ RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "real.md"
 def tables(path: Path) -> str:
     """Scores on test, then the search for weights on val, then the tokens; of what has been run so far."""
     lines = read_lines(path)
-    (teacher,) = (line for line in lines if line["run"] == "teacher")
+    teacher = next(line for line in lines if line["run"] == "teacher")
     students = [line for line in lines if line["run"] == "student"]
     names = list(teacher["test"])
     reported = [line for line in students if "test" in line]
