@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import DOCS
+
 SIZES = {"train": 3, "val": 2, "test": 2}
 
 
@@ -214,8 +216,11 @@ def test_search_goes_on_while_the_best_is_at_an_end(best: float, tries: int, mon
 
 
 def test_the_page_has_the_tables_of_its_files() -> None:
-    from examples.real.report import PAGE, RESULTS, with_tables
+    from examples.real.report import PAGE, RESULTS, tables, with_tables
 
     page = PAGE.read_text()
     assert set(re.findall(r"<!-- (real-\w+\.jsonl) -->", page)) == {path.name for path in RESULTS.glob("real-*.jsonl")}
     assert with_tables(page) == page, "python -m examples.real.report"
+    scores = dict(re.findall(r"^\| ([\w ]+) \| (0\.\d{3}) ± ", tables(RESULTS / "real-camvid.jsonl"), re.M))
+    told = f"alone {scores['student alone']}, feature MSE {scores['feature MSE']}, MasKD {scores['MasKD']} "
+    assert told in (DOCS.parent / "README.md").read_text()
