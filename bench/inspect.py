@@ -169,9 +169,10 @@ class Facts:
 def compiling_for(target: GPUTarget) -> Iterator[Collection[Facts]]:
     """Inside, a launch compiles its kernel for ``target`` and runs nothing."""
     found: dict[str, Facts] = {}
+    run = launch.run
 
-    def compile_only(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        binary = kernel.run(*arguments, grid=(programs,), warmup=True, enable_fp_fusion=True, **constants)
+    def compile_only(kernel: Any, numbers: launch.Numbers, *arguments: Any) -> None:
+        binary, constants = run(kernel, numbers, *arguments, warmup=True), numbers.constants
         wide, align = 0.0, constants.get("ALIGN", 1)
         if align > 2:  # float64 is for tests
             tile = constants["BLOCK_C"] * constants["BLOCK_P"] / (constants["num_warps"] * target.warp_size)

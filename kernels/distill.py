@@ -116,6 +116,7 @@ def _forward_tile(
         d = tl.where(counted, d, 0.0)
     m = tl.where(counted[None, :], m, 0.0)
     tl.store(mask_ptr + at, m, mask=there)
+    tl.static_assert((POWER == 1) | (POWER == 2), "no branch for the power of the mask")
     tl.store(part_ptr + token, tl.sum((m * m if POWER == 2 else m) * d[None, :], axis=1), mask=real)
     tl.store(part_ptr + T + token, tl.sum(m, axis=1), mask=real)
     if WEIGHTED:
@@ -345,6 +346,7 @@ def backward_kernel(
     token = tl.arange(0, TP)
     coefficient = tl.load(coefficient_ptr + (index * N + n) * T + token, mask=token < T, other=0.0)
     coefficient *= tl.load(up_ptr + index * up_level + n * up_n)
+    tl.static_assert((POWER == 1) | (POWER == 2), "no branch for the power of the mask")
     scale = tl.sum((m * m if POWER == 2 else m) * coefficient[:, None], axis=0)
     value = s.to(ACC)
     target = reconstructed(t, pick(affine_ptrs, level, LEVELS), c, C, STANDARD, ACC)

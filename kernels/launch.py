@@ -45,13 +45,13 @@ class Numbers(NamedTuple):
     constants: dict[str, Any]
 
 
-def run(kernel: Any, numbers: Numbers, addresses: Sequence[Any], *others: Any) -> None:
-    """Launch ``kernel``, with fused multiply-adds, which Triton 3.10 no longer makes by default.
+def run(kernel: Any, numbers: Numbers, addresses: Sequence[Any], *others: Any, warmup: bool = False) -> Any:
+    """Launch ``kernel``, with fused multiply-adds, which Triton 3.10 no longer makes by default; ``warmup``: compile it only.
 
     Its arguments are the addresses of the levels, the tables, and ``others``.
     """
     programs, tables, constants = numbers
-    kernel.run(*addresses, *tables, *others, grid=(programs,), warmup=False, enable_fp_fusion=True, **constants)
+    return kernel.run(*addresses, *tables, *others, grid=(programs,), warmup=warmup, enable_fp_fusion=True, **constants)
 
 
 Look = tuple[Sequence[int], Sequence[int], torch.dtype]  # shape, strides, dtype

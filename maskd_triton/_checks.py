@@ -2,11 +2,11 @@
 
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Weighting = tuple[Tensor, Tensor]
 
@@ -20,7 +20,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 # Options: each function takes a value and its name, and gives the value to keep
 
 
-def choice(value: Any, name: str, choices: Sequence[str]) -> str:
+def choice(value: Any, name: str, choices: Collection[str]) -> str:
     """ValueError unless ``value`` is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -34,7 +34,9 @@ def impl(value: Any, name: str = "impl") -> str:
 
 def resize(value: Any, name: str = "resize") -> str | None:
     """ValueError unless it is None, ``"student"`` or ``"teacher"``."""
-    return value if value is None else choice(value, name, ("student", "teacher"))
+    if value not in (None, "student", "teacher"):
+        raise ValueError(f"{name}: expected None, 'student' or 'teacher', got {value!r}")
+    return value
 
 
 def flag(value: Any, name: str) -> bool:
@@ -114,11 +116,23 @@ def loss_weight(value: Any, name: str = "loss_weight") -> float | Tensor:
 
 
 def constant_loss_weight(value: Any, name: str) -> float | Tensor:
-    """`loss_weight`; ValueError for one that is to be learned."""
+    """`loss_weight`; ValueError for one that is to be learned.
+
+    A parameter or a buffer is taken as a plain tensor in the same memory: as one of the module it would be cast with it.
+    """
     weight = loss_weight(value, name)
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError(f"{name}: expected a number or a scalar tensor without gradient; to learn it, multiply the loss by it")
-    return weight
+    return weight.detach() if isinstance(weight, nn.Parameter | nn.Buffer) else weight
+
+
+def counter(value: Any, name: str) -> Tensor:
+    """TypeError or ValueError unless it is an int64 scalar tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an int64 scalar tensor, got {value!r}; {name}.fill_(k) sets it")
+    if value.dtype != torch.int64 or value.dim() != 0:
+        raise ValueError(f"{name}: expected an int64 scalar tensor, got {value.dtype} of shape {list(value.shape)}")
+    return value
 
 
 def standardize(value: Any, name: str = "standardize") -> str | bool:
@@ -138,9 +152,14 @@ def listed(value: Any) -> Any:
 # Tensors
 
 
-def counted(levels: int) -> str:
+def counted(number: int, noun: str = "level") -> str:
     """``"1 level"``, ``"3 levels"``."""
-    return "1 level" if levels == 1 else f"{levels} levels"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def for_each(levels: int) -> str:
+    """``"for the only level"``, ``"for each of the 3 levels"``."""
+    return "for the only level" if levels == 1 else f"for each of the {counted(levels)}"
 
 
 def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
@@ -150,7 +169,7 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     if isinstance(given, str | Tensor) or not isinstance(given, Sequence):
         raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(given).__name__}")
     if len(given) != levels:
-        raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(given)}")
+        raise ValueError(f"{name}: expected one entry {for_each(levels)}, got {len(given)}")
 
 
 def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int | None]) -> None:
@@ -183,9 +202,9 @@ def features(x: Tensor, name: str, channels: int | None = None, hint: str = "") 
     if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {list(shape)}")
     if channels is not None and shape[1] != channels:
-        if shape[3] == channels:
+        if shape[3] == channels and "swap" not in hint:
             hint = "; channels last, [N, H, W, C]? shapes.from_nhwc(x) makes it [N, C, H, W]"
-        raise ValueError(f"{name}: expected {channels} channels, got {shape[1]} (shape {list(shape)}){hint}")
+        raise ValueError(f"{name}: expected {counted(channels, 'channel')}, got {shape[1]} (shape {list(shape)}){hint}")
 
 
 def dense(x: Tensor, name: str) -> None:
@@ -306,7 +325,9 @@ def frozen(x: Tensor, name: str) -> None:
 def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, first: Tensor, first_name: str) -> None:
     """TypeError or ValueError unless student and teacher features of a level fit each other and the first level."""
     student, teacher = names
-    features(t, teacher, channels)
+    features(t, teacher)
+    if channels is not None and t.shape[1] != channels:
+        features(t, teacher, channels, swapped(s, t, channels))
     dense(s, student)
     if s.shape != t.shape or s.dtype not in _DTYPES:
         features(s, student, channels, "; give student_channels= and the criterion aligns them")
@@ -317,16 +338,30 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
     alike(t, teacher, first, first_name)
     if s is not first:
         alike(s, student, first, first_name)
-    if t.requires_grad:
-        swapped = "" if s.requires_grad else " (did you swap student and teacher?)"
-        raise ValueError(
-            f"{teacher}: requires grad, but the loss is differentiable in the student only{swapped}; "
-            "compute the teacher under torch.no_grad() or pass teacher.detach()"
-        )
+    constant_teacher(s, t, teacher)
     if not torch.compiler.is_compiling():  # dynamo asks no such questions
         readable(s, student)
         readable(t, teacher)
         recordable(t, teacher, "the teacher")
+
+
+def swapped(s: Any, t: Any, channels: int) -> str:
+    """A question, where the teacher's features look like a student's and these like a teacher's of so many channels."""
+    if not (isinstance(s, Tensor) and isinstance(t, Tensor) and s.dim() == t.dim() == 4):
+        return ""
+    by_gradient = t.requires_grad and not s.requires_grad
+    by_channels = s.shape[1] == channels and channels not in (t.shape[1], t.shape[3])
+    return "; did you swap student and teacher?" if by_gradient or by_channels else ""
+
+
+def constant_teacher(s: Tensor, t: Tensor, name: str) -> None:
+    """ValueError if the teacher's features ``t`` require grad; ``s``: the student's of the same level, as they were given."""
+    if t.requires_grad:
+        question = "" if s.requires_grad else " (did you swap student and teacher?)"
+        raise ValueError(
+            f"{name}: requires grad, but the loss is differentiable in the student only{question}; "
+            "compute the teacher under torch.no_grad() or pass teacher.detach()"
+        )
 
 
 def step(x: Tensor | None, name: str, device: torch.device) -> None:
@@ -343,7 +378,7 @@ def maps(m: Tensor, name: str, like: Tensor) -> None:
     """TypeError or ValueError unless ``m`` are masks ``[N, T, H, W]`` for the features ``like``, without gradient."""
     dense(m, name)
     if m.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected masks of a float dtype or bool, got {m.dtype}")
+        raise TypeError(f"{name}: expected masks of a float dtype or bool, got {m.dtype}; call .bool() or .float()")
     n, _, h, w = like.shape
     if m.dim() != 4 or (m.shape[0], *m.shape[2:]) != (n, h, w) or m.shape[1] == 0:
         token = "; add a token dimension: masks[:, None]" if list(m.shape) == [n, h, w] else ""
@@ -362,7 +397,7 @@ def valid(x: Tensor, name: str, batch: int, device: torch.device) -> None:
         )
     dense(x, name)
     if x.is_floating_point() or x.is_complex():
-        raise TypeError(f"{name}: expected a bool or integer tensor, non-zero where pixels are valid, got {x.dtype}")
+        raise TypeError(f"{name}: expected a bool or integer tensor, non-zero where valid, got {x.dtype}; pass {name} != 0")
     if x.dim() != 3 or x.shape[0] != batch or 0 in x.shape[1:]:
         raise ValueError(f"{name}: expected shape [{batch}, H0, W0], that of the padded images, got {list(x.shape)}")
     on_device(x, name, device)

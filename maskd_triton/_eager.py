@@ -279,7 +279,8 @@ def _distill_level(student: Tensor, teacher: Tensor, options: DistillOptions, i:
         m.masked_fill_((valid == 0)[:, None], 0)
         d.masked_fill_(valid == 0, 0)
     # a matrix product would add up 67200 pixels one by one
-    a = (m * d[:, None]).mul_(m if options.mask_power == 2 else 1).sum(2)
+    again: dict[int, Tensor | float] = {1: 1.0, 2: m}  # of the mask's power
+    a = (m * d[:, None]).mul_(again[options.mask_power]).sum(2)
     area = m.sum(2) + options.eps
     if rows is not None:
         w = weights(teacher, rows, bias, height, width)
@@ -329,7 +330,7 @@ def _distances(
 @_full_precision
 def distill_backward(student: Sequence[Tensor], teacher: Sequence[Tensor], grad: Tensor, kept: DistillKept) -> list[Tensor]:
     """Gradients of the per-image losses for every level of the student, in its dtype and (dense) strides."""
-    product = "ntp,ntp,nt->np" if kept.mask_power == 2 else "ntp,nt->np"
+    product = {1: "ntp,nt->np", 2: "ntp,ntp,nt->np"}[kept.mask_power]
     results = []
     for i, (s, t, m) in enumerate(zip(student, teacher, kept.masks, strict=True)):
         factors = kept.coefficients[i] * grad[i][:, None]

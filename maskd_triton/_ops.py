@@ -116,9 +116,19 @@ def customised(step: Tensor, warmup: int, counts: bool) -> Tensor:
     return (customised_operator if torch.compiler.is_compiling() else _customised)(step, warmup, counts)
 
 
+def _distill_passes(impl: str) -> tuple[Callable[..., None], Callable[..., list[Tensor]]]:
+    """Forward and backward of an implementation."""
+    if impl == "triton":
+        launchers = kernels("distill")
+        return launchers.forward, launchers.backward
+    if impl == "eager":
+        return _eager.distill_forward, _eager.distill_backward
+    raise ValueError(f"impl: no branch for {impl!r}")
+
+
 def _distill(student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, options: DistillOptions) -> Distilled:
     outputs = Distilled.empty(student, options, _eager.acc_dtype(student[0].dtype))
-    forward = kernels("distill").forward if impl == "triton" else _eager.distill_forward
+    forward, _ = _distill_passes(impl)
     forward(student, teacher, options, outputs)
     return outputs
 
@@ -149,7 +159,7 @@ def _(student: list[Tensor], teacher: list[Tensor], impl: str, *options: Any) ->
 def _distill_backward(
     student: Sequence[Tensor], teacher: Sequence[Tensor], impl: str, grad: Tensor, *kept: Any
 ) -> list[Tensor]:
-    backward = kernels("distill").backward if impl == "triton" else _eager.distill_backward
+    _, backward = _distill_passes(impl)
     return backward(student, teacher, grad, DistillKept(*kept))
 
 

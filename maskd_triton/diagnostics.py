@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ._eager import DICE_EPS, acc_dtype, gram
-from ._levels import Levels, unpack
+from ._levels import Levels, labels, unpack
 from ._warn import warn
 
 __all__ = [
@@ -333,16 +333,21 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
         >>> gradient_ratio(s.sum(), (3 * s).sum(), s)
         tensor(3.)
     """
-    levels = unpack(features, "features").tensors
-    for i, x in enumerate(levels):
+    levels, keys, _ = unpack(features, "features")
+    for x, label in zip(levels, labels(len(levels), keys), strict=True):
         if not x.requires_grad:
-            raise ValueError(f"features[{i}]: expected the student's features with gradient, got a tensor without")
+            raise ValueError(f"features{label}: expected the student's features with gradient, got a tensor without")
     norms = []
     for name, loss in (("task_loss", task_loss), ("distill_loss", distill_loss)):
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
             raise ValueError(f"{name}: expected a scalar with gradient, got {loss!r}")
         norm = _gradient_norm(loss, levels, name)
-        if math.isnan(norm):
+        if not loss.isfinite():
+            warn(
+                f"gradient_ratio: {name}: expected a finite loss, got {loss.item()}; if it overflows in half precision, "
+                "compute it in float32, outside of autocast"
+            )
+        elif math.isnan(norm):
             warn(
                 f"gradient_ratio: {name}: its gradient is lost or overflows in half precision, whatever the loss is multiplied "
                 "by; compute this loss in float32, outside of autocast"
@@ -429,6 +434,7 @@ def suggest_loss_weight(
         A number for ``criterion.loss_weight``.
 
     Raises:
+        TypeError: a batch's loss that is no number and no scalar tensor.
         ValueError: lists that are empty or of different lengths; a share outside of 0 to 1; losses or ratios that hold a NaN or
             whose median is not positive and finite; and as `gradient_ratio` does.
 
@@ -447,7 +453,7 @@ def suggest_loss_weight(
         raise ValueError("features: expected the student's of every batch with by='gradient', and None with by='loss'")
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
-    tasks, distills = _batches(task_losses), _batches(distill_losses)
+    tasks, distills = _batches(task_losses, "task_losses"), _batches(distill_losses, "distill_losses")
     if len(tasks) != len(distills) or not tasks:
         raise ValueError(
             f"task_losses and distill_losses: expected one of each for every batch, got {len(tasks)} and {len(distills)}"
@@ -462,14 +468,23 @@ def suggest_loss_weight(
     return odds / _median(ratios, "task_losses and distill_losses: gradients' ratios")
 
 
-def _batches(losses: Any) -> list[Any]:
+def _batches(losses: Any, name: str) -> list[Any]:
     """A sequence, a stacked tensor or an array as a list; a number is the loss of a single batch."""
-    return list(losses) if hasattr(losses, "__len__") and getattr(losses, "ndim", 1) > 0 else [losses]
+    several = hasattr(losses, "__len__") and getattr(losses, "ndim", 1) > 0 and not isinstance(losses, Mapping)
+    batches = list(losses) if several else [losses]
+    for loss in batches:
+        if not isinstance(loss, int | float) and getattr(loss, "ndim", None) != 0:
+            shape = f" of shape {list(loss.shape)}" if hasattr(loss, "shape") else ""
+            hint = "; add them up: sum(losses.values())" if isinstance(loss, Mapping) else ""
+            raise TypeError(
+                f"{name}: expected a number or a scalar tensor for each batch, got {type(loss).__name__}{shape}{hint}"
+            )
+    return batches
 
 
 def _median(values: Sequence[float | Tensor], name: str) -> float:
     """ValueError where it is not positive and finite, or a value is NaN, which has no place in any order."""
-    numbers = [float(value) for value in values]
+    numbers = [float(value.detach() if isinstance(value, Tensor) else value) for value in values]  # torch warns of gradients
     median = statistics.median(numbers)
     if not 0 < median < math.inf or any(map(math.isnan, numbers)):
         raise ValueError(f"{name}: expected a positive, finite median, got {median} of {[float(f'{x:.3g}') for x in numbers]}")

@@ -3,7 +3,7 @@
 Source of every formula: *Masked Distillation with Receptive Tokens*, ICLR 2023, https://arxiv.org/abs/2205.14589.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ __all__ = [
     "receptive_masks",
 ]
 
-REDUCTIONS = ("sum", "none")
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sum": lambda losses: losses.sum(), "none": lambda losses: losses.sum(1)}
 DISTANCES = ("squared", "smooth_l1", "cosine")
 
 
@@ -89,7 +89,8 @@ def masked_distill_loss(
             the device, without a sync). None: from the start.
         custom_mask_warmup: see ``warmup_step``.
         loss_weight: factor on the loss: a number, or a scalar tensor, which is not copied to the host.
-        eps: added to the mask areas; 0 reproduces the 0/0 of the original for empty masks.
+        eps: added to the mask areas; 0 reproduces the 0/0 of the original for empty masks of tokens. An empty mask that
+            ``masks`` gives counts nothing.
         reduction: ``"sum"`` over levels, or ``"none"`` for one value per level.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.
 
@@ -182,7 +183,7 @@ def distill(
     # a copy of a tensor: whoever schedules the weight may write to it before the backward pass
     scale = loss_weight.clone() if isinstance(loss_weight, Tensor) else loss_weight
     losses = outputs.per_image * scale
-    loss = losses.sum() if reduction == "sum" else losses.sum(1)
+    loss = REDUCTIONS[reduction](losses)
     seen = Distilled(losses.detach(), *outputs[1:])
     return loss, Latest(seen, [t.shape for t in teachers], levels.keys, options.valid, weighted)
 
@@ -421,7 +422,7 @@ def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
         weights = [_eager.weights_of_valid(*level) for level in pools]
         tables = tables._replace(pool_rows=(), pool_bias=())
     options = LearnOptions(tables, weights, pixels, heights)
-    learn_levels = _ops.learn if resolve_impl(impl, first.device) == "triton" else _eager.learn
+    learn_levels = {"triton": _ops.learn, "eager": _eager.learn}[resolve_impl(impl, first.device)]
     masked, dice, masks, used = learn_levels(flat, options)
     maps = [v.unflatten(1, size) for v, size in zip(pixels, sizes, strict=True)] if pixels else [None] * len(features)
     each = zip(masks, used, maps, sizes, strict=True)

@@ -1,5 +1,6 @@
 """Stage 2: the distillation loss."""
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from ._levels import Levels, Matched, in_order, labels, match, named, per_level,
 from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
-from ._torch import graph_task, outside_transforms
+from ._torch import graph_task, outside_transforms, tracing
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
@@ -63,7 +64,7 @@ class MaskedDistillLoss(Options):
             0.5 for segmentation. A number, or a scalar tensor without gradient. It is an attribute, not part of the state dict:
             ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion.
         eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, in which
-            an empty mask gives NaN.
+            an empty mask of the tokens gives NaN; one that ``masks=`` gives counts nothing.
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
             None warns: until a state dict is loaded, untrained tokens give masks of about 0.5 everywhere, and the loss is about
             half of a plain MSE.
@@ -118,6 +119,7 @@ class MaskedDistillLoss(Options):
         "custom_mask": check.flag,
         "custom_mask_warmup": check.count,
         "loss_weight": check.constant_loss_weight,
+        "warmup_step": check.counter,
         "eps": check.eps,
         "mask_power": check.mask_power,
         "distance": functional.check_distance,
@@ -126,6 +128,7 @@ class MaskedDistillLoss(Options):
         "impl": check.impl,
     }
     FIXED = frozenset(("channels", "names", "num_tokens", "weight_mask", "standardize"))
+    USED_UP = frozenset(("student_channels", "pretrained"))
 
     def __init__(
         self,
@@ -166,7 +169,9 @@ class MaskedDistillLoss(Options):
                 "num_tokens: num_tokens=None takes its masks from masks= in every call; it cannot be combined with pretrained= "
                 "or standardize="
             )
-        self.align = self._new_align(align, student_channels)
+        if align is not None and student_channels is not None:
+            raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
+        self.align = align if student_channels is None else self._convolutions(student_channels)  # type: ignore[assignment]
         levels = self.channels if self.num_tokens is not None else []
         self.mask_modules = nn.ModuleList(LevelTables(c, num_tokens or 0, weight_mask, standardize) for c in levels)
         at = "cpu" if torch.get_default_device().type == "meta" else None  # a number, which no state dict need bring back
@@ -180,26 +185,29 @@ class MaskedDistillLoss(Options):
         self._align_watch = _AlignWatch()
         self._latest: Latest | None = None
 
-    def _new_align(self, align: Any, student_channels: Any) -> nn.ModuleList | None:
-        levels = len(self.channels)
-        if align is not None and student_channels is not None:
-            raise ValueError("align and student_channels: expected at most one of them; student_channels builds an align")
-        if align is not None:
-            if isinstance(align, nn.ModuleDict):
-                align = dict(align.items())
-            elif isinstance(align, nn.Module):
-                align = list(align) if isinstance(align, nn.ModuleList) else [align]
-            modules = in_order(align, "align", self.names, levels)
-            for i, module in enumerate(modules):
-                if not isinstance(module, nn.Module):
-                    raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
-            return nn.ModuleList(modules)
-        if student_channels is None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._by_level(value) if name == "align" else value)
+
+    def _by_level(self, align: Any) -> nn.ModuleList | None:
+        """The modules of ``align=`` in the order of the levels."""
+        if align is None:
             return None
+        if isinstance(align, nn.ModuleDict):
+            align = dict(align.items())
+        elif isinstance(align, nn.Module):
+            align = list(align) if isinstance(align, nn.ModuleList) else [align]
+        modules = in_order(align, "align", self.names, len(self.channels))
+        for i, module in enumerate(modules):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
+        return nn.ModuleList(modules)
+
+    def _convolutions(self, student_channels: Any) -> list[nn.Module]:
+        levels = len(self.channels)
         if isinstance(student_channels, Mapping):
             student_channels = in_order(student_channels, "student_channels", self.names, levels)
         narrow = per_level(student_channels, "student_channels", levels)
-        return nn.ModuleList(nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True))
+        return [nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)]
 
     def _draw_tokens(self) -> None:
         warnings.warn(
@@ -210,6 +218,8 @@ class MaskedDistillLoss(Options):
         for level in self._levels:
             learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
             if not learned.mask_token.is_meta:
+                if self.standardize:
+                    learned.pixels_seen.fill_(1)  # mean 0 and deviation 1 stand in for statistics
                 level.load_state_dict(learned.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,7 +279,8 @@ class MaskedDistillLoss(Options):
         levels = match(student, teacher, self.names)
         check.level_count(levels.teachers, "teacher", self.channels)
         counts, compiling = self.training and advance, torch.compiler.is_compiling()
-        repeated = graph_task() != -1  # activation checkpointing repeats a call
+        # activation checkpointing repeats a call, and a trace computes nothing: neither counts, nor is kept
+        repeated = graph_task() != -1 or tracing(levels.students[0]) or tracing(levels.teachers[0])
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(
@@ -292,7 +303,7 @@ class MaskedDistillLoss(Options):
             if self.training and torch.is_grad_enabled():
                 self._warn_without_gradient(levels)
                 if advance and self.align is not None:
-                    self._align_watch.see(self.align)
+                    self._align_watch.see(self.align, prepared.students)
         if counts and not repeated:
             with outside_transforms():
                 self.warmup_step.add_(1)
@@ -357,17 +368,17 @@ class MaskedDistillLoss(Options):
     def _levels(self) -> list[LevelTables]:
         return list(self.mask_modules)  # type: ignore[arg-type]
 
-    def _check_align(self, align: nn.ModuleList, levels: Matched) -> None:
-        """Errors for student's levels that the align cannot take. A module of the user's own, or a lazy one, says so itself."""
+    def _check_given(self, levels: Matched) -> None:
+        """Errors for levels before they are aligned and resized. A lazy align, or one of the user's own, says itself what it
+        takes."""
         for i, (s, t, label) in enumerate(zip(levels.students, levels.teachers, levels.labels, strict=True)):
-            module, c = align[i], self.channels[i]
-            narrow = (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
-            if narrow not in (None, c) and s.dim() == t.dim() == 4 and (s.shape[1], t.shape[1]) == (c, narrow):
-                raise ValueError(
-                    f"teacher{label}: expected {c} channels, got {narrow}, and student{label} has {c}; did you swap student "
-                    "and teacher?"
-                )
-            check.features(s, f"student{label}", narrow)
+            c = self.channels[i]
+            check.features(t, f"teacher{label}", c, check.swapped(s, t, c))
+            check.constant_teacher(s, t, f"teacher{label}")
+            if self.align is None:
+                check.features(s, f"student{label}", c, "; give student_channels= and the criterion aligns them")
+            else:
+                check.features(s, f"student{label}", _in_channels(self.align[i]))
 
     def _warn_without_gradient(self, levels: Matched) -> None:
         if self._warned or all(s.requires_grad for s in levels.students):
@@ -383,11 +394,9 @@ class MaskedDistillLoss(Options):
     def _prepared(self, levels: Matched, valid: Any) -> tuple[Matched, list[Tensor]]:
         """Levels aligned and resized, and their valid pixels."""
         students, teachers = levels.students, levels.teachers
-        if valid is not None or self.resize is not None:
-            check.levels(teachers, "teacher", levels.labels, self.channels)
-            check.levels(students, "student", levels.labels, [None] * len(students))
+        if not (valid is None and self.resize is None and self.align is None):
+            self._check_given(levels)
         if self.align is not None:
-            self._check_align(self.align, levels)
             if valid is not None:
                 students = _without_padding(students, valid)
             students = [_aligned(*level) for level in zip(self.align, students, self.channels, levels.labels, strict=True)]
@@ -422,6 +431,13 @@ def _without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:
     """``levels`` with 0 where pixels do not count: layers that have gradients of their own would keep a NaN."""
     pixels = valid_of_levels(valid, levels)
     return [x.masked_fill((v == 0).view(len(x), 1, *x.shape[2:]), 0) for x, v in zip(levels, pixels, strict=True)]
+
+
+def _in_channels(module: nn.Module) -> int | None:
+    """Of the convolution that it is, or begins with; None: unknown."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
 
 
 def _aligned(module: nn.Module, x: Tensor, channels: int, label: str) -> Tensor:
@@ -459,35 +475,51 @@ def _resized(levels: Sequence[Tensor], like: Sequence[Tensor], valid: Any) -> tu
 
 
 class _AlignWatch:
-    """Warns once of an align that gets gradients, but that no optimizer moves.
+    """Warns once of a level's align that gets gradients, but that no optimizer moves.
 
-    Versions are counted on the host, so nothing waits for the device. Fused optimizers and those that write to ``.data`` leave
-    them as they are: only then numbers are compared, once.
+    Its values are compared, because fused optimizers leave the versions as they are, once and on the device: the answer is read
+    when it has arrived, so nothing waits.
     """
 
     def __init__(self) -> None:
         self.calls = 0
-        self.start: list[tuple[nn.Parameter, int, Tensor]] = []  # parameters, their versions and values at the first call
+        self.start: list[list[tuple[nn.Parameter, Tensor]]] = []  # of every level: parameters, and their values at first
+        self.taught: set[int] = set()  # levels whose align got a gradient
+        self.moved: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def see(self, align: nn.Module) -> None:
+    def see(self, align: nn.ModuleList, aligned: Sequence[Tensor]) -> None:
         """A training call of the criterion."""
         self.calls += 1
         if self.calls == 1:
-            self.start = [(p, p._version, p.detach().clone()) for p in align.parameters() if p.requires_grad]
-        elif self.calls == STILL + 1:
-            if self._still():
+            self.start = [[(p, p.detach().clone()) for p in module.parameters() if p.requires_grad] for module in align]
+        elif self.calls == STILL:
+            for i, x in enumerate(aligned):
+                if x.requires_grad:
+                    x.register_hook(functools.partial(self._teach, i))
+        elif self.calls == STILL + 1 and not (aligned[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.moved, self.start = self._compare(aligned[0]), []
+        if self.moved is not None and (self.moved[1] is None or self.moved[1].query()):
+            still = [i for i, moved in enumerate(self.moved[0].tolist()) if i in self.taught and not moved]
+            self.moved = None
+            if still:
                 warnings.warn(
-                    f"align: its parameters get gradients, but have not changed in {STILL} training calls, so the student is "
-                    "held against a random projection; give criterion.parameters() to the optimizer",
+                    f"align: the parameters of level {', '.join(map(str, still))} get gradients, but have not changed in "
+                    f"{STILL} training calls, so the student is held against a random projection; give criterion.parameters() "
+                    "to the optimizer",
                     stacklevel=5,  # through nn.Module's two functions
                 )
-            self.start = []
 
-    def _still(self) -> bool:
-        """Whether parameters with gradients are those of the first call."""
-        seen = [(p, version, value) for p, version, value in self.start if p.grad is not None]
-        if not seen or any(p._version != version for p, version, _ in seen):
-            return False
-        if seen[0][0].is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot hold a comparison
-            return False
-        return all(p.device == value.device and torch.equal(p, value) for p, _, value in seen)
+    def _teach(self, level: int, _: Tensor) -> None:
+        self.taught.add(level)
+
+    def _compare(self, like: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Whether parameters of each level have moved, in memory of the host, and the event after which it is there."""
+        nothing = [torch.ones((), dtype=torch.bool, device=like.device)]  # to move
+        moved = [torch.stack([(p != v.to(p.device)).any() for p, v in level] or nothing).any() for level in self.start]
+        found = torch.empty(len(moved), dtype=torch.bool, pin_memory=like.is_cuda)
+        found.copy_(torch.stack(moved), non_blocking=True)
+        if not like.is_cuda:
+            return found, None
+        event = torch.cuda.Event()
+        event.record()
+        return found, event

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._eager import acc_dtype
-from ._hooks import Hooked, Output, Valid, Where, frozen, names_of
+from ._hooks import Hooked, Output, Valid, Where, check_alive, frozen, names_of
 from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
+from ._torch import Model, in_transforms, tracing
 from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, LevelReports, describe, is_plain, verdict
 from .functional import learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose
+from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, buffer_dtype, compose
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -79,7 +80,7 @@ class MaskModule(MaskLevel):
     ) -> None:
         super().__init__(channels, num_tokens, weight_mask, standardize)
         self.impl = impl
-        self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * 0.01)
+        self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * TOKEN_STD)
         if weight_mask:
             conv3, conv1 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, num_tokens, 1)
             for conv in (conv3, conv1):
@@ -176,6 +177,7 @@ class MaskLearner(Options):
 
     CHECKS: ClassVar[dict[str, Check]] = {"weight_mask": check.flag, "standardize": check.standardize, "impl": check.impl}
     FIXED = frozenset(("channels", "names", "weight_mask", "standardize"))
+    USED_UP = frozenset(("num_tokens", "pretrained"))
 
     mask_modules: nn.ModuleList
 
@@ -212,8 +214,9 @@ class MaskLearner(Options):
         found = unpack(features, "features", self.names)
         check.levels(found.tensors, "features", labels(len(found.tensors), found.keys), self.channels)
         masked, dice, seen = _learn(self._levels, found.tensors, valid, self.impl)
-        self._dice, self._seen = {}, {}
-        self._keep(0, dice, seen, found.keys)
+        if not tracing(found.tensors):
+            self._dice, self._seen = {}, {}
+            self._keep(0, dice, seen, found.keys)
         return found.rebuild(masked)
 
     def _keep(self, first: int, dice: Tensor, seen: Sequence[Seen], keys: Sequence[Any] | None) -> None:
@@ -236,6 +239,7 @@ class MaskLearner(Options):
             hooks = self._attached
             where = "run the teacher inside `with learner.attach(...)`" if hooks is None else hooks.not_run(hooks.missing())
             raise RuntimeError(f"dice_loss: {why}; {where}")
+        check_alive(self._dice.values(), "dice_loss", "teacher")
         without = [i for i, dice in self._dice.items() if not dice.requires_grad and self._trains(i)]
         if without and self._attached is not None:
             raise RuntimeError(
@@ -280,6 +284,7 @@ class MaskLearner(Options):
         """
         if not self._seen:
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
+        check_alive((level.masks for level in self._seen.values()), "diagnostics", "teacher")
         weighted = self.weight_mask
         levels = {n: describe(s.masks, s.weights if weighted else None, s.valid, objects) for n, s in self._seen.items()}
         self._warn_of(levels, untrained=False)
@@ -321,7 +326,7 @@ class MaskLearner(Options):
     @contextmanager
     def attach(
         self,
-        teacher: nn.Module,
+        teacher: Model,
         names: str | Sequence[str],
         *,
         output: Output | None = None,
@@ -393,7 +398,7 @@ class MaskLearner(Options):
     @contextmanager
     def calibrate(
         self,
-        teacher: nn.Module,
+        teacher: Model,
         names: str | Sequence[str],
         *,
         output: Output | None = None,
@@ -440,35 +445,38 @@ class MaskLearner(Options):
         statistics = [ChannelStatistics() for _ in self.channels]
 
         def watch(first: int, maps: list[Tensor], valid: Any) -> None:
+            if in_transforms():
+                raise RuntimeError("calibrate: the teacher runs inside of a transform of torch.func; call it outside")
             pixels = valid_of_levels(valid, maps)
             for i, x in enumerate(maps):
                 statistics[first + i].add(x, pixels[i] if pixels else None)
 
         where = Where(names_of(names), output, layout, grid, prefix_tokens)
-        with self._hooked("calibrate", teacher, where, valid, watch), torch.no_grad():
+        with self._hooked("calibrate", teacher, where, valid, watch) as hooks, torch.no_grad():
             yield self
         levels = list(zip(self.names or range(len(statistics)), statistics, self._levels, strict=True))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for _, level, module in levels:
                 level.gather(module.channels, module.channel_mean.device)
+        missing = hooks.missing()
         for name, level, _ in levels:
-            level.check(f"calibrate: level {name!r}")
+            level.check(f"calibrate: level {name!r}", hooks.not_run(missing) if missing else "no image has a valid pixel")
         for _, level, module in levels:
             module.channel_mean.copy_(level.mean)
-            module.channel_std.copy_(level.std() if self.standardize == "channel" else level.scale())
+            module.channel_std.copy_({"channel": level.std, "isotropic": level.scale}[str(self.standardize)]())
             module.pixels_seen.fill_(level.pixels)
 
     @contextmanager
-    def _hooked(self, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: "Use") -> Iterator[None]:
+    def _hooked(self, caller: str, teacher: Model, where: Where, valid: Valid | None, use: "Use") -> Iterator["_Attached"]:
         """``teacher`` frozen, and ``use`` for the levels of every call of its modules."""
         if self._attached is not None:
             raise RuntimeError(f"{caller}: this learner is attached already; leave that block first")
         hooks = _Attached(self, caller, teacher, where, valid, use)
-        with frozen(teacher), hooks:
+        with frozen(hooks.model), hooks:
             self._attached = hooks
             self._dice, self._seen = {}, {}
             try:
-                yield
+                yield hooks
             finally:
                 self._attached, self._dice = None, {}
         if hooks.ran and not hooks.taught and any(map(self._trains, range(len(self.channels)))):
@@ -495,9 +503,7 @@ class _Attached(Hooked):
 
     FIRST = True
 
-    def __init__(
-        self, learner: MaskLearner, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: Use
-    ) -> None:
+    def __init__(self, learner: MaskLearner, caller: str, teacher: Model, where: Where, valid: Valid | None, use: Use) -> None:
         super().__init__(caller, "teacher", teacher, where, valid)
         self.learner, self.use = learner, use
         if len(set(self.modules)) < len(self.modules):
@@ -531,12 +537,14 @@ class _Attached(Hooked):
         """Modules that have given no levels in this pass."""
         return [name for name, shapes in zip(self.where.names, self.shapes, strict=True) if not shapes]
 
-    def act(self, i: int, result: Any, repeated: bool) -> Any:
+    def find(self, i: int, result: Any) -> Unpacked:
+        names = self.learner.names
+        return self.where.find(result, self.labels[i], None if names is None else names[i * self.each : (i + 1) * self.each])
+
+    def act(self, i: int, found: Unpacked, repeated: bool) -> Any:
         learner, name, label = self.learner, self.where.names[i], self.labels[i]
-        own = slice(i * self.each, (i + 1) * self.each)
-        found = self.where.find(result, label, None if learner.names is None else learner.names[own])
         shapes = [x.shape for x in found.tensors]
-        first = own.start + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
+        first = i * self.each + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
         used = self.use(first, self._maps(found, first, label), self.valid(name, repeated))
         if used is None:
             return None

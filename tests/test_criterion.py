@@ -14,6 +14,8 @@ import pytest
 import torch
 from problems import Problem, Target, trained
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
@@ -285,6 +287,44 @@ def test_gradient_of_a_loss_weight() -> None:
 # --- the warm-up ------------------------------------------------------------------------------------------------------
 
 
+def fake(criterion: nn.Module, *features: Tensor) -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    criterion(*map(mode.from_tensor, features))
+
+
+def fake_in_their_mode(criterion: nn.Module, *features: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        criterion(*map(mode.from_tensor, features))
+
+
+def fake_student(criterion: nn.Module, *features: Tensor) -> None:
+    """A learner has no student: its features are all fake."""
+    criterion(FakeTensorMode(allow_non_fake_inputs=True).from_tensor(features[0]), *features[1:])
+
+
+TRACES: dict[str, Callable[..., Any]] = {
+    "fake": fake,
+    "fake student": fake_student,
+    "fake in their mode": fake_in_their_mode,
+    "make_fx": lambda criterion, *features: make_fx(criterion)(*features),
+    "export": lambda criterion, *features: torch.export.export(criterion, features, strict=False),
+}
+
+
+@pytest.mark.parametrize("kind", TRACES)
+def test_a_trace_neither_counts_nor_is_kept(kind: str) -> None:
+    criterion, learner = MaskedDistillLoss(8, 3, pretrained=trained([8], 3)), trained([8], 3)
+    student, teacher = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(2, 8, 5, 6)
+    loss, _ = criterion(student, teacher), learner(teacher)
+    dice = learner.dice_loss()
+    TRACES[kind](criterion, student.detach(), teacher)
+    TRACES[kind](learner, teacher)
+    assert criterion.warmup_step == 1
+    torch.testing.assert_close(criterion.diagnostics()[0].loss, loss.detach())
+    torch.testing.assert_close(learner.dice_loss(), dice)
+    assert learner.diagnostics()[0].coverage.isfinite().all()
+
+
 def test_what_counts() -> None:
     """Training calls, but for those with ``advance=False``; also without gradient, and of a criterion made in such a mode."""
     with torch.inference_mode():
@@ -453,8 +493,10 @@ def test_a_student_without_gradient_warns() -> None:
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def steps(criterion: MaskedDistillLoss, optimizer: torch.optim.Optimizer | None, backward: bool = True) -> list[str]:
-    """Sentences of 120 training calls."""
+def steps(
+    criterion: MaskedDistillLoss, optimizer: torch.optim.Optimizer | None, backward: bool = True, zero: bool = False
+) -> list[str]:
+    """Sentences of 120 training calls; ``zero``: gradients are None in every call, as transformers' Trainer leaves them."""
     student = [s[:, :2] for s in leaves()]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -464,6 +506,8 @@ def steps(criterion: MaskedDistillLoss, optimizer: torch.optim.Optimizer | None,
                 loss.backward(retain_graph=True)
             if optimizer is not None:
                 optimizer.step()
+            if zero:
+                criterion.zero_grad()
     assert {warning.filename for warning in caught} <= {__file__}
     return [str(warning.message) for warning in caught]
 
@@ -488,7 +532,75 @@ def test_an_align_that_learns(train: Callable[[Any], torch.optim.Optimizer]) -> 
 def test_an_align_that_no_optimizer_has_warns() -> None:
     criterion = PROBLEM.criterion(student_channels=2)
     (sentence,) = steps(criterion, torch.optim.SGD(nn.Linear(2, 2).parameters()))
-    assert sentence.startswith("align: its parameters get gradients, but have not changed in 100 training calls")
+    assert sentence.startswith("align: the parameters of level 0, 1 get gradients, but have not changed in 100 training calls")
+    assert steps(PROBLEM.criterion(student_channels=2), None, zero=True) == [sentence]
+    forgotten = PROBLEM.criterion(student_channels=2)
+    (of_one,) = steps(forgotten, torch.optim.SGD(forgotten.align[0].parameters()))
+    assert "the parameters of level 1 get gradients" in of_one
+    frozen = PROBLEM.criterion(student_channels=2)
+    frozen.align[1].requires_grad_(False)
+    assert "the parameters of level 0 get gradients" in steps(frozen, None)[0]
     assert steps(PROBLEM.criterion(student_channels=2), None, backward=False) == []
     assert steps(PROBLEM.criterion(student_channels=2).requires_grad_(False), None) == []
     assert steps(PROBLEM.criterion(student_channels=2).eval(), None) == []
+
+
+# --- options that are assigned later -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [lambda x: nn.Parameter(x, requires_grad=False), nn.Buffer])
+def test_a_parameter_as_loss_weight_follows_no_cast(kind: Callable[[Tensor], Tensor]) -> None:
+    """It is taken as a plain tensor, which whoever schedules it may still write to."""
+    weight = kind(torch.tensor(1.0))
+    criterion, other = PROBLEM.criterion(loss_weight=weight), PROBLEM.criterion()
+    other.loss_weight = weight
+    for each in (criterion, other):
+        assert "loss_weight" not in each.state_dict()
+        each.bfloat16()
+        assert each.loss_weight.dtype == torch.float32
+    before = criterion(S, T)
+    with torch.no_grad():
+        weight += 0.00025
+    assert criterion(S, T).item() == pytest.approx(1.00025 * before.item(), rel=1e-6)
+    criterion.loss_weight = 0.5
+    assert criterion(S, T).item() == pytest.approx(0.5 * before.item(), rel=1e-6)
+
+
+def test_an_align_assigned_later() -> None:
+    criterion, narrow = PROBLEM.criterion(), [s[:, :2] for s in leaves()]
+    convs = [nn.Conv2d(2, t.shape[1], 1) for t in T]
+    want = PROBLEM.criterion(align=convs)(narrow, T)
+    for given in (convs, tuple(convs), nn.ModuleList(convs)):
+        criterion.align = given
+        assert torch.equal(criterion(narrow, T), want)
+        assert [name for name, _ in criterion.align.named_children()] == ["0", "1"]
+    for given, sentence in (
+        (convs[0], r"align: expected one entry for each of the 2 levels, got 1"),
+        (nn.ModuleList(convs[:1]), r"align: expected one entry for each of the 2 levels, got 1"),
+        (5, r"align: expected a sequence with one entry per level, got int"),
+        ([5, 6], r"align\[0\]: expected an nn.Module, got int"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            criterion.align = given
+    assert torch.equal(criterion(narrow, T), want)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "sentence"),
+    [
+        (PROBLEM.criterion(), "student_channels", 4, "student_channels: cannot be changed"),
+        (PROBLEM.criterion(), "pretrained", "tokens.pt", "pretrained: cannot be changed"),
+        (
+            PROBLEM.criterion(),
+            "warmup_step",
+            torch.tensor(3.0),
+            "warmup_step: expected an int64 scalar tensor, got torch.float32",
+        ),
+        (PROBLEM.criterion(), "warmup_step", 3, "warmup_step: expected an int64 scalar tensor, got 3"),
+        (PROBLEM.learner, "num_tokens", 8, "num_tokens: cannot be changed"),
+        (PROBLEM.learner, "pretrained", "tokens.pt", "pretrained: cannot be changed"),
+    ],
+)
+def test_what_cannot_be_assigned(module: nn.Module, name: str, value: Any, sentence: str) -> None:
+    with pytest.raises((AttributeError, TypeError, ValueError), match=sentence):
+        setattr(module, name, value)

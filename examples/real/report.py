@@ -1,0 +1,102 @@
+"""Tables of a study from its JSON lines. `python -m examples.real.report` writes those of bench/results into docs/real.md."""
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from scipy.stats import t
+
+from .losses import ALONE, LOSSES, MSE
+from .study import TUNING_SEED, Line, read_lines
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "real.md"
+
+
+def tables(path: Path) -> str:
+    """Scores on test, then the search for weights on val, then the tokens; of what has been run so far."""
+    lines = read_lines(path)
+    teacher = next(line for line in lines if line["run"] == "teacher")
+    students = [line for line in lines if line["run"] == "student"]
+    names = list(teacher["test"])
+    reported = [line for line in students if "test" in line]
+    parts = [scores(reported, name, teacher["test"][name]) for name in names]
+    parts.append(weights([line for line in students if line["seed"] == TUNING_SEED], names[0]))
+    parts.append(suggestions([line for line in lines if line["run"] == "suggestion"], reported))
+    parts.append(masks([line for line in lines if line["run"] == "tokens"]))
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def scores(lines: Sequence[Line], metric: str, teacher: float) -> list[str]:
+    """Mean and deviation over seeds, and paired differences with 95 % t intervals."""
+    by_loss = {loss: {line["seed"]: line["test"][metric] for line in lines if line["loss"] == loss} for loss in LOSSES}
+    rows = [f"| test {metric} | mean ± std | seeds | minus {ALONE} | minus {MSE} |", "|---|---|---|---|---|"]
+    rows.append(f"| teacher | {teacher:.3f} | 1 | | |")
+    for loss, own in by_loss.items():
+        if own:
+            values = list(own.values())
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            differences = [difference(own, by_loss[base]) if base != loss else "" for base in (ALONE, MSE)]
+            rows.append(f"| {loss} | {statistics.mean(values):.3f}{spread} | {len(values)} | {' | '.join(differences)} |")
+    return rows
+
+
+def difference(own: dict[int, float], base: dict[int, float]) -> str:
+    """Over the seeds that both have."""
+    pairs = [own[seed] - base[seed] for seed in own if seed in base]
+    if len(pairs) < 2:
+        return ""
+    half = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{statistics.mean(pairs):+.3f} ± {half:.3f}"
+
+
+def weights(lines: Sequence[Line], metric: str) -> list[str]:
+    """The search: a column for every weight that any loss was tried with, the best of each loss in bold."""
+    tried = {loss: {line["weight"]: line["val"][metric] for line in lines if line["loss"] == loss} for loss in LOSSES}
+    columns = sorted({weight for own in tried.values() for weight in own})
+    rows = [f"| val {metric} at weight | {' | '.join(f'{w:g}' for w in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for loss, own in tried.items():
+        if own:
+            best = max(own, key=lambda w: own[w])
+            cells = (f"**{own[w]:.3f}**" if w == best else f"{own[w]:.3f}" if w in own else "" for w in columns)
+            rows.append(f"| {loss} | {' | '.join(cells)} |")
+    return rows if columns else []
+
+
+def suggestions(lines: Sequence[Line], reported: Sequence[Line]) -> list[str]:
+    """What `suggest_loss_weight` names, and the best weight on val."""
+    rows = ["| `suggest_loss_weight` | best on val | by losses, share .5 | by gradients, share .1 |", "|---|---|---|---|"]
+    for line in lines:
+        best = next(run["weight"] for run in reported if run["loss"] == line["loss"])
+        rows.append(f"| {line['loss']} | {best:g} | {line['by_loss']:.3g} | {line['by_gradient']:.3g} |")
+    return rows if lines else []
+
+
+def masks(lines: Sequence[Line]) -> list[str]:
+    """What the tokens take away from the teacher's task, and how their masks look, all on val."""
+    rows = [
+        "| tokens | task loss on val | unmasked | coverage | largest Dice | entropy of the weights |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        coverage = f"{min(line['coverage']):.2f} to {max(line['coverage']):.2f}"
+        entropy = "" if line["entropy"] is None else f"{line['entropy']:.2f}"
+        losses = f"{line['task_loss']:.3f} | {line['unmasked']:.3f}"
+        rows.append(f"| {line['tokens']} | {losses} | {coverage} | {line['dice']:.2f} | {entropy} |")
+    return rows if lines else []
+
+
+def with_tables(page: str) -> str:
+    """``page`` with the tables of each file in bench/results that a comment names, up to the comment `end`."""
+    return re.sub(
+        r"(?<=<!-- )(real-\w+\.jsonl) -->.*?(?=<!-- end -->)",
+        lambda found: f"{found[1]} -->\n\n{tables(RESULTS / found[1])}\n\n",
+        page,
+        flags=re.S,
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
