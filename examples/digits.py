@@ -118,7 +118,7 @@ def prepare(scenes: dict[str, Scenes], teacher: PyramidNet, settings: Settings) 
     levels = teacher_features(teacher, train)
     with torch.no_grad():
         learner(levels)
-    print(report.masks_table(learner.diagnostics()))  # warns of collapsed masks
+    print(report.masks_table(learner.diagnostics()))  # warns of masks that are a plain MSE
     return Study(**scenes, teacher=teacher, levels=levels, learner=learner), stage1
 
 

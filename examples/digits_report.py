@@ -29,9 +29,7 @@ def masks_table(levels: Mapping[int, LevelDiagnostics]) -> str:
     for i, level in levels.items():
         coverage, weight = (" ".join(f"{v:.2f}" for v in values) for values in (level.coverage, level.weight))
         overlap = (level.dice - level.dice.diag().diag()).max()
-        lines.append(
-            f"  level {i}: coverage {coverage} | weight {weight} | entropy {level.entropy:.2f} | Dice up to {overlap:.2f}"
-        )
+        lines.append(f"  level {i}: focus {level.focus:.2f} | coverage {coverage} | weight {weight} | Dice up to {overlap:.2f}")
     return "\n".join(lines)
 
 
@@ -115,7 +113,7 @@ def write_results(
         "test_miou": summary,
         "runs": [asdict(run) for run in runs],
         "masks": [
-            {name: value.tolist() for name, value in vars(level).items()} | {"collapsed": collapsed(level)}
+            {name: value.tolist() for name, value in vars(level).items() if value is not None} | {"collapsed": collapsed(level)}
             for level in masks.values()
         ],
     }

@@ -73,7 +73,7 @@ def compare(
 def judge(teacher: PyramidNet, learner: MaskLearner, scenes: Scenes, channels: str, kind: str, seed: int) -> TokensRun:
     masked = learner(teacher.features(scenes.images))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of collapsed masks: they are what is counted here
+        warnings.simplefilter("ignore")  # of masks that are of no use: they are what is counted here
         levels = learner.diagnostics().values()
     coverage, weight = [x.coverage.tolist() for x in levels], [x.weight.tolist() for x in levels]
     return TokensRun(

@@ -152,9 +152,14 @@ def listed(value: Any) -> Any:
 # Tensors
 
 
-def counted(levels: int) -> str:
+def counted(number: int, noun: str = "level") -> str:
     """``"1 level"``, ``"3 levels"``."""
-    return "1 level" if levels == 1 else f"{levels} levels"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def for_each(levels: int) -> str:
+    """``"for the only level"``, ``"for each of the 3 levels"``."""
+    return "for the only level" if levels == 1 else f"for each of the {counted(levels)}"
 
 
 def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
@@ -164,7 +169,7 @@ def per_level(given: Sequence[object] | None, name: str, levels: int) -> None:
     if isinstance(given, str | Tensor) or not isinstance(given, Sequence):
         raise TypeError(f"{name}: expected a sequence with one entry per level, got {type(given).__name__}")
     if len(given) != levels:
-        raise ValueError(f"{name}: expected one entry for each of the {counted(levels)}, got {len(given)}")
+        raise ValueError(f"{name}: expected one entry {for_each(levels)}, got {len(given)}")
 
 
 def level_count(levels: Sequence[Tensor], name: str, channels: Sequence[int | None]) -> None:
@@ -199,7 +204,7 @@ def features(x: Tensor, name: str, channels: int | None = None, hint: str = "") 
     if channels is not None and shape[1] != channels:
         if shape[3] == channels and "swap" not in hint:
             hint = "; channels last, [N, H, W, C]? shapes.from_nhwc(x) makes it [N, C, H, W]"
-        raise ValueError(f"{name}: expected {channels} channels, got {shape[1]} (shape {list(shape)}){hint}")
+        raise ValueError(f"{name}: expected {counted(channels, 'channel')}, got {shape[1]} (shape {list(shape)}){hint}")
 
 
 def dense(x: Tensor, name: str) -> None:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._levels import Unpacked, is_record, refilled, tensor_of, unpack
-from ._torch import compiled, graph_task, tracing
+from ._torch import Model, compiled, graph_task, outlived, tracing
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher
 
@@ -201,9 +201,12 @@ class Hooked:
 
     FIRST: ClassVar[bool] = False  # whether `act` runs before other hooks, which then see what it puts into the output
 
-    def __init__(self, caller: str, role: str, model: nn.Module, where: Where, valid: Valid | None = None) -> None:
+    def __init__(self, caller: str, role: str, model: Model, where: Where, valid: Valid | None = None) -> None:
         self.caller, self.role, self.where = caller, role, where
-        self.root = looked_through(model)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{caller}: {role}: expected an nn.Module, got {type(model).__name__}")
+        self.model, self.root = model, looked_through(model)
+        self._check_script("", self.root)
         self.modules = [self._module(name) for name in where.names]
         self.labels = [f"output of the {role}'s {name!r}" for name in where.names]
         self.read = None if valid is None else _reader(valid, self.root)
@@ -215,7 +218,7 @@ class Hooked:
         self.stack = ExitStack()
 
     def __enter__(self) -> "Hooked":
-        self.context = (graph_task(), tracing())
+        self.settle()
         begin, end = _Hook(self.root, self._begin), _Hook(self.root, self._end)
         with ExitStack() as stack:  # removes hooks if one cannot be set, as on TorchScript
             for i, module in enumerate(self.modules):
@@ -225,7 +228,7 @@ class Hooked:
                     ran = _Hook(child, functools.partial(self._child_ran, self.where.names[i], name))
                     stack.callback(child.register_forward_hook(ran).remove)
             stack.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            stack.callback(self.root.register_forward_hook(end, always_call=True).remove)
+            stack.callback(self.root.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
             self.stack = stack.pop_all()
         return self
 
@@ -233,8 +236,16 @@ class Hooked:
         self.stack.close()
         self.arguments = self.pixels = None
 
-    def act(self, i: int, result: Any, repeated: bool) -> Any:
-        """What the i-th module returns in place of ``result``; None: ``result``.
+    def settle(self, *values: Any) -> None:
+        """Note in which recomputation or trace the block itself is, if any; ``values``: what the model will be called with."""
+        self.context = graph_task(), tracing(*values)
+
+    def find(self, i: int, result: Any) -> Unpacked:
+        """The levels in what the i-th module returned."""
+        return self.where.find(result, self.labels[i])
+
+    def act(self, i: int, found: Unpacked, repeated: bool) -> Any:
+        """What the i-th module returns in place of the levels that were ``found`` in its output; None: these.
 
         ``repeated``: a checkpoint recomputes the call in the backward pass.
         """
@@ -275,28 +286,44 @@ class Hooked:
                 )
         return (
             f"run the {self.role} inside the `with` block, and neither in code that was compiled before it nor in a trace "
-            "(torch.export, make_fx, fake tensors)"
+            "(torch.export, make_fx, fake or meta tensors)"
         )
 
-    def _elsewhere(self) -> bool:
-        """Whether what runs now is a trace or a recomputation, of which no pass is made."""
-        return (graph_task(), tracing()) != self.context
+    def _elsewhere(self, *values: Any) -> bool:
+        """Whether what runs now, with these tensors, is a trace or a recomputation, of which no pass is made."""
+        return (graph_task(), tracing(*values)) != self.context
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._elsewhere():
+        if not self._elsewhere(args, kwargs):
             self.begin(args, kwargs)
 
-    def _end(self, _inputs: Any, result: Any) -> None:
-        if not self._elsewhere():
+    def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if not self._elsewhere(args, kwargs):
             self.end(result)
 
     def _output(self, i: int, _inputs: Any, result: Any) -> Any:
-        if tracing() != self.context[1]:
+        task, traced = self.context
+        if tracing() and not traced:  # then nobody knows what an output is
             return None
-        return self.act(i, result, graph_task() != self.context[0])
+        found = self.find(i, result)
+        if tracing(found.tensors) != traced:
+            return None
+        self.children.pop(self.where.names[i], None)
+        return self.act(i, found, graph_task() != task)
 
-    def _child_ran(self, name: str, child: str, *_: Any) -> None:
-        self.children[name] = child
+    def _child_ran(self, name: str, child: str, _inputs: Any, result: Any) -> None:
+        """A child was called; if that was a part of a call of its parent, `_output` follows."""
+        if not self._elsewhere(result):
+            self.children[name] = child
+
+    def _check_script(self, name: str, module: nn.Module) -> None:
+        """TypeError where hooks cannot be set on the way to the module of that name."""
+        if isinstance(looked_through(module), torch.jit.ScriptModule):
+            what = f"the {self.role}'s {name!r}" if name else f"the {self.role}"
+            raise TypeError(
+                f"{self.caller}: {what} is TorchScript, which takes no hooks; give the model that it was made of, or wrap it "
+                "in a module that returns its features"
+            )
 
     def _module(self, name: str) -> nn.Module:
         """The submodule of that dotted name; AttributeError with the names that come near."""
@@ -304,6 +331,7 @@ class Hooked:
         try:
             for step in name.split(".") if name else ():
                 module = looked_through(module).get_submodule(step)
+                self._check_script(name, module)
             return module
         except AttributeError:
             known = [path for path, _ in self.root.named_modules()]
@@ -322,6 +350,15 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _children(child))
         elif not isinstance(child, torch.jit.ScriptModule):  # which nobody can hook
             yield name, child
+
+
+def check_alive(tensors: Iterable[Tensor], caller: str, role: str) -> None:
+    """RuntimeError for what a transform of torch.func has left behind."""
+    if outlived(tensors):
+        raise RuntimeError(
+            f"{caller}: the {role} ran inside of a transform of torch.func (vmap, grad, functionalize), which is over, and its "
+            f"features with it; read them inside of it, or call the {role} outside"
+        )
 
 
 def looked_through(module: nn.Module) -> nn.Module:

@@ -139,7 +139,7 @@ def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None) 
     if names is None and (students.keys is None) != (keys is None):
         raise TypeError(
             "student and teacher: expected both or neither to be a mapping of levels, "
-            f"got {type(student).__name__} and {type(teacher).__name__}"
+            f"got {type(student).__name__} and {type(teacher).__name__}; make the mapping a sequence in the order of the other"
         )
     if len(students.tensors) != len(teachers.tensors):
         raise ValueError(
@@ -170,7 +170,7 @@ def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
     if not found:
         raise ValueError(f"{name}: expected a positive int or one per level, got {value!r}")
     if levels is not None and len(found) != levels:
-        raise ValueError(f"{name}: expected one value for each of the {check.counted(levels)}, got {value!r}")
+        raise ValueError(f"{name}: expected one value {check.for_each(levels)}, got {value!r}")
     return found
 
 
@@ -233,5 +233,5 @@ def _given(value: Levels, name: str, levels: Matched) -> list[Tensor]:
         raise TypeError(f"{name}: expected a sequence, because teacher is no mapping, got a mapping")
     found = unpack(value, name, levels.keys).tensors
     if len(found) != len(levels.teachers):
-        raise ValueError(f"{name}: expected one entry for each of the {check.counted(len(levels.teachers))}, got {len(found)}")
+        raise ValueError(f"{name}: expected one entry {check.for_each(len(levels.teachers))}, got {len(found)}")
     return found

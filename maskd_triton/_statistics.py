@@ -58,10 +58,10 @@ class ChannelStatistics:
         variance = self.squares / self.pixels
         return (variance + EPS * variance.mean()).sqrt()
 
-    def check(self, name: str) -> None:
-        """RuntimeError unless there is something to divide by."""
+    def check(self, name: str, why: str) -> None:
+        """RuntimeError unless there is something to divide by; ``why`` there may be no features at all."""
         if self.pixels == 0:
-            raise RuntimeError(f"{name}: no features seen; run the teacher inside the block")
+            raise RuntimeError(f"{name}: no features seen; {why}")
         if not torch.isfinite(self.squares).all():
             raise RuntimeError(f"{name}: features that are not finite")
         if not (self.squares > 0).any():

@@ -1,13 +1,18 @@
 """Private names of torch that the package needs, each with its reason."""
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses import FakeTensor
 from torch.fx import _symbolic_trace
 from torch.jit import _trace
+from torch.utils._pytree import tree_leaves
+
+Model = nn.Module | Callable[..., Any]  # an nn.Module; to a type checker, what torch.compile returns is a callable
 
 
 def graph_task() -> int:
@@ -28,18 +33,37 @@ def outside_transforms() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack() if in_transforms() else nullcontext()
 
 
-def tracing() -> bool:
+def outlived(tensors: Iterable[Tensor]) -> bool:
+    """Whether any belongs to a transform of torch.func that is over, and its numbers with it.
+
+    Torch's public functions take such a tensor for an ordinary one.
+    """
+    if torch.compiler.is_compiling() or in_transforms():
+        return False
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def tracing(*values: Any) -> bool:
     """Whether torch.export, make_fx, torch.fx, torch.jit.trace or fake tensors run a model without computing anything.
 
+    So it is, too, if all tensors in ``values`` are fake or meta: these compute nothing, also where no trace is active.
     Torch has no public way to ask for all of them. Dynamo's own trace is none of them: what it leaves behind is real.
     """
     if torch.compiler.is_dynamo_compiling():
         return torch.compiler.is_exporting()
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     jit = _trace.is_tracing() or _trace._trace_module_map is not None  # also while it checks its trace
-    return fake or jit or _symbolic_trace._is_fx_tracing_flag
+    if fake or jit or _symbolic_trace._is_fx_tracing_flag:
+        return True
+    tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+    return bool(tensors) and all(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+
+
+def version(x: Tensor) -> int | None:
+    """How often ``x`` has been written to, None where torch does not count; it has no public way to ask."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def compiled(module: nn.Module) -> nn.Module | None:
     """What ``torch.compile(module)`` wraps, whose submodules go by their own names; None for other modules."""
-    return module._modules.get("_orig_mod")
+    return module._modules["_orig_mod"] if "_orig_mod" in module._modules else None  # TorchScript's have no get()

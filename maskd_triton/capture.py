@@ -1,5 +1,6 @@
-"""Features of named modules, without changing the models: a list of levels from the student, and one from the teacher."""
+"""Features of named modules, without changing the models: the levels of the student, and those of the teacher."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -7,16 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._hooks import Hooked, Output, Where, changes_in_train_mode, names_of
+from ._hooks import Hooked, Output, Where, changes_in_train_mode, check_alive, names_of
+from ._levels import Unpacked
+from ._torch import Model, version
 from ._warn import warn
 
 __all__ = ["FeatureCapture", "call"]
 
 Names = str | Sequence[str] | Mapping[str, str]
+Features = list[Tensor] | dict[Any, Tensor]  # a mapping where every level has a key of its own
 
 
 class FeatureCapture:
-    """Features of named modules of a student and a teacher, as two lists of levels that belong together.
+    """Features of named modules of a student and a teacher, as levels that belong together.
 
     Args:
         student: the model that learns.
@@ -32,11 +36,13 @@ class FeatureCapture:
 
     Each of the last four may be a mapping ``{"student": ..., "teacher": ...}`` where the two differ.
 
-    A module may return a tensor, or a sequence or mapping of levels, which are taken in their order, also inside of
-    NestedTensors and ImageLists. Inside the ``with`` block every pass of the models leaves its levels here. `take` hands over
-    those of the latest pass and keeps nothing, so no features stay alive after the step. Copies of a model that are made in
-    the block (EMA), recomputations of activation checkpoints and traces (``torch.export``) leave nothing here. If both are one
-    model (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
+    A module may return a tensor, or a sequence or mapping of levels, also inside of NestedTensors and ImageLists. Levels of a
+    sequence keep their order. Those of a mapping keep their keys: they come in the order of the teacher's mapping, and the
+    student's are matched by key. So ``criterion(*features.take())`` is the criterion of what the modules returned. Inside the
+    ``with`` block every pass of the models leaves its levels here. `take` hands over those of the latest pass and keeps
+    nothing, so no features stay alive after the step. Copies of a model that are made in the block (EMA), recomputations of
+    activation checkpoints and traces (``torch.export``, fake or meta tensors) leave nothing here. If both are one model
+    (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
 
     Code that was compiled before the block does not see its hooks: then `take` raises. Compile the models inside the block; or
     use `capture.call` inside what is compiled.
@@ -44,7 +50,7 @@ class FeatureCapture:
     Raises:
         AttributeError: a model has no such module; the message lists near matches.
         ValueError: outputs hold no such levels, when the model runs.
-        TypeError: outputs of another kind, when the model runs.
+        TypeError: a model that is no module, or TorchScript; outputs of another kind, when the model runs.
         RuntimeError: the block is entered twice.
 
     Examples:
@@ -64,8 +70,8 @@ class FeatureCapture:
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: Model,
+        teacher: Model,
         names: Names,
         *,
         output: Output | Mapping[str, Any] | None = None,
@@ -109,38 +115,33 @@ class FeatureCapture:
             self._stack.close()
         self._stack = None
 
-    def take(self) -> tuple[list[Tensor], list[Tensor]]:
+    def take(self) -> tuple[Features, Features]:
         """Hand over the levels of the latest passes, and keep nothing of them.
 
         Warns (UserWarning), once, if the teacher ran with a batch norm or dropout in train mode.
 
         Returns:
-            The student's levels and the teacher's, two lists of one length.
+            The student's levels and the teacher's. Each is a list, or a mapping with the keys of the mappings that the modules
+            returned, if every level has a key of its own. Two mappings have one order, the teacher's.
 
         Raises:
             RuntimeError: a model has not run in the block; it is not known which calls belong together; a later layer has
-                overwritten the features in place.
-            ValueError: student and teacher gave different numbers of levels.
+                overwritten the features in place; they are of a transform of torch.func that is over.
+            ValueError: student and teacher gave different numbers of levels, or levels with different keys.
         """
         if not self._recorders:
             raise RuntimeError("capture: this is a copy; enter it, and run both models inside of its `with` block")
         student, teacher = self._recorders
         taken, taught = student.forget(), teacher.forget()  # also where the student's raises
         students, teachers = student.checked(taken), teacher.checked(taught)
-        if len(students) != len(teachers):
-            raise ValueError(f"capture: expected as many levels of both models, got {len(students)} and {len(teachers)}")
-        layer = None if self._warned or teacher.only is not None else teacher.in_train_mode()
-        if layer is not None:
-            self._warned = True
-            warn(
-                f"capture: the teacher ran with {layer!r} in train mode, so its features depend on the batch or on chance; "
-                "call teacher.eval(), or hold it in a FrozenTeacher",
-            )
-        return students, teachers
+        students = _in_order(students, teachers)
+        if not self._warned and teacher.only is None:
+            self._warned = teacher.warn_of_train_mode()
+        return _held(students), _held(teachers)
 
 
 def call(
-    model: nn.Module,
+    model: Model,
     names: str | Sequence[str],
     *args: Any,
     output: Output | None = None,
@@ -148,11 +149,12 @@ def call(
     grid: tuple[int, int] | None = None,
     prefix_tokens: int = 0,
     **kwargs: Any,
-) -> tuple[Any, list[Tensor]]:
+) -> tuple[Any, Features]:
     """Call ``model(*args, **kwargs)`` and get its result with the features of its modules.
 
     Hooks are set and removed within the call. So this also works inside a function that is compiled, and copies of a model
-    under DDP or FSDP see their own features.
+    under DDP or FSDP see their own features. Warns (UserWarning) if features without gradients, a teacher's, were made with a
+    batch norm or dropout in train mode.
 
     Args:
         model: the model to call.
@@ -163,7 +165,8 @@ def call(
         prefix_tokens: as for `FeatureCapture`.
 
     Returns:
-        What the model returned, and a list of levels.
+        What the model returned, and its levels: a list, or a mapping if the modules returned mappings and every level has a
+        key of its own.
 
     Raises:
         AttributeError, TypeError, ValueError, RuntimeError: as for `FeatureCapture`.
@@ -179,14 +182,28 @@ def call(
     recorder = _Recorder("capture", "model", model, Where(names_of(names), output, layout, grid, prefix_tokens))
     try:
         with recorder:
+            recorder.settle(args, kwargs)  # features of fake or meta images are what is asked for
             recorder.begin(args, kwargs)  # the hooks of a compiled model itself do not run
             result = model(*args, **kwargs)
     finally:
         taken = recorder.forget()
-    return result, recorder.checked(taken, "in this call")
+    levels = recorder.checked(taken, "in this call")
+    if not (torch.compiler.is_compiling() or any(level.tensor.requires_grad for level in levels)):
+        recorder.warn_of_train_mode()
+    return result, _held(levels)
 
 
 class _Level(NamedTuple):
+    """A level that a module gave.
+
+    Attributes:
+        module: the place of the module's name.
+        key: of a mapping, alone in a tuple; empty for everything else.
+        version: how often ``tensor`` had been written to; None where nobody counts.
+    """
+
+    module: int
+    key: tuple[Any, ...]
     tensor: Tensor
     version: int | None
 
@@ -204,13 +221,17 @@ class _Recorder(Hooked):
     Attributes:
         only: passes with (True) or without gradients (False) alone count; None: all.
         watched: layers that do something else in train mode.
+        trained: one of these that was in train mode when features were made.
     """
 
-    def __init__(self, caller: str, role: str, model: nn.Module, where: Where) -> None:
+    def __init__(self, caller: str, role: str, model: Model, where: Where) -> None:
         super().__init__(caller, role, model, where)
         self.only: bool | None = None
         self.skipped = False
-        self.watched = [(name, m) for name, m in self.root.named_modules() if changes_in_train_mode(m)]
+        self.watched = []
+        if role != "student":  # which trains
+            self.watched = [(name, m) for name, m in self.root.named_modules() if changes_in_train_mode(m)]
+        self.trained: str | None = None
         self.levels: list[list[_Level]] = []
         self.direct: list[int] = []
         self.forget()
@@ -223,19 +244,19 @@ class _Recorder(Hooked):
         super().begin(args, kwargs)
         self.forget()
 
-    def act(self, i: int, result: Any, repeated: bool) -> None:
+    def act(self, i: int, found: Unpacked, repeated: bool) -> None:
         skipped = self.skipped if self.inside else self.only not in (None, torch.is_grad_enabled())
         if repeated or skipped:
             return
+        self.watch()
         if not self.inside:  # a call of the module itself: the latest counts
             self.levels[i].clear()
             self.direct[i] += 1
-        for x in self.where.find(result, self.labels[i]).tensors:
+        keys = [()] * len(found.tensors) if found.keys is None else [(key,) for key in found.keys]
+        for key, x in zip(keys, found.tensors, strict=True):
             level = self.where.maps(x, self.labels[i], self.images)
-            if torch.compiler.is_compiling() or x.is_inference():  # these do not count writes: a copy
-                self.levels[i].append(_Level(level.clone(), None))
-            else:
-                self.levels[i].append(_Level(level, x._version))
+            written = version(x)
+            self.levels[i].append(_Level(i, key, level.clone() if written is None else level, written))  # a copy stays as it is
 
     def forget(self) -> list[_Taken]:
         """What the latest pass has left; nothing of it is kept."""
@@ -244,11 +265,22 @@ class _Recorder(Hooked):
         self.direct = [0] * len(self.modules)
         return taken
 
-    def in_train_mode(self) -> str | None:
-        """A layer by which the features depend on the batch or on chance."""
-        return next((name for name, layer in self.watched if layer.training and _has_effect(layer)), None)
+    def watch(self) -> None:
+        """Remember a layer that is in train mode now, while features are made."""
+        if self.trained is None:
+            trained = (f"{name!r} ({type(m).__name__})" for name, m in self.watched if m.training and _has_effect(m))
+            self.trained = next(trained, None)
 
-    def checked(self, taken: list[_Taken], since: str = "since the latest take()") -> list[Tensor]:
+    def warn_of_train_mode(self) -> bool:
+        """Whether there was something to warn of."""
+        if self.trained is not None:
+            warn(
+                f"capture: the {self.role} ran with its {self.trained} in train mode: batch norms then depend on the batch and "
+                f"update their statistics, dropouts draw at random; call {self.role}.eval(), or hold it in a FrozenTeacher"
+            )
+        return self.trained is not None
+
+    def checked(self, taken: list[_Taken], since: str = "since the latest take()") -> list[_Level]:
         """The levels of all modules; RuntimeError unless they are complete, of one pass, and as the modules gave them."""
         role, named = self.role, list(zip(self.where.names, taken, strict=True))
         if missing := [name for name, module in named if not module.levels]:
@@ -265,12 +297,47 @@ class _Recorder(Hooked):
                     f"capture: the {role}'s {name!r} ran {module.direct} times outside of a call of the {role} {since}, so it "
                     f"is not known which calls belong together; call the {role} itself, or take() after every call"
                 )
-            if any(level.version is not None and level.version != level.tensor._version for level in module.levels):
+            if any(level.version is not None and level.version != version(level.tensor) for level in module.levels):
                 raise RuntimeError(
                     f"capture: a later layer has overwritten the features of the {role}'s {name!r} in place; make that layer "
                     "inplace=False (an activation that follows, as a rule), or capture its output instead"
                 )
-        return [level.tensor for module in taken for level in module.levels]
+        levels = [level for module in taken for level in module.levels]
+        check_alive([level.tensor for level in levels], "capture", role)
+        return levels
+
+
+def _held(levels: list[_Level]) -> Features:
+    """A mapping if every level has a key of its own."""
+    keys = [level.key for level in levels]
+    if all(keys) and len(set(keys)) == len(keys):
+        return {level.key[0]: level.tensor for level in levels}
+    return [level.tensor for level in levels]
+
+
+def _in_order(students: list[_Level], teachers: list[_Level]) -> list[_Level]:
+    """The student's levels in the order of the teacher's: those of a mapping are matched by key, others keep their order."""
+    of, goal = dict(zip(_labels(students), students, strict=True)), _labels(teachers)
+    if of.keys() == set(goal):
+        return [of[label] for label in goal]
+    alike = isinstance(_held(students), dict) == isinstance(_held(teachers), dict)
+    if alike and any(level.key for level in (*students, *teachers)):
+        keys = [[level.key[0] if level.key else "no key" for level in levels] for levels in (teachers, students)]
+        raise ValueError(f"capture: expected the student's levels to have the keys of the teacher's, {keys[0]}, got {keys[1]}")
+    if len(students) != len(teachers):
+        raise ValueError(f"capture: expected as many levels of both models, got {len(students)} and {len(teachers)}")
+    return students  # a mapping and a sequence: who takes them must know both orders
+
+
+def _labels(levels: list[_Level]) -> list[tuple[int, tuple[Any, ...], int]]:
+    """What each is called in its model: a module that runs several times gives several of one key."""
+    seen: Counter[tuple[int, tuple[Any, ...]]] = Counter()
+    labels = []
+    for level in levels:
+        name = level.module, level.key
+        labels.append((*name, seen[name]))
+        seen[name] += 1
+    return labels
 
 
 def _has_effect(layer: nn.Module) -> bool:

@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,15 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import _checks as check
 from ._warn import warn
-from .tables import COMPOSED, PUBLISHED, LevelTables, tokens_as_initialised
+from .tables import (
+    COMPOSED,
+    ENTRIES,
+    SCALES,
+    STATISTICS,
+    TOKEN_STD,
+    WEIGHTING,
+    LevelTables,
+    as_small_as_drawn,
+    fault,
+    several_scales,
+)
 
 __all__ = ["load_masks", "mask_state", "save_masks"]
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 
 _KEY = re.compile(r"(?:^|.*\.)(mask_modules\.\d+\..+)$")
-_BARE = COMPOSED | PUBLISHED | {"mask_token"}
 _NESTED = ("state_dict", "maskd_model")  # mmcv's detector checkpoints; the YOLOv5 port
 
 # What torch.load raises for what weights_only=True refuses, for damaged files, and for those that are no checkpoint at all
@@ -54,25 +65,32 @@ def mask_state(source: Source) -> dict[str, Tensor]:
         {'mask_modules.0.mask_token': [6, 8], 'mask_modules.1.mask_token': [6, 16]}
     """
     state, origin = _state_dict(source)
-    for key in _NESTED:
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
+    return _found(_place(state), state, origin)
+
+
+def _place(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where mask entries are looked for: the first mapping with some, of the state dict and those known to be in it."""
+    inner = (state[key] for key in _NESTED if isinstance(state.get(key), Mapping))
+    return next((place for place in (state, *inner) if any(_mask_entries(place))), state)
+
+
+def _found(place: Mapping[str, Any], state: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
+    """`mask_state` of a place in a state dict."""
     found: dict[str, Tensor] = {}
-    for name, value in _mask_entries(state):
+    for name, value in _mask_entries(place):
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"pretrained: {origin} holds a {type(value).__module__}.{type(value).__name__} as {name!r}, expected a tensor; "
-                "make tensors of arrays with torch.from_numpy"
-            )
+            raise TypeError(f"pretrained: {origin}: {name}: {fault(name, value)}")
         if name in found:
-            raise ValueError(f"pretrained: {origin} holds {name!r} more than once, under different prefixes")
+            raise ValueError(
+                f"pretrained: {origin} holds {name!r} more than once, under different prefixes; pass one of them alone"
+            )
         found[name] = value
     if not found:
         keys = [str(key) for key in state]
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
         raise ValueError(
             f"pretrained: {origin} holds no mask entries: expected keys like 'mask_modules.0.mask_token', got {keys[:4]}{more}"
-            + "".join(f"; there are some under {where}: pass what it holds there" for where in _inner_keys(state))
+            f"{_elsewhere(state)}"
         )
     return found
 
@@ -81,7 +99,7 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
 
     A criterion's modules compose their tables from a learner's entries, or copy those of another criterion. Warns
-    (UserWarning) about tokens that are as initialised.
+    (UserWarning) about tokens that are no larger than as initialised.
 
     Args:
         modules: the ``mask_modules`` of a learner or criterion.
@@ -106,13 +124,16 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
             "pretrained: tensors on the meta device hold no values; build the module without pretrained= there, and load the "
             "tokens once it has memory (to_empty): checkpoints.load_masks(module.mask_modules, pretrained), or load_state_dict"
         )
-    found = mask_state(source)
+    state, origin = _state_dict(source)
+    place = _place(state)
+    found = _found(place, state, origin)
     levels: list[Any] = list(modules)
     composed = any(key.split(".", 2)[2] in COMPOSED for key in found)
     if composed and not all(isinstance(level, LevelTables) for level in levels):
         raise ValueError(
             "pretrained: these are the tables of a MaskedDistillLoss, composed of tokens and mask weights that a learner "
             "cannot get back; pass the MaskLearner or the file that it saved"
+            f"{_elsewhere(state, place)}"
         )
     shapes = {
         f"mask_modules.{i}.{name}": shape
@@ -121,56 +142,124 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
     }
     held, expected = _kind_of_entries(found), _kind_of_modules(levels)
     problems = _misfits(found, shapes)
-    fits = expected in (
-        held,
-        held._replace(standardize=held.standardize and "channel"),
-    )  # one scale fits where each has its own
-    if problems or not fits:
-        origin = source if isinstance(source, str | os.PathLike) else "the source"
-        options = {name: True if value == "channel" else value for name, value in held._asdict().items()}
-        unlike = [f"{name}={value!r}" for name, value in options.items() if getattr(held, name) != getattr(expected, name)]
+    unlike = _unlike(held, expected)
+    if problems or unlike:
+        holder = source if isinstance(source, str | os.PathLike) else "the source"
         advice = ", but not all entries fit"
-        if not fits:
-            advice = f": pass {', '.join(unlike)} here, too, or tokens that were learned with the options given here"
+        if unlike:
+            first = "gather statistics with MaskLearner.calibrate and " if held.standardize == "uncalibrated" else ""
+            advice = f": {first}pass {', '.join(unlike)} here, too, or tokens that were learned with the options given here"
+        advice += _elsewhere(state, place)
         shown = problems[:4] + ([f"and {len(problems) - 4} more"] if len(problems) > 4 else [])
-        raise ValueError("\n  ".join([f"pretrained: {origin} holds {held}; expected {expected}{advice}", *shown]))
+        raise ValueError("\n  ".join([f"pretrained: {holder} holds {held}; expected {expected}{advice}", *shown]))
     if not composed:
         _warn_if_untrained(found, "pretrained")
     modules.load_state_dict({key.removeprefix("mask_modules."): value for key, value in found.items()})
 
 
 class _Kind(NamedTuple):
-    """The options that decide which entries there are, as the constructors name them."""
+    """The options that decide which entries there are, as the constructors name them.
 
-    channels: list[int]
-    num_tokens: int
-    weight_mask: bool
-    standardize: bool | str
+    Attributes:
+        channels, num_tokens: of every level; None where tokens are missing.
+        weight_mask: None if levels differ.
+        standardize: None if levels differ; ``"uncalibrated"``; True where the numbers do not tell which of the two it is.
+    """
+
+    channels: list[int | None]
+    num_tokens: list[int | None]
+    weight_mask: bool | None
+    standardize: bool | str | None
 
     def __str__(self) -> str:
-        levels = f"{len(self.channels)} level{'s' if len(self.channels) > 1 else ''}"
-        channels = ", ".join(map(str, dict.fromkeys(self.channels)))
-        weights = "with mask weights" if self.weight_mask else "no mask weights"
-        standardised = {False: "not standardised", "channel": "standardised", "isotropic": "standardised (isotropic)"}
-        return f"{levels} of {channels} channels, {self.num_tokens} tokens, {weights}, {standardised[self.standardize]}"
+        levels = f"{check.counted(len(self.channels))} of {_listed(self.channels, 'channel')}"
+        weights = {True: "with mask weights", False: "no mask weights", None: "mask weights on some levels"}
+        standardised = {
+            False: "not standardised",
+            True: "standardised",
+            "channel": "standardised (channel)",
+            "isotropic": "standardised (isotropic)",
+            "uncalibrated": "standardised, not calibrated",
+            None: "standardised on some levels",
+        }
+        return ", ".join((levels, _listed(self.num_tokens, "token"), weights[self.weight_mask], standardised[self.standardize]))
+
+
+def _listed(numbers: Sequence[int | None], noun: str) -> str:
+    """``"8, 16, 16 channels"``; once if they are all alike."""
+    shown = ["?" if number is None else str(number) for number in numbers]
+    if len(set(shown)) == 1:
+        del shown[1:]
+    more = f" and {len(shown) - 6} more" if len(shown) > 8 else ""
+    return f"{', '.join(shown[:6] if more else shown)}{more} {noun}{'' if shown == ['1'] else 's'}"
 
 
 def _kind_of_modules(levels: list[Any]) -> _Kind:
     first = levels[0]
-    return _Kind([level.channels for level in levels], first.num_tokens, first.weight_mask, first.standardize)
+    channels: list[int | None] = [level.channels for level in levels]
+    return _Kind(channels, [first.num_tokens] * len(levels), first.weight_mask, first.standardize)
 
 
 def _kind_of_entries(found: Mapping[str, Tensor]) -> _Kind:
-    levels = sorted({int(key.split(".")[1]) for key in found})
-    names = {key.split(".", 2)[2] for key in found}
-    sizes = [found.get(f"mask_modules.{i}.mask_token", torch.empty(0, 0)).shape for i in levels]
-    standardize: bool | str = not names.isdisjoint(("channel_mean", "channel_std", "statistics")) and "channel"
-    scales = [x for key, x in found.items() if key.endswith(".channel_std")]
-    scales += [x[1:] for key, x in found.items() if key.endswith(".statistics")]
-    if scales and all((x == x.flatten()[:1]).all() for x in scales):
-        standardize = "isotropic"
-    weighted = not names.isdisjoint(("prob.0.weight", "pool_rows"))
-    return _Kind([size[-1] for size in sizes], sizes[0][0], weighted, standardize)
+    levels = _by_level(found)
+    tokens = [level.get("mask_token", torch.empty(0)) for level in levels.values()]
+    sizes = [tuple(x.shape) if x.dim() == 2 else (None, None) for x in tokens]
+    weighted = {not WEIGHTING.isdisjoint(level) for level in levels.values()}
+    return _Kind(
+        [size[1] for size in sizes],
+        [size[0] for size in sizes],
+        weighted.pop() if len(weighted) == 1 else None,
+        _standardize_of(list(levels.values())),
+    )
+
+
+def _standardize_of(levels: Sequence[Mapping[str, Tensor]]) -> bool | str | None:
+    standardised = {not STATISTICS.isdisjoint(level) for level in levels}
+    if len(standardised) > 1:
+        return None
+    if standardised == {False}:
+        return False
+    entries = [(name, x) for level in levels for name, x in level.items() if name in STATISTICS]
+    if any(name == "pixels_seen" and not x.is_meta and not (x > 0).all() for name, x in entries):
+        return "uncalibrated"
+    scales = [(name, x) for name, x in entries if name in SCALES]
+    if any(fault(name, x) for name, x in scales) or all(x.shape[-1:] in ((), (1,)) for _, x in scales):
+        return True  # one channel fits both
+    return "channel" if any(several_scales(name, x) for name, x in scales) else "isotropic"
+
+
+_TAKEN_BY = {  # one scale for all channels fits where each has its own
+    False: (False,),
+    "channel": ("channel",),
+    "isotropic": ("isotropic", "channel"),
+    True: ("isotropic", "channel"),
+    "uncalibrated": ("isotropic", "channel"),
+}
+
+
+def _unlike(held: _Kind, expected: _Kind) -> list[str]:
+    """The options that a module must be given to take what is held; none if no options would do."""
+    if len(set(held.num_tokens)) > 1 or None in (*held.channels, held.weight_mask, held.standardize):
+        return []
+    options: list[str] = []
+    if held.channels != expected.channels:
+        options.append(f"channels={held.channels}")
+    if held.num_tokens[0] != expected.num_tokens[0]:
+        options.append(f"num_tokens={held.num_tokens[0]}")
+    if held.weight_mask != expected.weight_mask:
+        options.append(f"weight_mask={held.weight_mask}")
+    if expected.standardize not in _TAKEN_BY[held.standardize]:
+        options.append(f"standardize={held.standardize if held.standardize in (False, 'isotropic') else True!r}")
+    return options
+
+
+def _by_level(found: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The entries of every level, of what `mask_state` gives, by their names in a level."""
+    levels: dict[int, dict[str, Tensor]] = {}
+    for key, value in found.items():
+        _, level, name = key.split(".", 2)
+        levels.setdefault(int(level), {})[name] = value
+    return dict(sorted(levels.items()))
 
 
 def _misfits(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -181,14 +270,8 @@ def _misfits(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]])
         got = list(found[key].shape) if key in found else "no such entry"
         if got != want:
             problems.append(f"{key}: expected {want}, got {got}")
-        elif found[key].is_meta:
-            problems.append(f"{key}: expected values, got a tensor on the meta device")
-        elif not torch.isfinite(found[key].float()).all():
-            problems.append(f"{key}: expected finite values")
-        elif key.endswith(".channel_std") and not (found[key] > 0).all():
-            problems.append(f"{key}: expected deviations above 0")
-        elif key.endswith(".pixels_seen") and not found[key] > 0:
-            problems.append(f"{key} is {found[key].item()}: no statistics yet; gather them with MaskLearner.calibrate")
+        elif what := fault(key.split(".", 2)[2], found[key]):
+            problems.append(f"{key}: {what}")
     return problems
 
 
@@ -199,18 +282,29 @@ def _mask_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             continue
         if match := _KEY.match(key):
             yield match[1], value
-        elif key in _BARE and "mask_token" in state:
+        elif key in ENTRIES and "mask_token" in state:
             yield f"mask_modules.0.{key}", value
 
 
-def _inner_keys(state: Mapping[Any, Any], path: str = "") -> Iterator[str]:
-    """Where mappings inside of ``state`` hold mask entries: ``['model']['ema']``."""
-    for key, inner in state.items():
-        if isinstance(inner, Mapping):
-            if any(isinstance(value, Tensor) for _, value in _mask_entries(inner)):
-                yield f"{path}[{key!r}]"
-            else:
-                yield from _inner_keys(inner, f"{path}[{key!r}]")
+def _elsewhere(held: Any, looked_at: Any = None) -> str:
+    """For an error: where in the containers of a source there are mask entries, or others than those that were looked at."""
+    places = list(_inner_keys(held, "", {id(held), id(looked_at)}))
+    some = "some" if looked_at is None else "others"
+    more = f" and {len(places) - 4} more places" if len(places) > 4 else ""
+    return f"; there are {some} under {', '.join(places[:4])}{more}: pass what it holds there" if places else ""
+
+
+def _inner_keys(held: Any, path: str, seen: set[int]) -> Iterator[str]:
+    """Where containers and modules inside of ``held`` have mask entries: ``['model']['ema']``; no container twice."""
+    for key, inner in held.items() if isinstance(held, Mapping) else enumerate(held) if isinstance(held, list | tuple) else ():
+        if not isinstance(inner, Mapping | list | tuple | nn.Module) or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        state = inner.state_dict() if isinstance(inner, nn.Module) else inner
+        if isinstance(state, Mapping) and any(hasattr(value, "shape") for _, value in _mask_entries(state)):
+            yield f"{path}[{key!r}]"
+        else:
+            yield from _inner_keys(state, f"{path}[{key!r}]", seen)
 
 
 def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
@@ -219,13 +313,15 @@ def _state_dict(source: Source) -> tuple[Mapping[str, Any], str]:
     if isinstance(source, Mapping):
         return source, "the state dict"
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"pretrained: expected a path, a state dict or a MaskLearner, got {type(source).__name__}")
+        raise TypeError(
+            f"pretrained: expected a path, a state dict or a MaskLearner, got {type(source).__name__}{_elsewhere(source)}"
+        )
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"pretrained: no such file: {path}")
     loaded = _read_safetensors(path) if _is_safetensors(path) else _read(path)
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"pretrained: expected {path} to hold a state dict, got {type(loaded).__name__}")
+        raise ValueError(f"pretrained: expected {path} to hold a state dict, got {type(loaded).__name__}{_elsewhere(loaded)}")
     return loaded, str(path)
 
 
@@ -236,10 +332,18 @@ def _read(path: Path) -> Any:
     except _UNREADABLE as error:
         # what torch found, without the advice that it puts around it
         reason = str(error.__context__ or error).split(". ")[0].rstrip(".") or type(error).__name__
+        if path.suffix.lower() in (".npz", ".npy"):
+            raise ValueError(
+                f"pretrained: {path} is a numpy file, expected one of torch; pass its arrays as a state dict of tensors "
+                "(numpy.load, torch.from_numpy)"
+            ) from error
+        what, arrays = "is damaged, no checkpoint, or holds more than tensors", ""
+        if "GLOBAL numpy" in reason:
+            what, arrays = "holds numpy arrays or numbers", ", with arrays as tensors (torch.from_numpy)"
         raise ValueError(
-            f"pretrained: {path} cannot be loaded with weights_only=True: {reason}. It is damaged, no checkpoint, or holds "
-            "more than tensors. If you trust it, load it once with torch.load(..., weights_only=False) and save its state dict "
-            "alone, or allow what it holds with torch.serialization.safe_globals"
+            f"pretrained: {path} cannot be loaded with weights_only=True: {reason}. It {what}. If you trust it, load it once "
+            f"with torch.load(..., weights_only=False) and save its state dict alone{arrays}, or allow what it holds with "
+            "torch.serialization.safe_globals"
         ) from error
 
 
@@ -272,7 +376,7 @@ def save_masks(modules: nn.ModuleList, path: str | os.PathLike[str]) -> None:
 
     An existing file is replaced in one step once the new one is on disk: a process killed while saving leaves the old file
     as it was, and at worst a ``.tmp`` file beside it. A symbolic link is kept, and the file it leads to is replaced. Warns
-    (UserWarning) about tokens that are as initialised.
+    (UserWarning) about tokens that are no larger than as initialised.
 
     Args:
         modules: the ``mask_modules`` of a learner or criterion.
@@ -321,14 +425,14 @@ def save_masks(modules: nn.ModuleList, path: str | os.PathLike[str]) -> None:
 
 
 def _warn_if_untrained(found: Mapping[str, Tensor], name: str) -> None:
-    """Of what `mask_state` gives; tables, which are composed, do not tell."""
-    levels: dict[str, dict[str, Tensor]] = {}
-    for key, value in found.items():
-        _, level, entry = key.split(".", 2)
-        levels.setdefault(level, {})[entry] = value
-    untrained = [level for level, entries in levels.items() if not COMPOSED & entries.keys() and tokens_as_initialised(entries)]
-    if untrained:
+    """Of what `mask_state` gives; a criterion's tables were asked about when they were composed."""
+    small = [
+        i for i, level in _by_level(found).items() if not COMPOSED & level.keys() and as_small_as_drawn(level["mask_token"])
+    ]
+    if small:
+        where = f"level{'' if len(small) == 1 else 's'} {', '.join(map(str, small))}"
         warn(
-            f"{name}: the tokens are as initialised (level {', '.join(untrained)}): untrained, so every mask is about "
-            "0.5 and the loss half a plain feature MSE; train them in stage 1 (learner.parameters() in the optimizer)"
+            f"{name}: the tokens of {where} are no larger than as initialised, N(0, {TOKEN_STD}^2): "
+            "untrained ones give masks of about 0.5 and half a plain feature MSE. Check that stage 1 trained them "
+            "(learner.parameters() in the optimizer) and for long enough"
         )

@@ -1,30 +1,39 @@
 """Statistics of learned masks, detection of collapsed ones, and a loss weight to start from.
 
-The losses of stage 1 do not show whether masks are of any use. Collapsed masks, one token on everywhere and the others empty,
-also have a Dice loss near 0 and a low task loss; stage 2 is then a plain feature MSE.
+The losses of stage 1 do not show whether masks are of any use. Masks of which one is on everywhere and the others are empty
+have a Dice loss near 0 and a low task loss, too; stage 2 is then a plain feature MSE. `LevelDiagnostics.focus` shows it.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ._eager import DICE_EPS, acc_dtype, gram
-from ._levels import Levels, unpack
+from ._levels import Levels, labels, unpack
 from ._warn import warn
 
-__all__ = ["DistillDiagnostics", "LevelDiagnostics", "collapsed", "describe", "gradient_ratio", "suggest_loss_weight"]
+__all__ = [
+    "DistillDiagnostics",
+    "LevelDiagnostics",
+    "LevelReports",
+    "collapsed",
+    "describe",
+    "gradient_ratio",
+    "suggest_loss_weight",
+    "verdict",
+]
 
-# On the demo's scenes, useful tokens have coverages of .3 to .7, pairwise Dice up to .92 and weights up to .5; collapsed ones
-# (raw features) .0 to .01 or .987 and more, with .99 and more of the weight also where the favoured mask covers .90.
-EVERYWHERE = 0.98  # such a mask leaves hardly a pixel out: reconstructing under it is a plain MSE
+PLAIN = 0.05  # focus below this: the student learns the same as from a plain MSE (docs/tokens.md)
+EVERYWHERE = 0.98  # such a mask leaves hardly a pixel out
 EMPTY = 0.02  # what the sigmoid's tails add up to; a mask of rare small objects alone may come this low, too
-SAME = 0.98  # two masks above this Dice tell the student nothing that one of them would not
+COPIES = 0.9  # two masks above this Dice show the student hardly more than one of them
 ALL_WEIGHT = 0.95  # what is left for all others is too little to move the loss
 
 
@@ -38,13 +47,19 @@ class LevelDiagnostics:
             masks that are empty in every image.
         weight: ``[T]``, each mask's mean weight; None without mask weighting.
         entropy: scalar, entropy of an image's mask weights over log T, mean over images: 1 all weights equal (and for
-            T = 1), 0 one token has all of it; None without mask weighting.
+            T = 1), 0 one token has all of it; None without mask weighting. `verdict` says why it matters little.
+        focus: scalar, how unequal the pixels are to stage 2, mean over images: 0 if all weigh the same, as in a plain feature
+            MSE; .75 if a quarter of them has all the weight.
+        emphasis: scalar, the mean weight of a pixel on an object to stage 2 over that of any pixel, mean over images with
+            objects: 1 in a plain feature MSE; None where no objects were given.
     """
 
     coverage: Tensor
     dice: Tensor
     weight: Tensor | None
     entropy: Tensor | None
+    focus: Tensor
+    emphasis: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +74,10 @@ class DistillDiagnostics(LevelDiagnostics):
 
 
 @torch.no_grad()
-def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None = None) -> LevelDiagnostics:
-    r"""Coverage, overlap and weights of one level's masks.
+def describe(
+    masks: Tensor, weights: Tensor | None = None, valid: Tensor | None = None, objects: Tensor | None = None
+) -> LevelDiagnostics:
+    r"""Coverage, overlap, weights and focus of one level's masks.
 
     $$
     \mathrm{coverage}_t = \operatorname{mean}_{n,p} m_{ntp}, \quad
@@ -69,10 +86,22 @@ def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None 
     \mathrm{entropy} = \operatorname{mean}_n \frac{-\sum_t w_{nt} \log w_{nt}}{\log T}
     $$
 
+    $$
+    \mathrm{focus} = \operatorname{mean}_n \Big( 1 - \frac{(\sum_p s_{np})^2}{P \sum_p s_{np}^2} \Big), \quad
+    \mathrm{emphasis} = \operatorname{mean}_n \frac{\sum_p o_{np} s_{np} / \sum_p o_{np}}{\sum_p s_{np} / P}, \quad
+    s_{np} = \sum_t w_{nt} \frac{m_{ntp}^2}{\sum_q m_{ntq}}
+    $$
+
+    ``s`` is the weight that stage 2 gives a pixel's distance (with ``mask_power=2``; without mask weights, ``w = 1 / T``). The
+    fraction in the focus is Kish's effective sample size (*Survey Sampling*, 1965) as a share of the P pixels. ``o`` are the
+    objects.
+
     Args:
         masks: ``[N, T, H, W]`` of any float dtype, as `functional.receptive_masks` gives them.
         weights: ``[N, T]`` of any float dtype, as `functional.mask_weights` gives them; None: masks without weights.
         valid: the pixels that count, bool or integer ``[N, H, W]``; None: all.
+        objects: bool, integer or float ``[N, H0, W0]``, of any size, 1 where the task's objects are; they are averaged to the
+            size of the masks. None: not known.
 
     Returns:
         Tensors without gradients on the device of the arguments, float32 (float64 for float64), also under autocast. An empty
@@ -86,8 +115,8 @@ def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None 
         >>> from maskd_triton.diagnostics import describe
         >>> left, both = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
         >>> level = describe(torch.stack([left, both]).view(1, 2, 1, 2), torch.tensor([[0.5, 0.5]]))
-        >>> level.coverage, level.dice[0, 1], level.entropy
-        (tensor([0.5000, 1.0000]), tensor(0.6667), tensor(1.))
+        >>> level.coverage, level.dice[0, 1], level.entropy, level.focus
+        (tensor([0.5000, 1.0000]), tensor(0.6667), tensor(1.), tensor(0.2000))
     """
     if masks.dim() != 4 or 0 in masks.shape[1:]:
         raise ValueError(f"masks: expected [N, T, H, W] with at least one token and one pixel, got shape {list(masks.shape)}")
@@ -104,26 +133,25 @@ def describe(masks: Tensor, weights: Tensor | None = None, valid: Tensor | None 
         coverage = masks.sum((0, 2, 3), dtype=acc_dtype(masks.dtype)) / (valid != 0).sum()
     dice = _pairwise_dice(masks).mean(0)
     if weights is None:
-        return LevelDiagnostics(coverage, dice, None, None)
+        return LevelDiagnostics(coverage, dice, None, None, *_pixels(masks, None, valid, objects))
     w = weights.to(acc_dtype(weights.dtype))
     # log 1 = 0: a single token has all the weight and shares it equally
     entropy = torch.special.entr(w).sum(1) / math.log(w.shape[1]) if w.shape[1] > 1 else torch.ones_like(w[:, 0])
-    return LevelDiagnostics(coverage, dice, w.mean(0), entropy.mean())
+    return LevelDiagnostics(coverage, dice, w.mean(0), entropy.mean(), *_pixels(masks, w, valid, objects))
 
 
-def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
-    """Sentences that say which tokens of a level are of no use.
+def collapsed(level: LevelDiagnostics) -> list[str]:
+    """Sentences that say which tokens of a level add nothing.
 
-    Four failures are reported: a mask that is on everywhere, an empty mask, masks that are the same, and a token that takes all
-    weight. The thresholds are this module's constants. Values are copied to the host, which waits for the device: call this
-    between steps, not in every one.
+    A mask that is on everywhere, an empty mask, masks that are copies of one another, and a token with all the weight, in every
+    image or in each image another one. The thresholds are this module's constants. That does not make the other tokens useless:
+    `verdict` says whether it matters. Values are copied to the host, which waits for the device.
 
     Args:
         level: what `describe` or ``diagnostics()`` gave. NaN, from an empty batch, reports nothing.
-        overlap: also report identical masks. Untrained tokens give these, and the Dice loss shows them, too.
 
     Returns:
-        A sentence for each kind of failure; an empty list for healthy masks.
+        A sentence for each kind; an empty list where there is nothing to say.
 
     Examples:
         >>> import torch
@@ -141,17 +169,117 @@ def collapsed(level: LevelDiagnostics, *, overlap: bool = True) -> list[str]:
         sentences.append(f"{_named(empty)} empty: coverage below {EMPTY}")
     dice = level.dice.tolist()
     left = [t for t in range(len(coverage)) if t not in everywhere and t not in empty]
-    while left and overlap:
-        same = [t for t in left if t == left[0] or dice[left[0]][t] > SAME]
+    while left:
+        same = [t for t in left if t == left[0] or dice[left[0]][t] > COPIES]
         left = [t for t in left if t not in same]
         if len(same) > 1:
             least = min(dice[i][j] for i in same for j in same)
-            sentences.append(f"{_named(same)} the same: Dice {least:.2f}")
+            sentences.append(f"{_named(same)} copies: Dice {least:.2f}")
     if level.weight is not None and level.entropy is not None and len(coverage) > 1:
-        for t, weight in enumerate(level.weight.tolist()):
-            if weight > ALL_WEIGHT:
-                sentences.append(f"token {t} takes all weight: mean {weight:.2f}, entropy of the weights {level.entropy:.2f}")
+        rulers = [f"token {t} has all the weight" for t, weight in enumerate(level.weight.tolist()) if weight > ALL_WEIGHT]
+        if not rulers and level.entropy.item() < 1 - ALL_WEIGHT:
+            rulers = ["in each image one token has all the weight, not always the same"]
+        sentences += rulers
     return sentences
+
+
+def verdict(level: LevelDiagnostics, *, standardized: bool = False) -> str:
+    """One line: what the masks of a level are to the student, why, and what helps.
+
+    What counts is `LevelDiagnostics.focus`. Below `PLAIN` all pixels weigh the same to stage 2, and it is a plain feature MSE.
+    Copies, empty masks and a single token with all the weight do not hurt the student while the focus is above. docs/tokens.md
+    has the measurements. Values are copied to the host, which waits for the device.
+
+    Args:
+        level: what `describe` or ``diagnostics()`` gave.
+        standardized: whether the tokens were learned with ``standardize=``.
+
+    Returns:
+        A line that starts with ``"selective"``, ``"plain MSE"``, or, where objects are known and weigh less than other pixels,
+        ``"background"``.
+
+    Examples:
+        >>> import torch
+        >>> from maskd_triton.diagnostics import describe, verdict
+        >>> masks = torch.zeros(1, 2, 8, 8)
+        >>> masks[:, 1, :, :4] = 1
+        >>> verdict(describe(masks))
+        'selective: focus 0.50; token 0 is empty: coverage below 0.02'
+        >>> verdict(describe(masks, objects=masks[:, 1] == 0))
+        'background: focus 0.50, emphasis 0.00; token 0 is empty: coverage below 0.02. Learn with one token'
+        >>> masks[:, 1] = 1
+        >>> verdict(describe(masks[:, 1:]))
+        'plain MSE: focus 0.00; token 0 is on everywhere: coverage 1.00. Learn with standardize=True'
+    """
+    focus, found = level.focus.item(), collapsed(level)
+    kind, figures, remedy = "selective", f"focus {focus:.2f}", ""
+    emphasis = math.nan if level.emphasis is None else level.emphasis.item()
+    if not math.isnan(emphasis):
+        figures += f", emphasis {emphasis:.2f}"
+    if focus < PLAIN:  # not NaN, of no image
+        kind = "plain MSE"
+        if _untrained(level):
+            remedy = ". Learn longer, with no more weight decay than 1e-3"
+        elif standardized:
+            remedy = ". Learn with one token, and no more weight decay than 1e-3"
+        else:
+            remedy = ". Learn with standardize=True"
+    elif emphasis < 1:
+        kind, remedy = "background", ". Learn with one token"
+    return "; ".join([f"{kind}: {figures}", *found]) + remedy
+
+
+def _untrained(level: LevelDiagnostics) -> bool:
+    """All masks are near 0.5 everywhere: nothing has trained the tokens yet, or weight decay holds them at 0."""
+    return bool((level.dice > COPIES).all() and ((level.coverage - 0.5).abs() < 0.1).all())
+
+
+def is_plain(level: LevelDiagnostics, *, untrained: bool) -> bool:
+    """Whether stage 2 would be a plain MSE; of masks that nothing has trained yet only if ``untrained``."""
+    return level.focus.item() < PLAIN and (untrained or not _untrained(level))
+
+
+class LevelReports(dict[Any, LevelDiagnostics]):
+    """`LevelDiagnostics` of every level. Printed, a line with the `verdict` of each.
+
+    Args:
+        levels: by their keys, or by their indices in a sequence.
+        standardized: as in `verdict`.
+
+    Examples:
+        >>> import torch
+        >>> from maskd_triton.diagnostics import LevelReports, describe
+        >>> print(LevelReports({"p3": describe(torch.eye(4).view(1, 1, 4, 4))}))
+        level 'p3': selective: focus 0.75
+    """
+
+    def __init__(self, levels: Mapping[Any, LevelDiagnostics], *, standardized: bool = False) -> None:
+        super().__init__(levels)
+        self.standardized = standardized
+
+    def __str__(self) -> str:
+        lines = (f"level {name!r}: {verdict(level, standardized=self.standardized)}" for name, level in self.items())
+        return "\n".join(lines)
+
+
+def _pixels(
+    masks: Tensor, weights: Tensor | None, valid: Tensor | None, objects: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Focus and emphasis of masks that are 0 where ``valid`` is. Images without a mask, or without objects, do not count."""
+    m = masks.flatten(2).to(acc_dtype(masks.dtype))
+    w = torch.full_like(m[:, :, 0], 1 / m.shape[1]) if weights is None else weights.to(m.dtype)
+    area = m.sum(2)
+    share = m / area.where(area > 0, 1)[:, :, None]  # not 1 / area, which overflows where a mask is nearly empty
+    s = (w[:, :, None] * m * share).sum(1)  # no einsum: autocast would round it
+    counts = torch.ones_like(s) if valid is None else (valid != 0).flatten(1).to(s.dtype)
+    mean = s.sum(1) / counts.sum(1)
+    focus = (1 - mean * s.sum(1) / s.square().sum(1)).nanmean()
+    if objects is None:
+        return focus, None
+    if objects.dim() != 3 or len(objects) != len(masks):
+        raise ValueError(f"objects: expected [N, H, W] of {len(masks)} images, got shape {list(objects.shape)}")
+    o = adaptive_avg_pool2d(objects.to(s.dtype)[:, None], (masks.shape[2], masks.shape[3])).flatten(1) * counts
+    return focus, ((o * s).sum(1) / o.sum(1) / mean).nanmean()
 
 
 def _pairwise_dice(masks: Tensor) -> Tensor:
@@ -205,16 +333,21 @@ def gradient_ratio(task_loss: Tensor, distill_loss: Tensor, features: Levels) ->
         >>> gradient_ratio(s.sum(), (3 * s).sum(), s)
         tensor(3.)
     """
-    levels = unpack(features, "features").tensors
-    for i, x in enumerate(levels):
+    levels, keys, _ = unpack(features, "features")
+    for x, label in zip(levels, labels(len(levels), keys), strict=True):
         if not x.requires_grad:
-            raise ValueError(f"features[{i}]: expected the student's features with gradient, got a tensor without")
+            raise ValueError(f"features{label}: expected the student's features with gradient, got a tensor without")
     norms = []
     for name, loss in (("task_loss", task_loss), ("distill_loss", distill_loss)):
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
             raise ValueError(f"{name}: expected a scalar with gradient, got {loss!r}")
         norm = _gradient_norm(loss, levels, name)
-        if math.isnan(norm):
+        if not loss.isfinite():
+            warn(
+                f"gradient_ratio: {name}: expected a finite loss, got {loss.item()}; if it overflows in half precision, "
+                "compute it in float32, outside of autocast"
+            )
+        elif math.isnan(norm):
             warn(
                 f"gradient_ratio: {name}: its gradient is lost or overflows in half precision, whatever the loss is multiplied "
                 "by; compute this loss in float32, outside of autocast"
@@ -301,6 +434,7 @@ def suggest_loss_weight(
         A number for ``criterion.loss_weight``.
 
     Raises:
+        TypeError: a batch's loss that is no number and no scalar tensor.
         ValueError: lists that are empty or of different lengths; a share outside of 0 to 1; losses or ratios that hold a NaN or
             whose median is not positive and finite; and as `gradient_ratio` does.
 
@@ -319,7 +453,7 @@ def suggest_loss_weight(
         raise ValueError("features: expected the student's of every batch with by='gradient', and None with by='loss'")
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
-    tasks, distills = _batches(task_losses), _batches(distill_losses)
+    tasks, distills = _batches(task_losses, "task_losses"), _batches(distill_losses, "distill_losses")
     if len(tasks) != len(distills) or not tasks:
         raise ValueError(
             f"task_losses and distill_losses: expected one of each for every batch, got {len(tasks)} and {len(distills)}"
@@ -334,9 +468,18 @@ def suggest_loss_weight(
     return odds / _median(ratios, "task_losses and distill_losses: gradients' ratios")
 
 
-def _batches(losses: Any) -> list[Any]:
+def _batches(losses: Any, name: str) -> list[Any]:
     """A sequence, a stacked tensor or an array as a list; a number is the loss of a single batch."""
-    return list(losses) if hasattr(losses, "__len__") and getattr(losses, "ndim", 1) > 0 else [losses]
+    several = hasattr(losses, "__len__") and getattr(losses, "ndim", 1) > 0 and not isinstance(losses, Mapping)
+    batches = list(losses) if several else [losses]
+    for loss in batches:
+        if not isinstance(loss, int | float) and getattr(loss, "ndim", None) != 0:
+            shape = f" of shape {list(loss.shape)}" if hasattr(loss, "shape") else ""
+            hint = "; add them up: sum(losses.values())" if isinstance(loss, Mapping) else ""
+            raise TypeError(
+                f"{name}: expected a number or a scalar tensor for each batch, got {type(loss).__name__}{shape}{hint}"
+            )
+    return batches
 
 
 def _median(values: Sequence[float | Tensor], name: str) -> float:

@@ -16,7 +16,7 @@ from ._levels import Levels, Matched, in_order, labels, match, named, per_level,
 from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
-from ._torch import graph_task, outside_transforms
+from ._torch import graph_task, outside_transforms, tracing
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
@@ -218,6 +218,8 @@ class MaskedDistillLoss(Options):
         for level in self._levels:
             learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
             if not learned.mask_token.is_meta:
+                if self.standardize:
+                    learned.pixels_seen.fill_(1)  # mean 0 and deviation 1 stand in for statistics
                 level.load_state_dict(learned.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -277,7 +279,8 @@ class MaskedDistillLoss(Options):
         levels = match(student, teacher, self.names)
         check.level_count(levels.teachers, "teacher", self.channels)
         counts, compiling = self.training and advance, torch.compiler.is_compiling()
-        repeated = graph_task() != -1  # activation checkpointing repeats a call
+        # activation checkpointing repeats a call, and a trace computes nothing: neither counts, nor is kept
+        repeated = graph_task() != -1 or tracing(levels.students[0]) or tracing(levels.teachers[0])
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(
@@ -334,7 +337,7 @@ class MaskedDistillLoss(Options):
             return levels.rebuild([level.masks(x) for level, x in zip(self._levels, levels.tensors, strict=True)])
 
     def diagnostics(self) -> dict[Any, DistillDiagnostics]:
-        """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights and their entropy.
+        """Loss and mask statistics of the latest call: coverage, pairwise Dice, weights, their entropy, and focus.
 
         They come from what that call kept, its masks but no features. So this costs next to nothing, and nothing waits for the
         device until you read a value. Masks are those that the loss used: customised ones once the warm-up is over.

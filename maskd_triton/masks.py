@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._eager import acc_dtype
-from ._hooks import Hooked, Output, Valid, Where, frozen, names_of
+from ._hooks import Hooked, Output, Valid, Where, check_alive, frozen, names_of
 from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
+from ._torch import Model, in_transforms, tracing
 from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
-from .diagnostics import LevelDiagnostics, collapsed, describe
+from .diagnostics import LevelDiagnostics, LevelReports, describe, is_plain, verdict
 from .functional import learn
-from .tables import CONVOLUTIONS, MaskLevel, Tables, buffer_dtype, compose
+from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, buffer_dtype, compose
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -79,7 +80,7 @@ class MaskModule(MaskLevel):
     ) -> None:
         super().__init__(channels, num_tokens, weight_mask, standardize)
         self.impl = impl
-        self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * 0.01)
+        self.mask_token = nn.Parameter(torch.randn(self.num_tokens, self.channels) * TOKEN_STD)
         if weight_mask:
             conv3, conv1 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, num_tokens, 1)
             for conv in (conv3, conv1):
@@ -147,8 +148,9 @@ class MaskLearner(Options):
             The teacher's heads still see features as they are. ``"channel"`` (or True): every channel with mean 0 and
             deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
             With a linear align that equals PHI-S (RADIO, arXiv 2410.01680): tokens and align absorb its rotation. On raw
-            features weighted masks tend to collapse: one is on everywhere, the others are empty. Give `MaskedDistillLoss` the
-            same value. Off by default, as published.
+            features one mask easily ends on everywhere, and stage 2 is a plain feature MSE: whatever is not masked costs the
+            teacher nothing, and a token can be on everywhere where features have a mean. Recommended. Give `MaskedDistillLoss`
+            the same value. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
             `maskd_triton.checkpoints.mask_state`. None: tokens as initialised in `MaskModule`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`.
@@ -212,8 +214,9 @@ class MaskLearner(Options):
         found = unpack(features, "features", self.names)
         check.levels(found.tensors, "features", labels(len(found.tensors), found.keys), self.channels)
         masked, dice, seen = _learn(self._levels, found.tensors, valid, self.impl)
-        self._dice, self._seen = {}, {}
-        self._keep(0, dice, seen, found.keys)
+        if not tracing(found.tensors):
+            self._dice, self._seen = {}, {}
+            self._keep(0, dice, seen, found.keys)
         return found.rebuild(masked)
 
     def _keep(self, first: int, dice: Tensor, seen: Sequence[Seen], keys: Sequence[Any] | None) -> None:
@@ -236,6 +239,7 @@ class MaskLearner(Options):
             hooks = self._attached
             where = "run the teacher inside `with learner.attach(...)`" if hooks is None else hooks.not_run(hooks.missing())
             raise RuntimeError(f"dice_loss: {why}; {where}")
+        check_alive(self._dice.values(), "dice_loss", "teacher")
         without = [i for i, dice in self._dice.items() if not dice.requires_grad and self._trains(i)]
         if without and self._attached is not None:
             raise RuntimeError(
@@ -246,41 +250,55 @@ class MaskLearner(Options):
             )
         return torch.stack([self._dice[i] for i in range(len(self.channels))]).sum()
 
-    def diagnostics(self) -> dict[Any, LevelDiagnostics]:
-        """Statistics of the latest forward's masks: coverage, pairwise Dice, weights and their entropy.
+    def diagnostics(self, objects: Tensor | None = None) -> LevelReports:
+        """Statistics of the latest forward's masks: coverage, pairwise Dice, weights, their entropy, and focus.
 
-        Warns (UserWarning, naming level and tokens), once per level, when masks have collapsed in a way that the losses do not
-        show: on everywhere, empty, or one with all the weight (`maskd_triton.diagnostics.collapsed`). Values stay on the
-        device, but the check waits for it: call this now and then, not in every step. `save` calls it, too.
+        Printed, it says in a line per level what these masks are to the student, why, and what helps
+        (`maskd_triton.diagnostics.verdict`). It warns with that line, once per level, where stage 2 would be a plain MSE, which
+        the losses do not show; not of tokens that are still as initialised, which `save` does. Values stay on the device,
+        but the check waits for it: call this now and then, not in every step.
+
+        Args:
+            objects: where the objects of the latest images are, ``[N, H0, W0]``, of any size, 1 inside: labels that are not
+                background, boxes. Adds the *emphasis*, how much more they weigh to stage 2 than other pixels.
 
         Returns:
             `maskd_triton.diagnostics.LevelDiagnostics` of every level, by its key, or by its index in a sequence.
 
         Raises:
             RuntimeError: nothing has been seen yet.
+            ValueError: objects of another number of images.
 
         Examples:
             >>> import torch
             >>> from maskd_triton import MaskLearner
-            >>> learner = MaskLearner([16, 16], num_tokens=4)
-            >>> _ = learner([torch.zeros(2, 16, 8, 8), torch.zeros(2, 16, 4, 4)])
-            >>> learner.diagnostics()[1].coverage
-            tensor([0.5000, 0.5000, 0.5000, 0.5000])
+            >>> learner = MaskLearner([16, 16], num_tokens=1)
+            >>> _ = learner.requires_grad_(False).mask_modules[0].mask_token.zero_()
+            >>> _ = learner.mask_modules[1].mask_token[:, 0].fill_(9)  # this token finds the pixels of channel 0
+            >>> images = torch.zeros(2, 16, 8, 8)
+            >>> images[:, 0, :4], images[:, 0, 4:] = 1, -1
+            >>> _ = learner([images, images])
+            >>> print(learner.diagnostics(objects=images[:, 0] > 0))
+            level 0: plain MSE: focus 0.00, emphasis 1.00. Learn longer, with no more weight decay than 1e-3
+            level 1: selective: focus 0.50, emphasis 2.00
         """
         if not self._seen:
             raise RuntimeError("diagnostics: no features seen yet; run the teacher inside `with learner.attach(...)` first")
+        check_alive((level.masks for level in self._seen.values()), "diagnostics", "teacher")
         weighted = self.weight_mask
-        levels = {name: describe(s.masks, s.weights if weighted else None, s.valid) for name, s in self._seen.items()}
+        levels = {n: describe(s.masks, s.weights if weighted else None, s.valid, objects) for n, s in self._seen.items()}
+        self._warn_of(levels, untrained=False)
+        return LevelReports(levels, standardized=bool(self.standardize))
+
+    def _warn_of(self, levels: Mapping[Any, LevelDiagnostics], untrained: bool) -> None:
+        """Of levels on which stage 2 would be a plain MSE, each once; of untrained ones only if so asked."""
         for name, level in levels.items():
-            reasons = collapsed(level, overlap=False) if name not in self._warned else []
-            if reasons:
+            if name not in self._warned and is_plain(level, untrained=untrained):
                 self._warned.add(name)
-                advice = "" if self.standardize else "; standardize=True may prevent it"
-                warn(f"MaskLearner, level {name!r}: masks have collapsed: {'; '.join(reasons)}{advice}")
-        return levels
+                warn(f"MaskLearner, level {name!r}: {verdict(level, standardized=bool(self.standardize))}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens for ``pretrained=``. Warns as `diagnostics` does if the latest masks have collapsed.
+        """Write the tokens for ``pretrained=``. Warns as `diagnostics` does, and of tokens that have not learned anything.
 
         Args:
             path: the file; formats and errors are those of `maskd_triton.checkpoints.save_masks`.
@@ -293,7 +311,7 @@ class MaskLearner(Options):
             ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
         """
         if self._seen:
-            self.diagnostics()
+            self._warn_of(self.diagnostics(), untrained=True)
         save_masks(self.mask_modules, path)
 
     @property
@@ -308,7 +326,7 @@ class MaskLearner(Options):
     @contextmanager
     def attach(
         self,
-        teacher: nn.Module,
+        teacher: Model,
         names: str | Sequence[str],
         *,
         output: Output | None = None,
@@ -380,7 +398,7 @@ class MaskLearner(Options):
     @contextmanager
     def calibrate(
         self,
-        teacher: nn.Module,
+        teacher: Model,
         names: str | Sequence[str],
         *,
         output: Output | None = None,
@@ -427,35 +445,38 @@ class MaskLearner(Options):
         statistics = [ChannelStatistics() for _ in self.channels]
 
         def watch(first: int, maps: list[Tensor], valid: Any) -> None:
+            if in_transforms():
+                raise RuntimeError("calibrate: the teacher runs inside of a transform of torch.func; call it outside")
             pixels = valid_of_levels(valid, maps)
             for i, x in enumerate(maps):
                 statistics[first + i].add(x, pixels[i] if pixels else None)
 
         where = Where(names_of(names), output, layout, grid, prefix_tokens)
-        with self._hooked("calibrate", teacher, where, valid, watch), torch.no_grad():
+        with self._hooked("calibrate", teacher, where, valid, watch) as hooks, torch.no_grad():
             yield self
         levels = list(zip(self.names or range(len(statistics)), statistics, self._levels, strict=True))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for _, level, module in levels:
                 level.gather(module.channels, module.channel_mean.device)
+        missing = hooks.missing()
         for name, level, _ in levels:
-            level.check(f"calibrate: level {name!r}")
+            level.check(f"calibrate: level {name!r}", hooks.not_run(missing) if missing else "no image has a valid pixel")
         for _, level, module in levels:
             module.channel_mean.copy_(level.mean)
             module.channel_std.copy_({"channel": level.std, "isotropic": level.scale}[str(self.standardize)]())
             module.pixels_seen.fill_(level.pixels)
 
     @contextmanager
-    def _hooked(self, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: "Use") -> Iterator[None]:
+    def _hooked(self, caller: str, teacher: Model, where: Where, valid: Valid | None, use: "Use") -> Iterator["_Attached"]:
         """``teacher`` frozen, and ``use`` for the levels of every call of its modules."""
         if self._attached is not None:
             raise RuntimeError(f"{caller}: this learner is attached already; leave that block first")
         hooks = _Attached(self, caller, teacher, where, valid, use)
-        with frozen(teacher), hooks:
+        with frozen(hooks.model), hooks:
             self._attached = hooks
             self._dice, self._seen = {}, {}
             try:
-                yield
+                yield hooks
             finally:
                 self._attached, self._dice = None, {}
         if hooks.ran and not hooks.taught and any(map(self._trains, range(len(self.channels)))):
@@ -482,9 +503,7 @@ class _Attached(Hooked):
 
     FIRST = True
 
-    def __init__(
-        self, learner: MaskLearner, caller: str, teacher: nn.Module, where: Where, valid: Valid | None, use: Use
-    ) -> None:
+    def __init__(self, learner: MaskLearner, caller: str, teacher: Model, where: Where, valid: Valid | None, use: Use) -> None:
         super().__init__(caller, "teacher", teacher, where, valid)
         self.learner, self.use = learner, use
         if len(set(self.modules)) < len(self.modules):
@@ -518,12 +537,14 @@ class _Attached(Hooked):
         """Modules that have given no levels in this pass."""
         return [name for name, shapes in zip(self.where.names, self.shapes, strict=True) if not shapes]
 
-    def act(self, i: int, result: Any, repeated: bool) -> Any:
+    def find(self, i: int, result: Any) -> Unpacked:
+        names = self.learner.names
+        return self.where.find(result, self.labels[i], None if names is None else names[i * self.each : (i + 1) * self.each])
+
+    def act(self, i: int, found: Unpacked, repeated: bool) -> Any:
         learner, name, label = self.learner, self.where.names[i], self.labels[i]
-        own = slice(i * self.each, (i + 1) * self.each)
-        found = self.where.find(result, label, None if learner.names is None else learner.names[own])
         shapes = [x.shape for x in found.tensors]
-        first = own.start + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
+        first = i * self.each + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
         used = self.use(first, self._maps(found, first, label), self.valid(name, repeated))
         if used is None:
             return None

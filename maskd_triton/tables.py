@@ -1,14 +1,16 @@
 """The frozen tables of one level that stage 2 reads, composed once, in float64, from what stage 1 learned."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _checks as check
 from ._eager import acc_dtype
 from ._options import Check, Options
+from ._torch import tracing
 from .functional import Standardization, compose_standardization, compose_weighting, mask_weights, receptive_masks
 
 __all__ = ["LevelTables"]
@@ -46,13 +48,17 @@ def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
 
 COMPOSED = frozenset(("pool_rows", "pool_bias", "teacher_tokens", "token_bias", "statistics"))  # of LevelTables alone
 PUBLISHED = frozenset((*CONVOLUTIONS, "channel_mean", "channel_std", "pixels_seen"))  # of MaskModule alone
+ENTRIES = COMPOSED | PUBLISHED | {"mask_token"}
+WEIGHTING = frozenset((*CONVOLUTIONS, "pool_rows", "pool_bias"))
+STATISTICS = ENTRIES - WEIGHTING - {"mask_token"}
 
 
-def tokens_as_initialised(level: nn.Module | Mapping[str, Tensor]) -> bool:
-    """Whether nothing has trained a `MaskModule`, or its entries: it draws tokens of N(0, 0.01^2), and its biases are 0."""
-    entries = level.state_dict() if isinstance(level, nn.Module) else level
-    biases = [entries[name] for name in CONVOLUTIONS[1::2] if name in entries]
-    return bool((entries["mask_token"].abs() < 0.06).all()) and not any(bias.any() for bias in biases)
+TOKEN_STD = 0.01  # a `MaskModule` draws its tokens from N(0, TOKEN_STD^2)
+
+
+def as_small_as_drawn(tokens: Tensor) -> bool:
+    """Whether the root mean square of tokens is at most that of a draw: 4 of its deviations above `TOKEN_STD`."""
+    return bool(tokens.float().square().mean().sqrt() <= TOKEN_STD * (1 + 4 / math.sqrt(2 * tokens.numel())))
 
 
 def buffer_dtype() -> torch.dtype:
@@ -65,10 +71,49 @@ def is_narrow(x: Tensor) -> bool:
     return x.is_floating_point() and x.dtype.itemsize < 4
 
 
+def fault(name: str, x: Any) -> str:
+    """What is wrong with the values of a level's entry, of `MaskModule` or `LevelTables`; "" where nothing is."""
+    if not isinstance(x, Tensor):
+        return f"expected a tensor, got {type(x).__module__}.{type(x).__name__}; make tensors of arrays with torch.from_numpy"
+    if x.is_meta:
+        return "expected values, got a tensor on the meta device"
+    if tracing():  # fake tensors have no values to look at
+        return ""
+    cast = name in ("channel_mean", "channel_std", "statistics") and is_narrow(x)
+    hint = f"; {x.dtype} does not hold statistics: save them as they are, without a cast" if cast else ""
+    if not torch.isfinite(x.float()).all():
+        return f"expected finite values{hint}"
+    if name == "pixels_seen" and not (x > 0).all():
+        return f"expected a count above 0, got {x.tolist()}: no statistics yet; gather them with MaskLearner.calibrate"
+    least = max(torch.finfo(dtype).tiny for dtype in (torch.float32, x.dtype) if dtype.is_floating_point)
+    if name == "channel_std" and (x < least).any():
+        return f"expected deviations of at least {least:.1e}{hint}"
+    if name == "statistics" and x.dim() and (x[1:] < least).any():
+        return f"expected 1 / deviations of at least {least:.1e} in its second row{hint}"
+    return ""
+
+
+SCALES = ("channel_std", "statistics")
+
+
+def several_scales(name: str, x: Tensor) -> bool:
+    """Whether the entry ``name`` of `SCALES` has other deviations for other channels."""
+    scales = (x[1:] if name == "statistics" else x).flatten()
+    return not (x.is_meta or tracing() or bool((scales == scales[:1]).all()))
+
+
+def faults(state: Mapping[str, Any], prefix: str) -> list[str]:
+    """A line for every entry of a level in a state dict that has a `fault`."""
+    found = {key: fault(key.removeprefix(prefix), x) for key, x in state.items() if key.removeprefix(prefix) in ENTRIES}
+    return [f"{key}: {what}" for key, what in found.items() if what]
+
+
 class MaskLevel(Options):
     """What a level in training and a frozen one have in common: its options, and masks and weights of features.
 
     Its buffers, tables and statistics, never become narrower than float32, whatever the module is cast to."""
+
+    mask_token: Tensor
 
     CHECKS: ClassVar[dict[str, Check]] = {
         "channels": check.positive_int,
@@ -100,7 +145,20 @@ class MaskLevel(Options):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        """With ``assign=True``, half-precision entries become buffers, too."""
+        """Values that no training gives are an error. With ``assign=True``, half-precision entries become buffers, too."""
+        unready = {f"{prefix}pixels_seen"}  # a learner may go on before it has statistics
+        if self.mask_token.is_meta:
+            unready |= {key for key, x in state_dict.items() if isinstance(x, Tensor) and x.is_meta}
+        wrong = faults({key: x for key, x in state_dict.items() if key not in unready}, prefix)
+        if self.standardize == "isotropic" and not wrong:
+            wrong = [
+                f"{prefix}{name}: expected one scale for all channels, got several: these are not standardize='isotropic'"
+                for name in SCALES
+                if prefix + name in state_dict and several_scales(name, state_dict[prefix + name])
+            ]
+        if wrong:
+            others[-1].extend(wrong)
+            return
         super()._load_from_state_dict(state_dict, prefix, *others)
         for name, x in self._buffers.items():
             if x is not None and is_narrow(x):
@@ -111,9 +169,9 @@ class MaskLevel(Options):
         for name, x in self._buffers.items():
             if x is not None and is_narrow(x):
                 raise TypeError(
-                    f"{type(self).__name__}.{name}: expected float32 or float64, got {x.dtype}: a wrapper has cast the buffers "
-                    "(as FSDP's MixedPrecision(buffer_dtype=...) does) and they have lost digits; pass buffer_dtype=None or "
-                    "torch.float32, and load the tokens again"
+                    f"{type(self).__name__}.{name}: expected float32 or float64, got {x.dtype}: an assignment or a wrapper has "
+                    "cast the buffers (as FSDP's MixedPrecision(buffer_dtype=...) does) and they have lost digits; pass "
+                    "buffer_dtype=None or torch.float32, and load the tokens again"
                 )
 
     def tables(self, dtype: torch.dtype) -> Tables:
@@ -177,8 +235,10 @@ class LevelTables(MaskLevel):
     with ``standardize`` also ``teacher_tokens [T, C]`` (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean, 1 / std).
 
     ``load_state_dict`` takes these, and the entries of a `MaskModule` (``mask_token``, ``prob.0.weight``, ...,
-    ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error. Neither a
-    cast to half precision (``half()``, ``to(torch.bfloat16)``) nor half-precision entries make buffers narrower than float32.
+    ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error, and so are
+    entries of other options, values that are not finite, and statistics that were never gathered or did not survive a cast.
+    Neither a cast to half precision (``half()``, ``to(torch.bfloat16)``) nor half-precision entries make buffers narrower than
+    float32.
 
     Raises:
         TypeError, ValueError: sizes that are not positive ints.
@@ -225,8 +285,9 @@ class LevelTables(MaskLevel):
     def float_buffers(self) -> dict[str, Any]:
         """The buffers by name; TypeError where a wrapper has cast them to half precision."""
         buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
-        if is_narrow(buffers["mask_token"]):
-            self.check_buffers()
+        for x in buffers.values():
+            if x.dtype is not torch.float32 and is_narrow(x):
+                self.check_buffers()
         return buffers
 
     def _load_from_state_dict(
@@ -246,17 +307,23 @@ class LevelTables(MaskLevel):
         if strict:
             missing_keys += [prefix + name for name in missing]
             unexpected_keys += [prefix + name for name in level if name not in expected]
+        extra = [name for name in level if name in ENTRIES and name not in expected]
+        if extra:  # also where unexpected keys are allowed
+            options = f"weight_mask={self.weight_mask}, standardize={self.standardize!r}"
+            error_msgs.append(f"{prefix[:-1]}: expected no {', '.join(extra)} with {options}")
+            return
         if missing:
             if len(missing) < len(expected):  # the tables of a level belong together
                 error_msgs.append(f"{prefix[:-1]}: expected all entries of a level, got no {', '.join(missing)}")
             return
         if not composed:
-            wrong = [name for name, shape in expected.items() if level[name].shape != shape]
-            error_msgs += [
-                f"size mismatch for {prefix}{name}: expected {list(expected[name])}, got {list(level[name].shape)}"
-                for name in wrong
+            wrong = faults(state_dict, prefix) or [
+                f"size mismatch for {prefix}{name}: expected {list(shape)}, got {list(level[name].shape)}"
+                for name, shape in expected.items()
+                if level[name].shape != shape
             ]
             if wrong:
+                error_msgs += wrong
                 return
             level = self._composed(
                 {name: level[name] for name in expected}, bool(local_metadata.get("assign_to_params_buffers", False))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ._torch import Model
+
 __all__ = ["FrozenTeacher"]
 
 
@@ -26,7 +28,8 @@ class FrozenTeacher(nn.Module):
     as the model itself has them. Inside an ``attach`` block it runs with gradients, which the tokens need.
 
     Raises:
-        TypeError: anything that is no module; half-precision arguments that a float32 model cannot take.
+        TypeError: anything that is no module.
+        RuntimeError: the model's own. If it may come of half-precision arguments for a float32 model, it says that, too.
 
     Examples:
         >>> import torch
@@ -37,9 +40,9 @@ class FrozenTeacher(nn.Module):
         (['student.bias', 'student.weight'], False)
     """
 
-    model: nn.Module
+    model: Any  # an nn.Module, but torch.compile(model), which may be assigned, is a callable to a type checker
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.with_gradient = False  # an attach block sets it
         self.model = model
@@ -48,31 +51,35 @@ class FrozenTeacher(nn.Module):
         if name != "model":
             super().__setattr__(name, value)
         elif isinstance(value, nn.Module):
-            self.__dict__["model"] = value.eval().requires_grad_(False)  # nn.Module would register it
+            for parameter in value.parameters():  # TorchScript has no requires_grad_()
+                parameter.requires_grad_(False)
+            self.__dict__["model"] = value.eval()  # nn.Module would register it
         else:
             raise TypeError(f"model: expected an nn.Module, got {type(value).__name__}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if any(module.training for module in self.model.modules()):
+        if any(getattr(module, "training", False) for module in self.model.modules()):  # frozen TorchScript has none
             self.model.eval()
         with torch.set_grad_enabled(self.with_gradient and torch.is_grad_enabled()):
             try:
                 return self.model(*args, **kwargs)
             except RuntimeError as error:
-                if type(error) is RuntimeError:
-                    self._check_dtypes([*args, *kwargs.values()], error)
+                if type(error) is RuntimeError and (dtypes := self._narrower([*args, *kwargs.values()])):
+                    raise RuntimeError(
+                        f"{error}\nFrozenTeacher: {dtypes} outside of autocast (FSDP's mixed precision casts the inputs of the "
+                        "module that holds a teacher). If that is why, call it with .float() inputs, under torch.autocast, or "
+                        "cast the teacher to that dtype"
+                    ) from error
                 raise
 
-    def _check_dtypes(self, arguments: list[Any], error: RuntimeError) -> None:
-        """TypeError where the model may have raised ``error`` because its arguments are narrower than its parameters."""
+    def _narrower(self, arguments: list[Any]) -> str | None:
+        """Says that arguments are narrower than the parameters, if so, and nothing casts either."""
         wide = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
-        for x in tree_leaves(arguments):
-            if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) and wide in (torch.float32, torch.float64):
-                raise TypeError(
-                    f"FrozenTeacher: the teacher's parameters are {wide}, but it was called with {x.dtype}, as by FSDP's mixed "
-                    "precision, which casts the inputs of the module that holds it; call it with .float() inputs, under "
-                    "torch.autocast, or cast the teacher to that dtype"
-                ) from error
+        for x in tree_leaves(arguments) if wide in (torch.float32, torch.float64) else ():
+            half = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+            if half and not torch.is_autocast_enabled(x.device.type):
+                return f"the teacher's parameters are {wide}, but it was called with {x.dtype}"
+        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenTeacher":
         held = [*self.model.parameters(), *self.model.buffers()]

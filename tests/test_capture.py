@@ -120,6 +120,111 @@ def test_call_inside_a_compiled_function() -> None:
     torch.testing.assert_close(torch.compile(step, backend="aot_eager")(IMAGES), step(IMAGES))
 
 
+# Levels that a mapping names
+
+
+class Neck(nn.Module):
+    """Levels in a mapping, in any order, or in a list."""
+
+    def __init__(self, *keys: str, listed: bool = False) -> None:
+        super().__init__()
+        self.conv, self.keys, self.listed = nn.Conv2d(3, 4, 1), keys, listed
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        levels = {"p3": x, "p4": 2 * x, "p5": 3 * x}
+        return [levels[key] for key in self.keys] if self.listed else {key: levels[key] for key in self.keys}
+
+
+class Pyramid(nn.Module):
+    """Its neck runs once or twice; a second neck, or none, behind it."""
+
+    def __init__(self, *necks: Neck, calls: int = 1) -> None:
+        super().__init__()
+        self.necks, self.calls = nn.ModuleList(necks), calls
+
+    def forward(self, x: Tensor) -> None:
+        for neck in self.necks:
+            for i in range(self.calls):
+                neck(x + i)
+
+
+def taken(student: nn.Module, teacher: nn.Module, names: Any) -> tuple[Any, Any]:
+    with FeatureCapture(student, teacher, names) as features:
+        student(IMAGES)
+        with torch.no_grad():
+            teacher(IMAGES)
+        return features.take()
+
+
+NAMED = MaskedDistillLoss({"p3": 4, "p4": 4}, None)
+UNNAMED = MaskedDistillLoss([4, 4], None)
+
+
+def with_masks(criterion: MaskedDistillLoss, student: Any, teacher: Any) -> Tensor:
+    """Another mask for either place: the loss tells the order."""
+    masks = [torch.linspace(0, 1, 12).expand(2, 1, 8, 12), torch.linspace(3, 1, 12).expand(2, 1, 8, 12)]
+    return criterion(student, teacher, masks=masks)
+
+
+@pytest.mark.parametrize("criterion", [NAMED, UNNAMED], ids=["named", "unnamed"])
+@pytest.mark.parametrize("orders", ["p4 p3, p3 p4", "p3 p4, p4 p3", "p4 p3, p4 p3"])
+def test_keys_are_kept(orders: str, criterion: MaskedDistillLoss) -> None:
+    """The criterion of what was taken is that of what the necks returned."""
+    of_student, of_teacher = (order.split() for order in orders.split(", "))
+    student, teacher = seeded(lambda: Pyramid(Neck(*of_student))), Pyramid(Neck(*of_teacher))
+    students, teachers = taken(student, teacher, "necks.0")
+    assert list(students) == list(teachers) == of_teacher
+    want = with_masks(criterion, student.necks[0](IMAGES), {k: x.detach() for k, x in teacher.necks[0](IMAGES).items()})
+    torch.testing.assert_close(with_masks(criterion, students, teachers), want)
+    _, levels = capture.call(student, "necks.0", IMAGES)
+    assert list(levels) == of_student
+    assert torch.equal(levels["p4"], students["p4"])
+
+
+def test_a_mapping_and_a_sequence() -> None:
+    """As where they are given to the criterion directly: names give both an order; without them it is not known."""
+    student, teacher = seeded(lambda: Pyramid(Neck("p3", "p4", listed=True))), Pyramid(Neck("p4", "p3"))
+    students, teachers = taken(student, teacher, "necks.0")
+    with pytest.raises(TypeError, match="both or neither to be a mapping of levels, got list and dict"):
+        with_masks(UNNAMED, students, teachers)
+    want = with_masks(NAMED, list(student.necks[0](IMAGES)), {k: x.detach() for k, x in teacher.necks[0](IMAGES).items()})
+    torch.testing.assert_close(with_masks(NAMED, students, teachers), want)
+
+
+def test_keys_of_several_modules_and_calls() -> None:
+    students, teachers = taken(
+        Pyramid(Neck("p4", "p3"), Neck("p5")), Pyramid(Neck("p3", "p4"), Neck("p5")), ["necks.0", "necks.1"]
+    )
+    assert list(students) == list(teachers) == ["p3", "p4", "p5"]
+    student, teacher = Pyramid(Neck("p4", "p3"), calls=2), Pyramid(Neck("p3", "p4"), calls=2)
+    for calls in (1, 2):
+        student, teacher = (Pyramid(Neck(*keys), Neck(*keys), calls=calls) for keys in (("p4", "p3"), ("p3", "p4")))
+        students, teachers = taken(student, teacher, ["necks.0", "necks.1"])  # a key stands for several levels: lists
+        for model, levels in ((student, students), (teacher, teachers)):
+            outputs = [neck(IMAGES + i) for neck in model.necks for i in range(calls)]
+            want = [output[key] for output in outputs for key in ("p3", "p4")]
+            assert all(torch.equal(a, b) for a, b in zip(levels, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "sentence"),
+    [
+        ([Neck("p3", "p5")], [Neck("p3", "p4")], r"have the keys of the teacher's, \['p3', 'p4'\], got \['p3', 'p5'\]"),
+        ([Neck("p3"), Neck("p4")], [Neck("p4"), Neck("p3")], r"teacher's, \['p4', 'p3'\], got \['p3', 'p4'\]"),
+        ([Neck("p3"), Neck("p3")], [Neck("p3"), Neck("p3", listed=True)], r"\['p3', 'no key'\], got \['p3', 'p3'\]"),
+        ([Neck("p3", "p4")], [Neck("p3")], r"teacher's, \['p3'\], got \['p3', 'p4'\]"),
+        ([Neck("p3", "p4")], [Neck("p3", listed=True)], "as many levels of both models, got 2 and 1"),
+    ],
+)
+def test_other_keys(student: list[Neck], teacher: list[Neck], sentence: str) -> None:
+    with pytest.raises(ValueError, match="capture: expected .*" + sentence):
+        taken(Pyramid(*student), Pyramid(*teacher), [f"necks.{i}" for i in range(len(student))])
+
+
+# The teacher's mode
+
+
 class Noisy(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -148,7 +253,7 @@ def test_a_teacher_in_train_mode_warns_once(layer: nn.Module) -> None:
     with FeatureCapture(student, teacher, "p3") as features:
         if layer not in QUIET:
             with pytest.warns(
-                UserWarning, match=r"capture: the teacher ran with 'layer' in train mode, .* teacher\.eval"
+                UserWarning, match=r"capture: the teacher ran with its 'layer' \(\w+\) in train mode: .* call teacher\.eval\(\)"
             ) as seen:
                 step(features, teacher)
             assert seen[0].filename == __file__
@@ -159,6 +264,37 @@ def test_a_teacher_in_train_mode_warns_once(layer: nn.Module) -> None:
         warnings.simplefilter("error")
         teacher.train()
         step(features, frozen)
+
+
+def test_the_mode_of_the_pass_counts() -> None:
+    """Not that of take(): a batch norm has moved by then."""
+    student, teacher = seeded(Yolo), seeded(lambda: Noisy(nn.BatchNorm2d(4))).eval()
+    with FeatureCapture(student, teacher, "p3") as features, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student(IMAGES)
+        teacher(IMAGES)
+        teacher.train()
+        features.take()
+        student(IMAGES)
+        teacher.p3(IMAGES)
+        teacher.eval()
+        with pytest.raises(UserWarning, match=r"the teacher ran with its 'layer' \(BatchNorm2d\) in train"):
+            features.take()
+
+
+def test_a_call_of_a_teacher_in_train_mode() -> None:
+    """A model whose features have no gradient is none that trains."""
+    model = seeded(lambda: Noisy(nn.BatchNorm2d(4))).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture.call(model, "p3", IMAGES)
+        frozen = FrozenTeacher(model)
+        model.train()
+        capture.call(frozen, "p3", IMAGES)
+    model.train()
+    with torch.no_grad(), pytest.warns(UserWarning, match="capture: the model ran with its 'layer' .* call model.eval") as seen:
+        capture.call(model, "p3", IMAGES)
+    assert seen[0].filename == __file__
 
 
 # One model in both roles

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -114,25 +115,58 @@ def test_entries_of_other_dtypes_are_cast(dtype: torch.dtype) -> None:
 # --- what does not fit -------------------------------------------------------------------------------------------------
 
 OWN = "2 levels of 4, 6 channels, 3 tokens, with mask weights, not standardised"
+STANDARDISED = OWN.replace("not standardised", "standardised (channel)")
 UNLIKE: dict[str, tuple[Callable[[], MaskLearner], dict[str, Any], str, str]] = {
     "standardised": (
         lambda: learned(standardize=True),
         {},
-        f"the source holds {OWN.replace('not stand', 'stand')}; expected {OWN}: pass standardize=True here, too",
+        f"the source holds {STANDARDISED}; expected {OWN}: pass standardize=True here, too",
         "mask_modules.0.channel_mean: expected no such entry, got [4]",
     ),
     "not_standardised": (
         learned,
         {"standardize": True},
-        f"holds {OWN}; expected {OWN.replace('not stand', 'stand')}: pass standardize=False here, too",
+        f"holds {OWN}; expected {STANDARDISED}: pass standardize=False here, too",
         "mask_modules.0.channel_mean: expected [4], got no such entry",
     ),
     "of_single_channels": (
         lambda: learned(standardize=True),
         {"standardize": "isotropic"},
-        "standardised; expected 2 levels of 4, 6 channels, 3 tokens, with mask weights, standardised (isotropic): pass ",
+        f"{STANDARDISED}; expected {STANDARDISED.replace('channel)', 'isotropic)')}: pass standardize=True here, too",
         "",
     ),
+    "uncalibrated": (
+        lambda: MaskLearner(CHANNELS, TOKENS, standardize=True),
+        {},
+        f"holds {OWN.replace('not standardised', 'standardised, not calibrated')}; expected {OWN}: gather statistics with "
+        "MaskLearner.calibrate and pass standardize=True here, too",
+        "mask_modules.0.channel_mean: expected no such entry, got [4]",
+    ),
+    "uncalibrated_isotropic": (
+        lambda: MaskLearner(CHANNELS, TOKENS, standardize="isotropic"),
+        {"standardize": "isotropic"},
+        f"standardised, not calibrated; expected {STANDARDISED.replace('channel)', 'isotropic)')}, but not all entries fit",
+        "mask_modules.0.pixels_seen: expected a count above 0, got 0: no statistics yet",
+    ),
+    "single_channel": (
+        lambda: trained([1], 1, standardize=True),
+        {},
+        "holds 1 level of 1 channel, 1 token, with mask weights, standardised; expected",
+        "",
+    ),
+    "levels_of_the_same_channels": (
+        lambda: trained([4, 4, 6], 3),
+        {},
+        f"holds {OWN.replace('2 levels of', '3 levels of 4,')}; expected {OWN}: pass channels=[4, 4, 6] here, too",
+        "mask_modules.1.mask_token: expected [3, 6], got [3, 4]",
+    ),
+    "many_levels": (
+        lambda: trained([2, 3] * 5, 3, False),
+        {},
+        "holds 10 levels of 2, 3, 2, 3, 2, 3 and 4 more channels, 3 tokens, no mask weights",
+        "",
+    ),
+    "levels_alike": (lambda: trained([2] * 5, 3), {}, "holds 5 levels of 2 channels, 3 tokens", ""),
     "unweighted": (
         lambda: learned(False),
         {},
@@ -150,6 +184,7 @@ UNLIKE: dict[str, tuple[Callable[[], MaskLearner], dict[str, Any], str, str]] = 
 }
 
 
+@pytest.mark.filterwarnings("ignore:save. the tokens of levels")
 @pytest.mark.parametrize(("make", "options", "first", "line"), UNLIKE.values(), ids=UNLIKE)
 def test_tokens_of_other_options(
     make: Callable[[], MaskLearner], options: dict[str, Any], first: str, line: str, tmp_path: Path
@@ -201,17 +236,79 @@ def test_entries_that_do_not_fit(entries: dict[str, Tensor | None], line: str) -
         assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
-def test_statistics_that_are_none() -> None:
-    state = learned(standardize=True).state_dict()
-    for name, value, line in (
-        ("pixels_seen", torch.tensor(0), r"pixels_seen is 0: no statistics yet; gather them with MaskLearner\.calibrate"),
-        ("channel_std", torch.zeros(4), "channel_std: expected deviations above 0"),
+INF = torch.tensor([1, 1, float("inf"), 1])
+NONE: dict[str, tuple[str, Tensor, str]] = {
+    "uncalibrated": (
+        "pixels_seen",
+        torch.tensor(0),
+        "expected a count above 0, got 0: no statistics yet; gather them with Mask",
+    ),
+    "zero": ("channel_std", torch.zeros(4), "expected deviations of at least 1.2e-38"),
+    "infinite": ("channel_std", INF, "expected finite values"),
+    "nan": ("channel_mean", INF * 0, "expected finite values"),
+    "mean_in_half": (
+        "channel_mean",
+        (1e5 * INF).half(),
+        "expected finite values; torch.float16 does not hold statistics: save",
+    ),
+    "deviation_in_half": (
+        "channel_std",
+        torch.full((4,), 1e-7).half(),
+        "expected deviations of at least 6.1e-05; torch.float16",
+    ),
+    "deviation_that_float32_lacks": (
+        "channel_std",
+        torch.full((4,), 1e-60, dtype=torch.float64),
+        "expected deviations of at least 1.2e-38",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "line"), NONE.values(), ids=NONE)
+def test_statistics_that_are_none(name: str, value: Tensor, line: str) -> None:
+    """One rule for both ways into a criterion; a learner's own state dict may still lack statistics."""
+    learner, key = learned(standardize=True), f"mask_modules.0.{name}"
+    state = learner.state_dict() | {key: value}
+    criterion = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, pretrained=learner)
+    before = {k: v.clone() for k, v in criterion.state_dict().items()}
+    with pytest.raises(ValueError, match=r", but not all entries fit\n  mask_modules\.0\.") as caught:
+        MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, pretrained=state)
+    assert f"{key}: {line}" in str(caught.value)
+    assert ("standardised (channel);" in str(caught.value)) == (name == "channel_mean")  # else the numbers do not tell
+    assert "isotropic" not in str(caught.value)
+    for module in (criterion, learner):
+        if module is learner and name == "pixels_seen":
+            module.load_state_dict(state)
+            continue
+        for assign in (False, True):
+            with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict") as raised:
+                module.load_state_dict(state, strict=False, assign=assign)
+            assert f"{key}: {line}" in str(raised.value)
+    assert all(torch.equal(v, before[k]) for k, v in criterion.state_dict().items() if ".0." in k)
+
+
+def test_levels_that_differ() -> None:
+    """No options would take them; nothing untrue is said of them, and nothing else is raised."""
+    whole = learned(standardize=True).state_dict()
+    for entries, sentence in (
+        ({"1.mask_token": None}, "2 levels of 4, ? channels, 3, ? tokens, with mask weights, standardised (channel); "),
+        ({"1.mask_token": torch.tensor(1.0)}, "2 levels of 4, ? channels, 3, ? tokens, "),
+        ({"1.mask_token": torch.ones(6, 3)}, "2 levels of 4, 3 channels, 3, 6 tokens, "),
+        ({f"1.{k}.{n}": None for k in ("prob.0", "prob.2") for n in ("weight", "bias")}, "mask weights on some levels, stand"),
+        ({f"1.{k}": None for k in ("channel_mean", "channel_std", "pixels_seen")}, ", standardised on some levels; "),
+        ({"0.channel_std": torch.ones(4, device="meta")}, "with mask weights, standardised; expected"),
     ):
-        with pytest.raises(ValueError, match="but not all entries fit\n  mask_modules.0." + line):
-            MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, pretrained=state | {f"mask_modules.0.{name}": value})
+        changed = {f"mask_modules.{name}": x for name, x in entries.items()}
+        state = {name: x for name, x in (whole | changed).items() if x is not None}
+        with pytest.raises(ValueError, match="pretrained: the source holds 2 levels") as caught:
+            MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, pretrained=state)
+        assert sentence in str(caught.value)
+        assert ", but not all entries fit" in str(caught.value)
 
 
 # --- tokens that nothing has trained ------------------------------------------------------------------------------------
+
+UNTRAINED = "^{}: the tokens of level{} are no larger than as initialised, .* masks of about 0.5 .*learner.parameters"
 
 
 @BOTH
@@ -221,29 +318,60 @@ def test_untrained_tokens(suffix: str, weight_mask: bool, tmp_path: Path) -> Non
         pytest.importorskip("safetensors", reason="needs the safetensors extra")
     path = tmp_path / f"tokens{suffix}"
     learner = MaskLearner([64, 64], 6, weight_mask)
-    with pytest.warns(UserWarning, match=r"^save: the tokens are as initialised \(level 0, 1\): untrained, so every") as caught:
+    with pytest.warns(UserWarning, match=UNTRAINED.format("save", "s 0, 1")) as caught:
         learner.save(path)
     warned = list(caught)
     for source in (learner, path):
         for kind in (MaskLearner, MaskedDistillLoss):
-            with pytest.warns(UserWarning, match="^pretrained: the tokens are as initialised") as more:
+            with pytest.warns(UserWarning, match=UNTRAINED.format("pretrained", "s 0, 1")) as more:
                 kind([64, 64], 6, weight_mask=weight_mask, pretrained=source)
             warned += more
     assert len(warned) == 5
     assert {warning.filename for warning in warned} == {__file__}
 
 
+def stage1(learner: MaskLearner, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    x = torch.randn(2, *learner.channels, 6, 6, generator=torch.Generator().manual_seed(3)).relu()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (learner(x).square().mean() + learner.dice_loss()).backward()
+        optimizer.step()
+
+
 @BOTH
-def test_trained_tokens_are_not_called_untrained(weight_mask: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """One step of an optimizer is enough, on whatever it trains."""
-    learner = MaskLearner(16, 4, weight_mask)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=0.01 if weight_mask else 0.1)
-    masked = learner(torch.randn(2, 16, 6, 6))
-    (masked.square().mean() + learner.dice_loss()).backward()
-    optimizer.step()
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_trained_tokens_are_not_called_untrained(
+    kind: str, weight_mask: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    learner = MaskLearner(64, 6, weight_mask)
+    sgd = kind == "sgd"
+    optimizer = torch.optim.SGD(learner.parameters(), 1.0) if sgd else torch.optim.Adam(learner.parameters(), 0.01)
+    stage1(learner, optimizer, 20)
     learner.save(tmp_path / "tokens.pt")
-    MaskedDistillLoss(16, 4, weight_mask=weight_mask, pretrained=tmp_path / "tokens.pt")
+    MaskedDistillLoss(64, 6, weight_mask=weight_mask, pretrained=tmp_path / "tokens.pt")
     assert not [str(w.message) for w in recwarn if "as initialised" in str(w.message)]
+
+
+def test_a_trained_weighting_does_not_hide_untrained_tokens(tmp_path: Path) -> None:
+    learner = MaskLearner(64, 6)
+    stage1(learner, torch.optim.Adam(learner.mask_modules[0].prob.parameters(), 0.01), 5)
+    assert learner.mask_modules[0].prob[2].bias.any()
+    with pytest.warns(UserWarning, match=UNTRAINED.format("save", " 0")):
+        learner.save(tmp_path / "tokens.pt")
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1.0])
+def test_masks_are_about_a_half_where_that_is_said(lr: float, tmp_path: Path) -> None:
+    """After a few steps values do not tell trained tokens from new ones. What is said is true of either."""
+    learner = MaskLearner(64, 6, False)
+    stage1(learner, torch.optim.SGD(learner.parameters(), lr), 20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner.save(tmp_path / "tokens.pt")
+    said = any("as initialised" in str(w.message) for w in caught)
+    masks = learner.mask_modules[0].masks(torch.randn(4, 64, 8, 8, generator=torch.Generator().manual_seed(5)))
+    assert said == (lr < 0.1)
+    assert not said or (masks - 0.5).abs().max() < 0.15
 
 
 # --- sources that hold no mask entries, or hold them elsewhere ------------------------------------------------------------
@@ -263,17 +391,62 @@ def test_mask_entries_under_an_inner_key(tmp_path: Path) -> None:
     path = saved(checkpoint, tmp_path)
     with pytest.raises(ValueError, match=r"holds no mask entries: .*; there are some under") as caught:
         MaskLearner(CHANNELS, TOKENS, pretrained=path)
-    assert "under ['m']: pass what it holds there; there are some under ['ema']['module']: " in str(caught.value)
+    assert "; there are some under ['m'], ['ema']['module']: pass what it holds there" in str(caught.value)
     assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=torch.load(path)["m"]), learner)
+
+
+OTHER = {"student.weight": torch.ones(2)}
+ELSEWHERE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "beside_a_state_dict": (lambda own: {"state_dict": OTHER, "learner": own}, "['learner']"),
+    "beside_the_port's": (lambda own: {"maskd_model": OTHER, "state_dict": {}, "ema": own}, "['ema']"),
+    "inside_of_it": (lambda own: {"state_dict": OTHER | {"loops": {"ema": own}}}, "['state_dict']['loops']['ema']"),
+    "in_a_list": (lambda own: {"state_dict": OTHER, "models": [OTHER, (own,)]}, "['models'][1][0]"),
+    "of_arrays": (lambda own: {"state_dict": OTHER, "ema": {k: x.numpy() for k, x in own.items()}}, "['ema']"),
+    "of_bare_entries": (lambda own: {"p3": {"mask_token": own["mask_modules.0.mask_token"]}}, "['p3']"),
+    "in_many_places": (lambda own: {key: dict(own) for key in "abcdef"}, "['a'], ['b'], ['c'], ['d'] and 2 more places"),
+    "a_list": (lambda own: [3, own], "[1]"),
+}
+
+
+@pytest.mark.parametrize(("nested", "where"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_mask_entries_elsewhere(nested: Callable[[dict[str, Any]], Any], where: str, tmp_path: Path) -> None:
+    source = nested(dict(learned().state_dict()))
+    sources = [source] if where == "['ema']" else [source, saved(source, tmp_path)]  # arrays are not read from a file
+    for each in sources:
+        with pytest.raises((ValueError, TypeError)) as caught:
+            MaskLearner(CHANNELS, TOKENS, pretrained=each)
+        assert str(caught.value).endswith(f"; there are some under {where}: pass what it holds there")
+
+
+def test_other_entries_than_those_that_do_not_fit() -> None:
+    """A backbone's own ``mask_token``; a criterion's tables beside the learner."""
+    learner = learned()
+    tables = MaskedDistillLoss(CHANNELS, TOKENS, pretrained=learner).state_dict()
+    for state in ({"mask_token": torch.ones(1, 384)}, tables):
+        with pytest.raises(ValueError, match=r"; there are others under \['learner'\]: pass what it holds there"):
+            MaskLearner(CHANNELS, TOKENS, pretrained={"state_dict": state, "learner": learner.state_dict()})
+
+
+def test_a_checkpoint_that_holds_modules_and_itself() -> None:
+    checkpoint: dict[str, Any] = {"state_dict": OTHER, "learner": learned()}
+    checkpoint["self"] = [checkpoint]
+    with pytest.raises(ValueError, match=r"; there are some under \['learner'\]: pass"):
+        MaskLearner(CHANNELS, TOKENS, pretrained=checkpoint)
 
 
 def test_arrays_in_place_of_tensors() -> None:
     arrays = {name: x.numpy() for name, x in learned().state_dict().items()}
     one = learned().state_dict() | {"mask_modules.1.mask_token": arrays["mask_modules.1.mask_token"]}
     for source in (arrays, one):
-        sentence = r"holds a numpy\.ndarray as 'mask_modules\.\d.mask_token', expected a tensor; .* with torch\.from_numpy"
-        with pytest.raises(TypeError, match=sentence):
+        sentence = r"mask_modules\.1\.mask_token: expected a tensor, got numpy\.ndarray; make .* with torch\.from_numpy"
+        with pytest.raises(TypeError, match=sentence.replace("1", r"\d")):
             MaskLearner(CHANNELS, TOKENS, pretrained=source)
+        for module in (learned(), MaskedDistillLoss(CHANNELS, TOKENS, pretrained=learned())):
+            with pytest.raises(RuntimeError, match=sentence):
+                module.load_state_dict(source)
+    tables = MaskedDistillLoss(CHANNELS, TOKENS, pretrained=learned())
+    with pytest.raises(RuntimeError, match=r"pool_rows: expected a tensor, got numpy\.ndarray"):
+        tables.load_state_dict({name: x.numpy() for name, x in tables.state_dict().items()})
     assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained={k: torch.from_numpy(x) for k, x in arrays.items()}), learned())
 
 
@@ -368,6 +541,15 @@ def test_more_than_tensors_in_a_file(tmp_path: Path) -> None:
         assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=path), learner)
     torch.save(torch.load(path, weights_only=False)["state_dict"], tmp_path / "plain.pt")
     assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "plain.pt"), learner)
+    arrays = {name: x.numpy() for name, x in learner.state_dict().items()}
+    for content in (arrays, {"state_dict": arrays}):
+        with pytest.raises(ValueError, match=r"It holds numpy arrays or numbers\. .* as tensors \(torch\.from_numpy\)"):
+            mask_state(saved(content, tmp_path))
+    np.savez(tmp_path / "tokens.npz", **arrays)
+    with pytest.raises(ValueError, match=r"tokens\.npz is a numpy file, .* \(numpy\.load, torch\.from_numpy\)$"):
+        mask_state(tmp_path / "tokens.npz")
+    read = {name: torch.from_numpy(x) for name, x in np.load(tmp_path / "tokens.npz").items()}
+    assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=read), learner)
     with pytest.raises(ValueError, match=r"GLOBAL maskd_triton\.masks\.MaskLearner was not an allowed global") as caught:
         mask_state(saved(learner, tmp_path))  # a whole module
     assert len(str(caught.value)) < 500

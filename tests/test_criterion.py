@@ -14,6 +14,8 @@ import pytest
 import torch
 from problems import Problem, Target, trained
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
@@ -285,6 +287,44 @@ def test_gradient_of_a_loss_weight() -> None:
 # --- the warm-up ------------------------------------------------------------------------------------------------------
 
 
+def fake(criterion: nn.Module, *features: Tensor) -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    criterion(*map(mode.from_tensor, features))
+
+
+def fake_in_their_mode(criterion: nn.Module, *features: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        criterion(*map(mode.from_tensor, features))
+
+
+def fake_student(criterion: nn.Module, *features: Tensor) -> None:
+    """A learner has no student: its features are all fake."""
+    criterion(FakeTensorMode(allow_non_fake_inputs=True).from_tensor(features[0]), *features[1:])
+
+
+TRACES: dict[str, Callable[..., Any]] = {
+    "fake": fake,
+    "fake student": fake_student,
+    "fake in their mode": fake_in_their_mode,
+    "make_fx": lambda criterion, *features: make_fx(criterion)(*features),
+    "export": lambda criterion, *features: torch.export.export(criterion, features, strict=False),
+}
+
+
+@pytest.mark.parametrize("kind", TRACES)
+def test_a_trace_neither_counts_nor_is_kept(kind: str) -> None:
+    criterion, learner = MaskedDistillLoss(8, 3, pretrained=trained([8], 3)), trained([8], 3)
+    student, teacher = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(2, 8, 5, 6)
+    loss, _ = criterion(student, teacher), learner(teacher)
+    dice = learner.dice_loss()
+    TRACES[kind](criterion, student.detach(), teacher)
+    TRACES[kind](learner, teacher)
+    assert criterion.warmup_step == 1
+    torch.testing.assert_close(criterion.diagnostics()[0].loss, loss.detach())
+    torch.testing.assert_close(learner.dice_loss(), dice)
+    assert learner.diagnostics()[0].coverage.isfinite().all()
+
+
 def test_what_counts() -> None:
     """Training calls, but for those with ``advance=False``; also without gradient, and of a criterion made in such a mode."""
     with torch.inference_mode():
@@ -409,7 +449,7 @@ def test_diagnostics(customised: bool, weighted: bool, target: Target) -> None:
             masks = masks * F.receptive_masks(student[key], module.mask_token)
         want = describe(masks.detach(), module.weights(teacher[key]).detach() if weighted else None)
         torch.testing.assert_close(levels[key].loss, loss.detach(), rtol=1e-5, atol=0)
-        for field in ("coverage", "dice", "weight", "entropy"):
+        for field in ("coverage", "dice", "weight", "entropy", "focus"):
             a, b = getattr(levels[key], field), getattr(want, field)
             assert (a is None) == (b is None) == (not weighted and field in ("weight", "entropy"))
             if a is not None:

@@ -15,7 +15,7 @@ def demo_extra() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:masks have collapsed")
+@pytest.mark.filterwarnings("ignore:MaskLearner, level")
 def test_demo_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from matplotlib import image
 
@@ -39,7 +39,7 @@ def test_demo_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:masks have collapsed")
+@pytest.mark.filterwarnings("ignore:MaskLearner, level")
 def test_standardizations_quick() -> None:
     """Every kind of features of both teachers, which are one function."""
     from examples import digits_standardize

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from maskd_triton import MaskedDistillLoss, MaskLearner, reference
-from maskd_triton.diagnostics import LevelDiagnostics, collapsed, describe, gradient_ratio, suggest_loss_weight
+from maskd_triton.diagnostics import (
+    LevelDiagnostics,
+    LevelReports,
+    collapsed,
+    describe,
+    gradient_ratio,
+    suggest_loss_weight,
+    verdict,
+)
 
 SHAPES = {  # N, T, H, W
     "everyday": (3, 6, 9, 7),
@@ -49,6 +58,20 @@ def expected(masks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, fl
     return coverage, dice, torch.stack([w[:, i].mean() for i in range(t)]), sum(entropies) / n
 
 
+def pixels(masks: Tensor, weights: Tensor | None, objects: Tensor) -> tuple[float, float]:
+    """Focus and emphasis, word for word."""
+    m = masks.double()
+    n, t, h, w = m.shape
+    focus, emphasis = 0.0, 0.0
+    for k in range(n):
+        s = torch.zeros(h, w, dtype=torch.float64)
+        for i in range(t):
+            s += (1 / t if weights is None else weights[k, i].double()) * m[k, i] ** 2 / m[k, i].sum()
+        focus += (1 - s.sum() ** 2 / (h * w * (s**2).sum())).item() / n
+        emphasis += (s[objects[k] > 0].mean() / s.mean()).item() / n
+    return focus, emphasis
+
+
 def assert_describes(level: LevelDiagnostics, masks: Tensor, weights: Tensor, bound: float) -> None:
     coverage, dice, weight, entropy = expected(masks, weights)
     assert level.weight is not None
@@ -67,12 +90,17 @@ DTYPES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-6, torch.
 def test_against_loops(dtype: torch.dtype, bound: float, shape: tuple[int, ...]) -> None:
     """Halves are summed in float32, also under autocast."""
     masks, weights = drawn(shape, dtype)
+    objects = torch.rand(shape[0], *shape[2:], generator=torch.Generator().manual_seed(1)) > 0.5
+    objects[:, 0, 0] = True
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            level = describe(masks, weights)
+            level = describe(masks, weights, objects=objects)
         assert {v.dtype for v in vars(level).values()} == {torch.float64 if dtype == torch.float64 else torch.float32}
         assert_describes(level, masks, weights, bound)
+        assert [level.focus.item(), level.emphasis.item()] == pytest.approx(pixels(masks, weights, objects), abs=3 * bound)
     plain = describe(masks)
+    assert plain.emphasis is None
+    assert plain.focus.item() == pytest.approx(pixels(masks, None, objects)[0], abs=3 * bound)
     assert plain.weight is None
     assert plain.entropy is None
     assert torch.equal(plain.dice, level.dice)
@@ -97,25 +125,41 @@ def test_padding_counts_nowhere() -> None:
     masks, _ = drawn((2, 3, 6, 8))
     valid = torch.ones(2, 6, 8, dtype=torch.int64)
     valid[:, 4:], valid[:, :, 5:] = 0, 0
+    objects = torch.rand(2, 6, 8) > 0.5
     padded = masks.masked_fill((valid == 0)[:, None], math.nan)
-    for name, got in vars(describe(padded, valid=valid)).items():
+    want = describe(masks[:, :, :4, :5], objects=objects[:, :4, :5])
+    for name, got in vars(describe(padded, valid=valid, objects=objects)).items():
         if got is not None:
-            torch.testing.assert_close(got, getattr(describe(masks[:, :, :4, :5]), name), rtol=1e-12, atol=0)
+            torch.testing.assert_close(got, getattr(want, name), rtol=1e-6 if name == "emphasis" else 1e-12, atol=0)
 
 
 def test_empty_batch() -> None:
-    level = describe(torch.zeros(0, 3, 4, 4), torch.zeros(0, 3))
-    assert [tuple(v.shape) for v in vars(level).values()] == [(3,), (3, 3), (3,), ()]
+    level = describe(torch.zeros(0, 3, 4, 4), torch.zeros(0, 3), objects=torch.zeros(0, 4, 4))
+    assert [tuple(v.shape) for v in vars(level).values()] == [(3,), (3, 3), (3,), (), (), ()]
     assert all(v.isnan().all() for v in vars(level).values())
     assert collapsed(level) == []
+    assert verdict(level) == "selective: focus nan"
+
+
+def test_images_that_say_nothing() -> None:
+    """No mask there, or no object: they count neither in focus nor in emphasis."""
+    masks, objects = torch.zeros(3, 2, 2, 4), torch.zeros(3, 4, 8)
+    masks[:2, 0, :, 0] = 1
+    masks[2, 0, 0, 0] = 1e-44  # its sum's reciprocal is infinite in float32
+    objects[0, :, :4] = 1
+    level = describe(masks, torch.full((3, 2), 0.5), objects=objects)
+    assert level.focus.item() == 0.75
+    assert level.emphasis.item() == 2
+    with pytest.raises(ValueError, match=r"objects: expected \[N, H, W\] of 3 images, got shape \[2, 4, 8\]"):
+        describe(masks, objects=objects[:2])
 
 
 def test_nothing_is_read_and_no_gradient_is_kept() -> None:
     """A meta tensor has no values: whatever waited for one would raise."""
-    level = describe(torch.ones(2, 3, 4, 4, device="meta"), torch.ones(2, 3, device="meta"))
+    level = describe(*(torch.ones(2, 3, *s, device="meta") for s in ((4, 4), ())), objects=torch.ones(2, 4, 4, device="meta"))
     assert {v.device.type for v in vars(level).values()} == {"meta"}
     masks, weights = (x.requires_grad_() for x in drawn((2, 3, 4, 4)))
-    assert not any(v.requires_grad for v in vars(describe(masks, weights)).values())
+    assert not any(v.requires_grad for v in vars(describe(masks, weights, objects=masks[:, 0])).values())
     with pytest.raises(dataclasses.FrozenInstanceError):
         level.coverage = level.dice  # type: ignore[misc]
 
@@ -160,7 +204,7 @@ CASES: dict[str, tuple[Tensor, Tensor | None, list[str]]] = {
         [
             "token 3 is on everywhere: coverage 1.00",
             "tokens 0, 1, 2, 4 are empty: coverage below 0.02",
-            "token 3 takes all weight: mean 0.99, entropy of the weights 0.04",
+            "token 3 has all the weight",
         ],
     ),
     "unweighted": (
@@ -169,17 +213,17 @@ CASES: dict[str, tuple[Tensor, Tensor | None, list[str]]] = {
         ["token 0 is on everywhere: coverage 1.00", "token 1 is empty: coverage below 0.02"],
     ),
     "one_empty": (masks_of(*QUARTERS[:3], [OFF] * 8), None, ["token 3 is empty: coverage below 0.02"]),
-    "twins": (masks_of(QUARTERS[0], QUARTERS[1], QUARTERS[0]), None, ["tokens 0 and 2 are the same: Dice 1.00"]),
+    "twins": (masks_of(QUARTERS[0], QUARTERS[1], QUARTERS[0]), None, ["tokens 0 and 2 are copies: Dice 1.00"]),
     "two_pairs_of_twins": (
         masks_of(QUARTERS[0], QUARTERS[1], QUARTERS[0], QUARTERS[1]),
         None,
-        ["tokens 0 and 2 are the same: Dice 1.00", "tokens 1 and 3 are the same: Dice 1.00"],
+        ["tokens 0 and 2 are copies: Dice 1.00", "tokens 1 and 3 are copies: Dice 1.00"],
     ),
-    "untrained": (masks_of(*[[0.01, -0.01] * 4] * 3), None, ["tokens 0, 1, 2 are the same: Dice 1.00"]),
+    "untrained": (masks_of(*[[0.01, -0.01] * 4] * 3), None, ["tokens 0, 1, 2 are copies: Dice 1.00"]),
     "all_weight_on_a_good_mask": (
         masks_of(*QUARTERS[:2]),
         weights_of(0.04, 0.96),
-        ["token 1 takes all weight: mean 0.96, entropy of the weights 0.24"],
+        ["token 1 has all the weight"],
     ),
     "one_good_token": (masks_of(QUARTERS[0]), weights_of(1.0), []),
 }
@@ -190,12 +234,51 @@ def test_collapsed(masks: Tensor, weights: Tensor | None, sentences: list[str]) 
     assert collapsed(describe(masks, weights)) == sentences
 
 
-def test_one_token_per_image_is_no_collapse() -> None:
+def test_another_token_in_each_image() -> None:
     """Weights that pick one token in each image, but not the same: entropy 0, and all tokens used."""
     level = describe(masks_of(*QUARTERS[:2]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert level.entropy is not None
     assert level.entropy.item() == 0
-    assert collapsed(level) == []
+    assert collapsed(level) == ["in each image one token has all the weight, not always the same"]
+
+
+def pillars(*heights: float) -> Tensor:
+    """Masks ``[2, T, 1, 8]``, 1 in a quarter of the pixels, another for each token, and of this height elsewhere."""
+    rows = [[1.0 if p // 2 == t else height for p in range(8)] for t, height in enumerate(heights)]
+    return torch.tensor([[[row] for row in rows]] * 2)
+
+
+LONGER, STANDARDIZE, ONE = (f". Learn {how}" for how in (
+    "longer, with no more weight decay than 1e-3", "with standardize=True", "with one token"
+))  # fmt: skip
+DECAY = ", and no more weight decay than 1e-3"
+EVERYWHERE = "plain MSE: focus 0.00; token 0 is on everywhere: coverage 1.00"
+UNTRAINED = "plain MSE: focus 0.00; tokens 0 and 1 are copies: Dice 1.00"
+VERDICTS: dict[str, tuple[Tensor, Tensor | None, bool, str]] = {
+    "a_quarter": (pillars(0), None, False, "selective: focus 0.75"),
+    "untrained": (masks_of(*[[0.01, -0.01] * 4] * 2), None, True, UNTRAINED + LONGER),
+    "everywhere": (pillars(1), None, False, EVERYWHERE + STANDARDIZE),
+    "everywhere_although_standardised": (pillars(1), None, True, EVERYWHERE + ONE + DECAY),
+    "different_and_flat_in_sum": (pillars(*[0] * 4), None, True, "plain MSE: focus 0.00" + ONE + DECAY),
+    "one_rules": (pillars(*[0] * 4), weights_of(1, 0, 0, 0), True, "selective: focus 0.75; token 0 has all the weight"),
+    "copies": (pillars(0, 0)[:, [0, 1, 0]], None, True, "selective: focus 0.55; tokens 0 and 2 are copies: Dice 1.00"),
+}
+
+
+@pytest.mark.parametrize(("masks", "weights", "standardized", "line"), VERDICTS.values(), ids=VERDICTS)
+def test_verdict(masks: Tensor, weights: Tensor | None, standardized: bool, line: str) -> None:
+    level = describe(masks, weights)
+    assert verdict(level, standardized=standardized) == line
+    assert str(LevelReports({"p3": level, 4: level}, standardized=standardized)) == f"level 'p3': {line}\nlevel 4: {line}"
+
+
+def test_verdict_where_objects_are_known() -> None:
+    masks = pillars(0)
+    for objects, line in (
+        (masks[:, 0], "selective: focus 0.75, emphasis 4.00"),
+        (1 - masks[:, 0], "background: focus 0.75, emphasis 0.00" + ONE),
+    ):
+        assert verdict(describe(masks, objects=objects)) == line
 
 
 # --- MaskLearner.diagnostics ------------------------------------------------------------------------------------------
@@ -243,7 +326,9 @@ def test_learner_warns_once_per_level(tmp_path: Path) -> None:
         learner({name: x.abs() for name, x in features.items()})
         return learner
 
-    sentence = r"MaskLearner, level 'p4': masks have collapsed: token 0 is on everywhere.*; tokens 1 and 2 are empty"
+    sentence = (
+        r"MaskLearner, level 'p4': plain MSE: focus .*; token 0 is on everywhere.*; tokens 1 and 2 are empty.* standardize=True"
+    )
     learner = collapsed_learner()
     with pytest.warns(UserWarning, match=sentence) as caught:
         learner.diagnostics()
@@ -257,16 +342,19 @@ def test_learner_warns_once_per_level(tmp_path: Path) -> None:
         collapsed_learner().save(tmp_path / "tokens.pt")
 
 
-def test_untrained_tokens_are_no_collapse() -> None:
+def test_untrained_tokens(tmp_path: Path) -> None:
+    """In the middle of training they are as they should be; in a file they are of no use."""
     torch.manual_seed(0)
     learner = MaskLearner(256)
     learner(torch.randn(2, 256, 9, 9))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (level,) = learner.diagnostics().values()
-    (sentence,) = collapsed(level)
-    assert sentence == "tokens 0, 1, 2, 3, 4, 5 are the same: Dice 0.99"
-    assert collapsed(level, overlap=False) == []
+        levels = learner.diagnostics()
+    line = "plain MSE: focus 0.01; tokens 0, 1, 2, 3, 4, 5 are copies: Dice 0.99.* Learn longer"
+    assert re.match(f"level 0: {line}", str(levels))
+    with pytest.warns(UserWarning, match=line) as caught:
+        learner.save(tmp_path / "tokens.pt")
+    assert caught[0].filename == __file__
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------------
@@ -320,7 +408,7 @@ def right_or_not_finite(got: Callable[[], Tensor], want: float) -> bool:
     if math.isfinite(ratio):
         assert abs(ratio - want) < 0.01 * want, (ratio, want)
     else:
-        assert "lost or overflows in half precision" in str(caught[-1].message)
+        assert "overflows in half precision" in str(caught[-1].message)
         assert caught[-1].filename == __file__
     return math.isfinite(ratio)
 
@@ -440,6 +528,7 @@ def test_wrong_arguments() -> None:
 
     for call, sentence in (
         (lambda: gradient_ratio(task, distill, [x]), r"features\[0\]: expected the student's features with gradient"),
+        (lambda: gradient_ratio(task, distill, {"p3": x}), r"features\['p3'\]: expected the student's features with gradient"),
         (lambda: gradient_ratio(task.detach(), distill, s), "task_loss: expected a scalar with gradient"),
         (lambda: gradient_ratio(task, 2 * s, s), "distill_loss: expected a scalar with gradient"),
         (lambda: gradient_ratio(task, distill, x.requires_grad_()), "task_loss: depends on none of the features"),
@@ -451,6 +540,16 @@ def test_wrong_arguments() -> None:
         (lambda: weigh(task, 0 * distill, [s]), r"gradients' ratios: .* got 0.0 of \[0.0\]"),
         (lambda: weigh(0 * task, distill, [s]), r"gradients' ratios: .* got inf of \[inf\]"),
         (lambda: suggest_loss_weight([math.nan, 1, 2], [1, 1, 1]), r"task_losses: .* of \[nan, 1.0, 2.0\]"),
+        (lambda: suggest_loss_weight({"a": 1.0}, [1.0]), r"task_losses: .* got dict; add them up: sum\(losses.values\(\)\)"),
+        (lambda: suggest_loss_weight([1.0], [{"a": task}]), r"distill_losses: .* got dict; add them up"),
+        (lambda: suggest_loss_weight([1.0], torch.ones(1, 2)), r"distill_losses: .* got Tensor of shape \[2\]"),
+        (lambda: suggest_loss_weight(None, [1.0]), "task_losses: .* got NoneType"),
     ):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises((TypeError, ValueError), match=sentence):
             call()
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    s = torch.ones(1, 2, 3, 3, requires_grad=True)
+    with pytest.warns(UserWarning, match="distill_loss: expected a finite loss, got nan; if it overflows in half"):
+        assert not gradient_ratio(s.sum(), math.nan * s.sum(), s).isfinite()

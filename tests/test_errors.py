@@ -69,7 +69,7 @@ CONSTRUCTIONS: Wrong = [
     (lambda: MaskedDistillLoss(4, pretrained=3), TypeError, "pretrained: expected a path, a state dict or a MaskLearner, got int"),
     (lambda: MaskedDistillLoss(4, align=nn.Identity(), student_channels=4), ValueError, "align and student_channels: expected at most one of them"),
     (lambda: MaskedDistillLoss([4, 3], align=nn.Identity()), ValueError, "align: expected one entry for each of the 2 levels, got 1"),
-    (lambda: MaskedDistillLoss(4, align=[nn.Identity()] * 2), ValueError, "align: expected one entry for each of the 1 level, got 2"),
+    (lambda: MaskedDistillLoss(4, align=[nn.Identity()] * 2), ValueError, "align: expected one entry for the only level, got 2"),
     (lambda: MaskedDistillLoss(4, align=[torch.relu]), TypeError, "align[0]: expected an nn.Module, got builtin_function_or_method"),
     (lambda: MaskedDistillLoss(4, align="conv"), TypeError, "align: expected a sequence with one entry per level, got str"),
 ]  # fmt: skip
@@ -77,6 +77,7 @@ CONSTRUCTIONS: Wrong = [
 CALLS: Wrong = [
     (lambda: call(S[:1], T[:1]), ValueError, "teacher: expected 2 levels, got 1"),
     (lambda: MaskedDistillLoss(4, None)([X] * 3, [X] * 3, masks=[X] * 3), ValueError, "teacher: expected 1 level, got 3"),
+    (lambda: MaskedDistillLoss(1, None)(X, X, masks=X), ValueError, "teacher[0]: expected 1 channel, got 4"),
     (lambda: call(S[:1]), ValueError, "student and teacher: expected as many levels in both, got 1 and 2"),
     (lambda: call(keyed(S, "a", "b")), TypeError, "student and teacher: expected both or neither to be a mapping of levels, got dict and list"),
     (lambda: call(keyed(S, "a", "c"), keyed(T, "a", "b")), ValueError, "student: expected the levels ['a', 'b'], got ['a', 'c']"),
@@ -141,7 +142,7 @@ FORMULAS: Wrong = [
     (lambda: loss([torch.zeros(33, 4)]), ValueError, "tokens[0]: T: expected at most 32 tokens, got 33"),
     (lambda: loss([with_grad(E)]), ValueError, "tokens[0]: requires grad, but is frozen in stage 2; pass it detached"),
     (lambda: F.masked_distill_loss([X, X], [X, X], [E, E[:5]]), ValueError, "tokens[1]: expected 6 tokens, as on level 0, got 5"),
-    (lambda: loss([E], []), ValueError, "weighting: expected one entry for each of the 1 level, got 0"),
+    (lambda: loss([E], []), ValueError, "weighting: expected one entry for the only level, got 0"),
     (lambda: loss([E], [ROWS]), TypeError, "weighting[0]: expected (rows [9, 6, 4], bias [6]) from compose_weighting, got Tensor"),
     (lambda: loss([E], [(ROWS[..., :3], BIAS)]), ValueError, "weighting[0]: expected rows [9, 6, 4] and bias [6] or [5, 6], got [9, 6, 3] and [6]"),
     (lambda: loss([E], [(ROWS.to("meta"), BIAS)]), ValueError, "weighting[0] rows: expected the device of the features, cpu, got meta"),

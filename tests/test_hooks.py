@@ -106,7 +106,8 @@ def test_parts_of_an_output(kind: str) -> None:
     wrap, output, read = PARTS[kind]
     model, learner = seeded(lambda: Holder(wrap)), learner_of(4)
     plain = model(IMAGES)
-    _, (level,) = capture.call(model, "body", IMAGES, output=output)
+    _, levels = capture.call(model, "body", IMAGES, output=output)
+    (level,) = levels.values() if isinstance(levels, dict) else levels
     assert torch.equal(level, read(plain))
     with learner.attach(model, "body", output=output):
         masked = model(IMAGES)
@@ -201,6 +202,11 @@ def test_children_that_are_called_without_their_parent(kind: str) -> None:
         teacher(IMAGES)
         with pytest.raises(RuntimeError, match=f"dice_loss: no features seen yet in this block; {sentence}"):
             learner.dice_loss()
+    with (
+        pytest.raises(RuntimeError, match=f"calibrate: level 0: no features seen; {sentence}"),
+        learner_of(4, standardize=True).calibrate(teacher, "neck"),
+    ):
+        teacher(IMAGES)
     with learner.attach(teacher, last):
         gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
 
@@ -336,13 +342,27 @@ TRACES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def under_fake_tensors(model: nn.Module) -> None:
+def fake_tensors(model: nn.Module) -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(IMAGES))
 
 
+def fake_images(model: nn.Module) -> None:
+    """Fake tensors outside of their mode."""
+    model(torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True).from_tensor(IMAGES))
+
+
+def meta_parameters(model: nn.Module) -> None:
+    parameters = {name: p.to("meta") for name, p in model.named_parameters()}
+    torch.func.functional_call(model, parameters, (IMAGES.to("meta"),))
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("trace", [*TRACES.values(), under_fake_tensors], ids=[*TRACES, "fake tensors"])
+@pytest.mark.parametrize(
+    "trace",
+    [*TRACES.values(), fake_tensors, fake_images, meta_parameters],
+    ids=[*TRACES, "fake tensors", "fake images", "meta parameters"],
+)
 def test_a_trace_is_no_pass(trace: Callable[[nn.Module], Any]) -> None:
     """What an export leaves behind is never handed out as features; those of the pass before it still are."""
     torch._dynamo.reset()
@@ -363,6 +383,87 @@ def test_a_trace_is_no_pass(trace: Callable[[nn.Module], Any]) -> None:
         teacher(IMAGES)
         with pytest.raises(RuntimeError, match=r"the student's 'p3' has not run .* nor in a trace \(torch.export,"):
             features.take()
+    learner = learner_of(4, standardize=True)
+    with learner.calibrate(teacher, "p3"):
+        teacher(IMAGES)
+        trace(teacher)
+    assert learner.mask_modules[0].pixels_seen == 2 * 8 * 12
+    torch.testing.assert_close(learner.mask_modules[0].channel_mean, teacher.p3(IMAGES).mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("trace", [TRACES["export"], fake_images])
+def test_a_trace_of_a_container_calls_it(trace: Callable[[nn.Module], Any]) -> None:
+    """It was called with its children, if only in a trace: to name a child helps nobody."""
+    student, teacher = (nn.Sequential(OrderedDict(neck=nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))) for _ in range(2))
+    learner = learner_of(4)
+    sentence = "run the {} inside the `with` block, and neither in code that was compiled before it nor in a trace"
+    with FeatureCapture(student, teacher, "neck") as features:
+        trace(student)
+        with pytest.raises(RuntimeError, match=sentence.format("student")):
+            features.take()
+    with learner.attach(teacher, "neck"):
+        trace(teacher)
+        with pytest.raises(RuntimeError, match="dice_loss: no features seen yet in this block; " + sentence.format("teacher")):
+            learner.dice_loss()
+
+
+def test_fake_images_where_features_of_them_are_asked_for() -> None:
+    for device in ("meta", "fake"):
+        mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+        images = IMAGES.to("meta") if device == "meta" else mode.from_tensor(IMAGES)
+        model = Yolo().to("meta") if device == "meta" else Yolo()
+        _, (p3, p4) = capture.call(model, ["p3", "p4"], images)
+        assert (p3.shape, p4.shape) == ((2, 4, 8, 12), (2, 6, 4, 6))
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "vmap": lambda model: torch.vmap(lambda x: model(x[None]))(IMAGES),
+    "grad": lambda model: torch.func.grad(lambda x: model(x)[1].sum())(IMAGES),
+    "functionalize": lambda model: torch.func.functionalize(model)(IMAGES),
+    "jvp": lambda model: torch.func.jvp(model, (IMAGES,), (IMAGES,)),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_a_transform_that_is_over(kind: str) -> None:
+    """Its tensors live as long as it does: what is left of them is never handed out."""
+    student, teacher = seeded(Yolo), seeded(Yolo)
+    with both_stages(student, teacher, "p3") as (features, learner):
+        for model in (student, teacher):
+            model(IMAGES)
+            TRANSFORMS[kind](model)
+        with pytest.raises(RuntimeError, match=r"capture: the student ran inside of a transform of torch\.func"):
+            features.take()
+        for read in (learner.dice_loss, learner.diagnostics):
+            with pytest.raises(
+                RuntimeError, match=r": the teacher ran inside of a transform .* over, .* read them inside of it"
+            ):
+                read()
+        for model in (student, teacher):
+            model(IMAGES)
+        assert features.take()[0][0].requires_grad
+        learner.dice_loss().backward()
+    with (
+        pytest.raises(RuntimeError, match="calibrate: the teacher runs inside of a transform"),
+        learner_of(4, standardize=True).calibrate(teacher, "p3"),
+    ):
+        TRANSFORMS[kind](teacher)
+
+
+def test_inside_of_a_transform() -> None:
+    student, teacher, parameters = seeded(Yolo), seeded(Yolo), dict(seeded(Yolo).named_parameters())
+    with FeatureCapture(student, teacher, "p3") as features:
+        with torch.no_grad():
+            teacher(IMAGES + 1)
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            torch.func.functional_call(student, parameters, (IMAGES,))
+            (s,), (t,) = features.take()
+            return (s - t).square().mean()
+
+        got = torch.func.grad(loss)(parameters)
+    (student.p3(IMAGES) - teacher.p3(IMAGES + 1)).square().mean().backward()
+    torch.testing.assert_close(got["p3.weight"], student.p3.weight.grad)
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
@@ -444,16 +545,21 @@ def test_torchscript_inside_of_a_model() -> None:
     script = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()))
     teacher, learner = nn.ModuleDict({"neck": nn.Conv2d(3, 3, 1), "body": script}), learner_of(3)
     teacher.forward = lambda x: teacher["body"](teacher["neck"](x))
-    with (
-        pytest.raises(RuntimeError, match="not supported on ScriptModules"),
-        learner_of(3, 4).attach(teacher, ["neck", "body"]),
-    ):
+    sentence = (
+        "attach: the teacher's 'body' is TorchScript, which takes no hooks; give the model that it was made of, or wrap it"
+    )
+    with pytest.raises(TypeError, match=sentence), learner_of(3, 4).attach(teacher, ["neck", "body"]):
         pass
-    assert not teacher["neck"]._forward_hooks
+    assert no_hooks(teacher["neck"])
     with learner.attach(teacher, "neck"):
         gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
     with (whole := learner_of(4)).attach(teacher, ""):
         gradients(whole, teacher(IMAGES).mean() + whole.dice_loss())
+    for model, name, what in ((script, "", "student"), (script, "0", "student"), (teacher, "body.0", "student's 'body.0'")):
+        with pytest.raises(TypeError, match=f"capture: the {what} is TorchScript"), FeatureCapture(model, teacher, name):
+            pass
+    with pytest.raises(TypeError, match=r"capture: model: expected an nn\.Module, got function"):
+        capture.call(lambda x: x, "p3", IMAGES)
 
 
 # Compiled models

@@ -334,6 +334,7 @@ def test_line(name: str, line: str) -> None:
     names, options = ast.literal_eval(call.args[0]), {k.arg: ast.literal_eval(k.value) for k in call.keywords}
 
     _, levels = capture.call(teacher.eval(), names, **arguments, **{k: v for k, v in options.items() if k != "valid"})
+    levels = list(levels.values()) if isinstance(levels, dict) else levels
     assert [x.shape[1] for x in levels] == channels
     assert all(x.dim() == 4 for x in levels)
 

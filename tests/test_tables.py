@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import default_dtype
 from problems import trained
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton.checkpoints import load_masks
@@ -168,6 +169,30 @@ def test_part_of_a_level_is_an_error(weight_mask: bool, standardize: bool) -> No
     assert criterion_of(learned(1)).load_state_dict({}, strict=False).missing_keys
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_entries_of_other_options_are_an_error(assign: bool) -> None:
+    """Also where unexpected keys are allowed, as they are for a criterion with an align."""
+    raw, isotropic = criterion_of(learned(1, standardize=False)), trained(CHANNELS, TOKENS, standardize="isotropic")
+    for module in isotropic.mask_modules:
+        module.channel_std.fill_(2)
+    for state in (learned(2).state_dict(), criterion_of(learned(2)).state_dict()):
+        with pytest.raises(RuntimeError, match=r"mask_modules\.0: expected no \w+, .*with weight_mask=True, standardize=False"):
+            raw.load_state_dict(state, strict=False, assign=assign)
+        for module in (MaskedDistillLoss(CHANNELS, TOKENS, standardize="isotropic", pretrained=isotropic), isotropic):
+            if module is not isotropic or "mask_modules.0.channel_std" in state:
+                with pytest.raises(
+                    RuntimeError, match=r"mask_modules\.0\.\w+: expected one scale for all channels, got several"
+                ):
+                    module.load_state_dict(state, assign=assign)
+    for state in (
+        isotropic.state_dict(),
+        MaskedDistillLoss(CHANNELS, TOKENS, standardize="isotropic", pretrained=isotropic).state_dict(),
+    ):
+        for standardize in (True, "isotropic"):
+            criterion = MaskedDistillLoss(CHANNELS, TOKENS, standardize=standardize, pretrained=isotropic)
+            criterion.load_state_dict(state, assign=assign)
+
+
 def test_tables_of_one_level() -> None:
     learner = learned(1)
     tables = LevelTables(CHANNELS[0], TOKENS, standardize=True)
@@ -217,6 +242,14 @@ def test_meta_device(assign: bool) -> None:
         assert torch.equal(criterion(S, T), want(S, T))
     load_masks(criteria[2].to_empty(device="cpu").mask_modules, learner)
     assert torch.equal(criteria[2](S, T), want(S, T))
+
+
+@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
+def test_fake_tensors_have_no_values_to_check() -> None:
+    with FakeTensorMode():
+        for standardize in (False, True, "isotropic"):
+            criterion = MaskedDistillLoss(CHANNELS, TOKENS, standardize=standardize)
+            criterion.load_state_dict(criterion.state_dict())
 
 
 # --- half precision: tables and statistics stay as they are ------------------------------------------------------------
@@ -321,9 +354,79 @@ def test_buffers_that_a_wrapper_has_cast() -> None:
     for module in (criterion, learner):
         for x in module.buffers():
             x.data = x.data.half() if x.is_floating_point() else x.data
-    sentence = r"expected float32 or float64, got torch\.float16: a wrapper has cast .* buffer_dtype=None or torch\.float32"
+    sentence = r"expected float32 or float64, got torch\.float16: .* a wrapper has cast .* buffer_dtype=None or torch\.float32"
     for call in (lambda: criterion(S, T), lambda: criterion.masks(T), lambda: learner(T)):
         with pytest.raises(TypeError, match=sentence):
             call()
     load_masks(criterion.mask_modules, learned(1))
     assert criterion(S, T).isfinite()
+
+
+@HALVES
+@OPTIONS
+def test_one_buffer_that_is_narrow(weight_mask: bool, standardize: bool, half: torch.dtype) -> None:
+    """Whichever it is, and whoever has cast it."""
+    learner = learned(1, weight_mask, standardize)
+    for name in dict(criterion_of(learner).mask_modules[1].named_buffers()):
+        for assigned in (True, False):
+            criterion = criterion_of(learner)
+            tables = criterion.mask_modules[1]
+            if assigned:
+                setattr(tables, name, getattr(tables, name).to(half))
+            else:
+                getattr(tables, name).data = getattr(tables, name).to(half)
+            with pytest.raises(TypeError, match=rf"LevelTables\.{name}: expected float32 or float64, got {half}"):
+                criterion(S, T)
+
+
+# --- values that no training gives --------------------------------------------------------------------------------------
+
+
+def test_a_state_that_was_cast_to_half_precision() -> None:
+    """Deviations of 1e-7 are 1e7 as reciprocals, which float16 does not hold."""
+    learner = trained([8], TOKENS, standardize=True)
+    learner.mask_modules[0].channel_std.fill_(1e-7)
+    criterion = MaskedDistillLoss(8, TOKENS, pretrained=learner, standardize=True)
+    for module, name in (
+        (criterion, "statistics: expected finite values"),
+        (learner, "channel_std: expected deviations of at"),
+    ):
+        state = {key: x.half() if x.is_floating_point() else x for key, x in module.state_dict().items()}
+        with pytest.raises(RuntimeError, match=rf"mask_modules\.0\.{name}.*; torch\.float16 does not hold statistics"):
+            criterion.load_state_dict(state)
+
+
+@OPTIONS
+def test_tables_that_are_not_finite(weight_mask: bool, standardize: bool) -> None:
+    learner = learned(1, weight_mask, standardize)
+    for module in (criterion_of(learner), learner):
+        for key, x in module.state_dict().items():
+            if not x.is_floating_point():
+                continue
+            bad = x.clone()
+            bad.view(-1)[-1] = float("nan")
+            with pytest.raises(RuntimeError, match=rf"{key}: expected finite values"):
+                module.load_state_dict(module.state_dict() | {key: bad})
+
+
+def test_tables_that_overflow_once_composed() -> None:
+    """Every entry is finite, but the tokens over the deviations are not."""
+    learner = trained([8], TOKENS, standardize=True)
+    learner.mask_modules[0].channel_std.fill_(1e-30)
+    learner.mask_modules[0].mask_token.data.fill_(1e20)
+    with pytest.raises(RuntimeError, match=r"0\.teacher_tokens: expected finite values"):
+        MaskedDistillLoss(8, TOKENS, pretrained=learner, standardize=True)
+
+
+@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
+def test_entries_on_the_meta_device() -> None:
+    """They have no values: only a module that has none either takes them."""
+    with torch.device("meta"):
+        empty, entries = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True), MaskLearner(CHANNELS, TOKENS, standardize=True)
+    empty.load_state_dict(empty.state_dict())
+    entries.load_state_dict(entries.state_dict())
+    for module in (criterion_of(learned(1)), learned(1)):
+        with pytest.raises(RuntimeError, match=r"mask_token: expected values, got a tensor on the meta device"):
+            module.load_state_dict(entries.state_dict() if isinstance(module, MaskLearner) else empty.state_dict())
+    with pytest.raises(RuntimeError, match=r"mask_token: expected values, got a tensor on the meta device"):
+        empty.load_state_dict(entries.state_dict())

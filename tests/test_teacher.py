@@ -2,7 +2,9 @@
 
 import copy
 import io
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,10 +199,15 @@ def test_captured_by_the_names_of_the_model_itself(depth: int) -> None:
 def test_half_precision_images() -> None:
     """FSDP's mixed precision casts the inputs of the module that holds the teacher, but not the teacher."""
     teacher = FrozenTeacher(network())
-    with pytest.raises(TypeError, match=r"the teacher's parameters are torch\.float32, but it was called with torch\.bfloat16"):
+    sentence = "the teacher's parameters are torch.float32, but it was called with torch.bfloat16 outside of autocast"
+    with pytest.raises(RuntimeError, match=f"should be the same\nFrozenTeacher: {sentence}") as caught:
         teacher(IMAGES.bfloat16())
+    assert str(caught.value).startswith(str(caught.value.__cause__))
     with torch.autocast("cpu", torch.bfloat16):
         teacher(IMAGES.bfloat16())
+        with pytest.raises(RuntimeError, match="to have 3 channels") as caught:
+            teacher(IMAGES[:, :2].bfloat16())
+    assert "FrozenTeacher" not in str(caught.value)
     with pytest.raises(RuntimeError, match="to have 3 channels"):
         teacher(IMAGES[:, :2])
     casting = network()
@@ -209,9 +216,39 @@ def test_half_precision_images() -> None:
     assert FrozenTeacher(network().bfloat16())(IMAGES.bfloat16()).dtype == torch.bfloat16
 
 
+def test_an_error_of_the_teacher_itself_is_read_first() -> None:
+    """Nobody can tell why a model raised: its own words come first, and what may be the reason is said as such."""
+
+    class Failing(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no such file")
+
+    teacher = FrozenTeacher(Failing(3, 8, 1))
+    with pytest.raises(RuntimeError, match=r"^no such file$"):
+        teacher(IMAGES)
+    with pytest.raises(RuntimeError, match=r"(?s)^no such file\nFrozenTeacher: .* with torch\.float16 .* If that is why, call"):
+        teacher(IMAGES.half())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_torchscript() -> None:
+    net = network().eval()
+    for script in (torch.jit.script(net), torch.jit.freeze(torch.jit.script(net))):
+        model = holder(script)
+        torch.testing.assert_close(model.train()["teacher"](IMAGES), net(IMAGES).detach())
+        assert not model["teacher"](IMAGES).requires_grad
+        assert not any(p.requires_grad for p in model["teacher"].model.parameters())
+
+
+def test_compiled_models_wherever_a_model_is_taken() -> None:
+    torch._dynamo.reset()
+    run = runpy.run_path(str(Path(__file__).parent / "programs" / "compiled.py"))["main"]
+    assert run(IMAGES).shape == (8, 4, 6, 6)
+
+
 def test_wrong_model() -> None:
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
         FrozenTeacher("resnet")  # type: ignore[arg-type]
     teacher = FrozenTeacher(network())
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got function"):
-        teacher.model = lambda x: x  # type: ignore[assignment]
+        teacher.model = lambda x: x

@@ -52,11 +52,16 @@ class Distilled(nn.Module):
 
 def learn_tokens(teacher: nn.Module, data: list[dict[str, Tensor]], channels: list[int]) -> MaskLearner:
     """Stage 1: the hidden states of all stages are masked, and the teacher's own head sees them."""
-    learner = MaskLearner(channels, num_tokens=4)
+    learner = MaskLearner(channels, num_tokens=4, standardize=True)
+    batches = [
+        {name: torch.stack([example[name] for example in data[i : i + 4]]) for name in data[0]} for i in range(0, len(data), 4)
+    ]
+    with learner.calibrate(teacher, "segformer", output="hidden_states"):
+        for batch in batches:
+            teacher(**batch)
     optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
     with learner.attach(teacher, "segformer", output="hidden_states"):
-        for i in range(0, len(data), 4):
-            batch = {name: torch.stack([example[name] for example in data[i : i + 4]]) for name in data[0]}
+        for batch in batches:
             loss = teacher(**batch).loss + learner.dice_loss()
             optimizer.zero_grad()
             loss.backward()
@@ -81,7 +86,7 @@ def main(steps: int = 6) -> list[float]:
     data, seen = examples(), Losses()
     student, teacher = segformer(8), segformer(16)
     criterion = MaskedDistillLoss(
-        teacher.config.hidden_sizes, 4, student_channels=student.config.hidden_sizes, custom_mask_warmup=3,
+        teacher.config.hidden_sizes, 4, student_channels=student.config.hidden_sizes, standardize=True, custom_mask_warmup=3,
         pretrained=learn_tokens(teacher, data, teacher.config.hidden_sizes),
     )  # fmt: skip
     model = Distilled(student, teacher, criterion)

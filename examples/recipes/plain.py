@@ -37,8 +37,9 @@ def build(seed: int = 0) -> Distillation:
     torch.manual_seed(seed)
     student, teacher = Segmenter(8), Segmenter(16)
     criterion = MaskedDistillLoss(
-        teacher.channels, 4, student_channels=student.channels, custom_mask_warmup=3, pretrained=learn_tokens(teacher)
-    )
+        teacher.channels, 4, student_channels=student.channels, standardize=True, custom_mask_warmup=3,
+        pretrained=learn_tokens(teacher),
+    )  # fmt: skip
     return Distillation(student, teacher, criterion)
 
 

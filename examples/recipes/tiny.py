@@ -56,7 +56,10 @@ def batches(count: int, images: int = 4, size: tuple[int, int] = (32, 48), seed:
 
 def learn_tokens(teacher: Segmenter, steps: int = 5) -> MaskLearner:
     """Stage 1 in short: receptive tokens of the teacher's two levels."""
-    learner = MaskLearner(teacher.channels, num_tokens=4)
+    learner = MaskLearner(teacher.channels, num_tokens=4, standardize=True)
+    with learner.calibrate(teacher, "backbone"):
+        for images, _ in batches(steps):
+            teacher(images)
     optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
     with learner.attach(teacher, "backbone"):
         for images, labels in batches(steps):

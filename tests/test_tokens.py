@@ -1,0 +1,121 @@
+"""The study of tokens: it runs and goes on where it stopped, its teachers are what they say, and its page has its figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="needs the demo extra")
+
+from examples import tokens, tokens_report
+from examples.digits_data import make_scenes
+from examples.tokens_teachers import Detector, boxes_of, focal, iou, objects_of, student_of, targets, teacher_of
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results/cpu-tokens.jsonl"
+
+
+@pytest.mark.slow
+def test_a_small_run_and_a_second_one(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the demo extra")
+    settings = tokens.Settings((24, 8, 8), 32, (1, 1, 1), 16, 1, 1, 2)
+    names = ("channel: as published", "channel: one token", "channel: unweighted", "channel: SGD 0.1, weight decay 1e-4")
+    ways = {name: tokens.WAYS[name] for name in (*names, "channel: weighting slower", "channel: balanced weights")}
+    tokens.run(settings, tmp_path, dict(list(ways.items())[:2]), ("feature MSE",))
+    before = (tmp_path / "runs.jsonl").read_text()
+    students = ("feature MSE", "alone", "true boxes", "random masks", *names[:3])
+    tokens.run(settings, tmp_path, ways, students)
+    after = (tmp_path / "runs.jsonl").read_text()
+    assert after.startswith(before)
+    lines = tokens_report.read(tmp_path / "runs.jsonl")
+    left_out = len(ways.keys() - set(tokens.FEW))  # by the detector
+    assert len(lines) == 1 + 3 * (1 + len(ways) + 2 * len(students)) - left_out
+    assert len({json.dumps([line.get(key) for key in ("run", "teacher", "name", "seed")]) for line in lines}) == len(lines)
+    assert [line["levels"][0]["verdict"][:9] for line in lines if line["run"] == "tokens"] != []
+    assert "| channel: one token |" in "\n".join(tokens_report.tables(lines))
+    assert all((tmp_path / f"masks-{kind}.png").exists() for kind in tokens.LR)
+
+
+def test_what_slows_the_weighting() -> None:
+    """Each way changes what its name says, and nothing else."""
+    modules = [tokens.MaskModule(8, 3)]
+    before = modules[0].prob[2].weight.detach().clone()
+    plain, slow, alone, small = (
+        tokens.optimizer_of(modules, tokens.WAYS[f"channel: {name}"])
+        for name in ("as published", "weighting slower", "weight decay 0.1, weighting only", "weighting smaller at the start")
+    )
+    assert [group["lr"] for group in plain.param_groups] == [0.01] * 5
+    assert [group["lr"] for group in slow.param_groups] == [0.01, 0.01 / 72, 0.01, 0.01 / 8, 0.01]
+    assert [group["weight_decay"] for group in alone.param_groups] == [0] + [0.1] * 4
+    assert len(small.param_groups) == 5
+    torch.testing.assert_close(modules[0].prob[2].weight.detach(), 0.01 * before)
+
+
+def test_boxes_and_targets() -> None:
+    scenes = make_scenes("train", 4)
+    classes, boxes = boxes_of(scenes.labels)
+    inside = objects_of(scenes.labels)
+    for n, label in enumerate(scenes.labels):
+        found = [q for q in range(4) if classes[n, q]]
+        assert sorted(classes[n, found].tolist()) == sorted(
+            {int(part.max()) for half in label.split(20) for part in half.split(20, 1)} - {0}
+        ) or len(set(classes[n, found].tolist())) < len(found)
+        for q in found:
+            top, left, bottom, right = boxes[n, q].tolist()
+            digit = label[top:bottom, left:right] == classes[n, q]
+            assert digit.any(0)[[0, -1]].all()
+            assert digit.any(1)[[0, -1]].all()
+            assert inside[n, top:bottom, left:right].all()
+        assert (label > 0).sum() == ((label > 0) & inside[n]).sum()
+        assert inside[n].sum() == sum((b - t) * (r - le) for t, le, b, r in boxes[n, found].tolist())
+    kinds, sides, hit = targets(classes, boxes, 10)
+    assert torch.equal(kinds.amax(1) > 0, hit)
+    assert (sides[hit] > 0).all()
+    n, y, x = (i[0].item() for i in hit.nonzero(as_tuple=True))
+    top, left, bottom, right = (8 * sides[n, y, x] * torch.tensor([-1, -1, 1, 1]) + torch.tensor([y, x, y, x]) * 4 + 2).tolist()
+    assert [top, left, bottom, right] in boxes[n].tolist()
+
+
+def test_losses_of_the_detector() -> None:
+    logits, target = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0])
+    p = logits.sigmoid()
+    want = -0.25 * (1 - p[0]) ** 2 * p[0].log() - 0.75 * p[1] ** 2 * (1 - p[1]).log()
+    torch.testing.assert_close(focal(logits, target), want)
+    one, other = torch.tensor([[1.0, 1, 1, 1]]), torch.tensor([[1.0, 1, 3, 1]])
+    assert iou(one, other).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", tokens.LR)
+def test_student_and_teacher_have_levels_of_the_same_size(kind: str) -> None:
+    scenes = make_scenes("train", 2)
+    with torch.no_grad():
+        levels, others = (net.eval().features(scenes.images) for net in (teacher_of(kind), student_of(kind)))
+        assert [x.shape[2:] for x in levels] == [x.shape[2:] for x in others]
+        assert [x.shape[1] for x in levels] == teacher_of(kind).channels
+        assert student_of(kind).eval().score(scenes) <= 1
+    assert teacher_of(kind).metric == student_of(kind).metric
+
+
+def test_interval_and_entropy() -> None:
+    assert tokens_report.interval([1.0, 2.0, 3.0, 4.0]) == "+2.500 ± 2.054"  # 3.182 * 1.291 / 2
+    assert tokens_report.entropy([0.5, 0.5, 0, 0]) == pytest.approx(0.5)
+    assert tokens_report.entropy([1.0]) == 1
+
+
+def test_detector_learns_boxes_on_every_level() -> None:
+    torch.manual_seed(0)
+    net, scenes = Detector((4, 4, 4), 4), make_scenes("train", 2)
+    net.loss(net.features(scenes.images), scenes.labels).backward()
+    assert all(conv.weight.grad.abs().max() > 0 for conv in net.neck.smooth)
+
+
+def page() -> tuple[str, list[dict[str, Any]]]:
+    return (ROOT / "docs/tokens.md").read_text(), tokens_report.read(RESULTS)
+
+
+def test_the_page_has_the_figures_of_the_results() -> None:
+    text, lines = page()
+    missing = [row for row in tokens_report.tables(lines) if row.startswith("|") and row not in text]
+    assert not missing
