@@ -46,7 +46,7 @@ def bccd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("BCCD")
     for name in ("ImageSets/Main", "JPEGImages", "Annotations"):
         (folder / name).mkdir(parents=True)
-    cells = {"RBC": (64, 60, 160, 156), "WBC": (320, 200, 520, 400), "Platelets": (480, 40, 520, 80)}
+    cells = {"RBC": (72, 60, 160, 156), "WBC": (312, 200, 520, 400), "Platelets": (480, 40, 520, 80)}
     boxes = [(name, corners) for name, corners in cells.items()] + [("RBC", (5, 5, 5, 5))]
     objects = "".join(
         f"<object><name>{name}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
@@ -90,7 +90,7 @@ def test_quick(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         scores = [line["test"][metric] for line in lines if line.get("loss") == loss and "test" in line]
         assert len(scores) == 2
         assert f"| {loss} | {sum(scores) / 2:.3f} ±" in printed
-    for name in ("students.png", "masks.png"):
+    for name in ("students.png", "masks.png", "weights.png"):
         picture = image.imread(tmp_path / f"{task}-quick" / name)
         assert min(picture.shape[:2]) > 200
         assert picture[..., :3].std() > 0.1  # something is drawn
@@ -110,7 +110,7 @@ def test_camvid(camvid: Path) -> None:
         torch.testing.assert_close(x[3:], x[:3].flip(-1))
     assert train.images.dtype == torch.uint8
     covered = train.masks[0].sum(0)
-    assert train.masks.shape == (6, 11, 15, 20)
+    assert train.masks.shape == (6, 11, 19, 25)
     assert covered[:, 0].eq(1).all()
     assert covered[:, -1].eq(0).all()  # no class there
     truth = task.test.truth
@@ -127,13 +127,13 @@ def test_bccd(bccd: Path) -> None:
 
     task = load_task("bccd", bccd)
     train, test = task.train, task.test
-    assert train.truth[0].boxes.tolist() == [[16, 15, 40, 39], [80, 50, 130, 100], [120, 10, 130, 20]]
-    assert train.truth[3].boxes.tolist() == [[120, 15, 144, 39], [30, 50, 80, 100], [30, 10, 40, 20]]
+    assert train.truth[0].boxes.tolist() == [[22.5, 18.75, 50, 48.75], [97.5, 62.5, 162.5, 125], [150, 12.5, 162.5, 25]]
+    assert train.truth[3].boxes.tolist() == [[150, 18.75, 177.5, 48.75], [37.5, 62.5, 102.5, 125], [37.5, 12.5, 50, 25]]
     assert train.truth[0].classes.tolist() == [0, 1, 2]
     torch.testing.assert_close(train.masks[3:], train.masks[:3].flip(-1))
     heat, boxes, _ = test.targets.split((3, 4, 1), 1)
     assert heat.eq(1).sum().item() == 2 * 3
-    y, x = torch.meshgrid(8 * torch.arange(15) + 4, 8 * torch.arange(20) + 4, indexing="ij")
+    y, x = torch.meshgrid(8 * torch.arange(19) + 4, 8 * torch.arange(25) + 4, indexing="ij")
     middle = torch.stack([x, y])
     distances = torch.cat([middle - boxes[:, :2], boxes[:, 2:] - middle], 1).clamp(min=0.01)
     outputs = torch.cat([20 * heat - 10, (distances / 8).log()], 1)

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None, pretrained: bool = True) -> None:
     print(tables(study.file))
     images = [0, 1] if args.quick else PICTURED[args.task]
     pictures.compare(study, images).savefig(study.out / "students.png", dpi=110)
+    pictures.weights(study).savefig(study.out / "weights.png", dpi=110)
     pictures.masks(study, images[:2]).savefig(study.out / "masks.png", dpi=110)
     print(f"{time.perf_counter() - start:.0f} s. Written to {study.out.resolve()}")
 

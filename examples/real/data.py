@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-SIZE = (120, 160)  # of all images, from 360x480 and 480x640
+SIZE = (150, 200)  # of all images, from 360x480 and 480x640
 SPLITS = ("train", "val", "test")
 CELLS = ("RBC", "WBC", "Platelets")
 WHERE = {

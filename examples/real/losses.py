@@ -91,7 +91,7 @@ class Masked(nn.Module):
 
 
 ALONE, MSE, MASKD = "student alone", "feature MSE", "MasKD"
-LOSSES = (ALONE, MSE, MASKD, "MasKD as published", "true masks", "CWD")
+LOSSES = (ALONE, MSE, MASKD, "true masks", "MasKD as published", "CWD")  # in the order in which they are run
 
 
 def tokens_of(loss: str, task: str) -> Tokens:

@@ -1,4 +1,4 @@
-"""Test images, their truth and what teacher and students find there; and the masks of the tokens."""
+"""Test images, their truth and what teacher and students find there; the masks of the tokens; scores against weights."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from .centres import detections
 from .data import CELLS, SIZE
 from .losses import ALONE, MASKD, RECOMMENDED
 from .models import Net, make_student
-from .study import Study, student_file
+from .study import Study, best_weight, student_file, tried_weights
 from .training import prepared
 
 STREETS = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist", "no class")
@@ -59,6 +59,21 @@ def masks(study: Study, images: list[int]) -> Figure:
     pictures = study.task.test.images[images]
     module, level = study.learner(RECOMMENDED).mask_modules[0], study.teacher.features(pictures)
     return viz.plot_masks(pictures / 255, [module.masks(level)], [module.weights(level)], names=["stride 8"])
+
+
+def weights(study: Study) -> Figure:
+    """Scores on val against the weights that were tried; a dot is the weight that is reported."""
+    metric = study.task.metric
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for loss, tried in tried_weights(study.lines, metric).items():
+        (line,) = axis.semilogx(sorted(tried), [tried[weight] for weight in sorted(tried)], label=loss)
+        best = best_weight(tried)
+        axis.plot(best, tried[best], "o", color=line.get_color())
+    axis.set(xlabel="loss weight", ylabel=f"val {metric}, one seed")
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
 
 
 def student(study: Study, loss: str) -> Net:

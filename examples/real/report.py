@@ -9,7 +9,7 @@ from pathlib import Path
 from scipy.stats import t
 
 from .losses import ALONE, LOSSES, MSE
-from .study import TUNING_SEED, Line, read_lines
+from .study import Line, best_weight, read_lines, tried_weights
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "real.md"
@@ -23,7 +23,7 @@ def tables(path: Path) -> str:
     names = list(teacher["test"])
     reported = [line for line in students if "test" in line]
     parts = [scores(reported, name, teacher["test"][name]) for name in names]
-    parts.append(weights([line for line in students if line["seed"] == TUNING_SEED], names[0]))
+    parts.append(weights(tried_weights(lines, names[0]), names[0]))
     parts.append(suggestions([line for line in lines if line["run"] == "suggestion"], reported))
     parts.append(masks([line for line in lines if line["run"] == "tokens"]))
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -52,16 +52,14 @@ def difference(own: dict[int, float], base: dict[int, float]) -> str:
     return f"{statistics.mean(pairs):+.3f} ± {half:.3f}"
 
 
-def weights(lines: Sequence[Line], metric: str) -> list[str]:
+def weights(tried: dict[str, dict[float, float]], metric: str) -> list[str]:
     """The search: a column for every weight that any loss was tried with, the best of each loss in bold."""
-    tried = {loss: {line["weight"]: line["val"][metric] for line in lines if line["loss"] == loss} for loss in LOSSES}
     columns = sorted({weight for own in tried.values() for weight in own})
     rows = [f"| val {metric} at weight | {' | '.join(f'{w:g}' for w in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for loss, own in tried.items():
-        if own:
-            best = max(own, key=lambda w: own[w])
-            cells = (f"**{own[w]:.3f}**" if w == best else f"{own[w]:.3f}" if w in own else "" for w in columns)
-            rows.append(f"| {loss} | {' | '.join(cells)} |")
+        best = best_weight(own)
+        cells = (f"**{own[w]:.3f}**" if w == best else f"{own[w]:.3f}" if w in own else "" for w in columns)
+        rows.append(f"| {loss} | {' | '.join(cells)} |")
     return rows if columns else []
 
 
@@ -77,14 +75,15 @@ def suggestions(lines: Sequence[Line], reported: Sequence[Line]) -> list[str]:
 def masks(lines: Sequence[Line]) -> list[str]:
     """What the tokens take away from the teacher's task, and how their masks look, all on val."""
     rows = [
-        "| tokens | task loss on val | unmasked | coverage | largest Dice | entropy of the weights |",
-        "|---|---|---|---|---|---|",
+        "| tokens | task loss on val | unmasked | focus | emphasis | coverage | largest Dice | entropy of the weights |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
+        looks = f"{line['focus']:.2f} | {line['emphasis']:.2f}"
         coverage = f"{min(line['coverage']):.2f} to {max(line['coverage']):.2f}"
         entropy = "" if line["entropy"] is None else f"{line['entropy']:.2f}"
         losses = f"{line['task_loss']:.3f} | {line['unmasked']:.3f}"
-        rows.append(f"| {line['tokens']} | {losses} | {coverage} | {line['dice']:.2f} | {entropy} |")
+        rows.append(f"| {line['tokens']} | {losses} | {looks} | {coverage} | {line['dice']:.2f} | {entropy} |")
     return rows if lines else []
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ FIRST = slice(WEIGHTS.index(10), WEIGHTS.index(300) + 1)  # these are tried; mor
 class Settings:
     teacher_steps: int = 700
     token_steps: int = 300
-    student_steps: int = 200
+    student_steps: int = 300
     suggestion_steps: int = 50
     seeds: int = 4
     images: int | None = None  # of each split; None: all
@@ -67,7 +67,7 @@ class Study:
         """The weight with the best score on val: of `FIRST`, and of further ones while the best is at an end."""
         tried = {w: self._tried(loss, w) for w in WEIGHTS[FIRST]}
         while True:
-            best = max(tried, key=lambda w: tried[w])
+            best = best_weight(tried)
             beside = [w for w in WEIGHTS if w < min(tried)][-1:] if best == min(tried) else []
             beside += [w for w in WEIGHTS if w > max(tried)][:1] if best == max(tried) else []
             if not beside:
@@ -150,12 +150,13 @@ class Study:
         with torch.no_grad():
             masked = self.task.loss(self.teacher.head(learner(val)), self.task.val.targets)
             plain = self.task.loss(self.teacher.head(val), self.task.val.targets)
-        level = learner.diagnostics()[0]
+        level = learner.diagnostics(objects=self.task.val.masks[:, list(self.task.objects)].amax(1))[0]
         self._add(
             key
             | {"cpu_seconds": round(seconds), "task_loss": round(masked.item(), 4), "unmasked": round(plain.item(), 4)}
             | {"coverage": rounded(level.coverage), "dice": rounded((level.dice - level.dice.diag().diag()).max())}
             | {"weight": rounded(level.weight), "entropy": rounded(level.entropy)}
+            | {"focus": rounded(level.focus), "emphasis": rounded(level.emphasis)}
         )
         return learner
 
@@ -178,6 +179,19 @@ class Study:
 
 def student_file(out: Path, loss: str) -> Path:
     return out / f"{loss.replace(' ', '-')}.pt"
+
+
+def tried_weights(lines: Sequence[Line], metric: str) -> dict[str, dict[float, float]]:
+    """Score on val at each weight that a loss was tried with, for every loss that has been."""
+    tried: dict[str, dict[float, float]] = {}
+    for line in lines:
+        if line["run"] == "student" and line["seed"] == TUNING_SEED:
+            tried.setdefault(line["loss"], {})[line["weight"]] = line["val"][metric]
+    return tried
+
+
+def best_weight(tried: dict[float, float]) -> float:
+    return max(tried, key=lambda weight: tried[weight])
 
 
 def read_lines(path: Path) -> list[Line]:

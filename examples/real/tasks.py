@@ -1,12 +1,13 @@
 """The two tasks: their data, loss, score and true masks. `load_task` gives one of them."""
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, one_hot
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, interpolate, one_hot
 
 from maskd_triton.shapes import boxes_to_masks
 
@@ -14,7 +15,7 @@ from . import centres
 from .data import CELLS, SIZE, SPLITS, Objects, bccd, camvid
 from .models import STRIDE
 
-LEVEL = (SIZE[0] // STRIDE, SIZE[1] // STRIDE)
+LEVEL = (ceil(SIZE[0] / STRIDE), ceil(SIZE[1] / STRIDE))
 VOID = 11  # CamVid's pixels without a class
 
 
@@ -25,7 +26,7 @@ class Split:
         images: uint8 ``[N, 3, H, W]``.
         truth: what `score` compares with, an entry for each image.
         targets: what `loss` compares with, ``[N, ...]``.
-        masks: the true masks, ``[N, T, H / 8, W / 8]``: one token for every class.
+        masks: the true masks, ``[N, T, ceil(H / 8), ceil(W / 8)]``: one token for every class.
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class CamVid:
     """Segmentation of street scenes: 11 classes, mIoU over all pixels of a split that have a class."""
 
     name, outputs, metric = "camvid", 11, "mIoU"
+    objects = (2, 6, 7, 8, 9, 10)  # masks of what stands in the street: poles, signs, fences, cars, pedestrians, bicyclists
 
     def __init__(self, folder: Path, most: int | None) -> None:
         self.train, self.val, self.test = (self._split(*camvid(folder, split, most), split == "train") for split in SPLITS)
@@ -49,7 +51,7 @@ class CamVid:
         if mirrored:
             images, labels = (torch.cat([x, x.flip(-1)]) for x in (images, labels))
         classes = one_hot(labels.long(), VOID + 1)[..., :VOID].permute(0, 3, 1, 2)
-        masks = [avg_pool2d(part.float(), STRIDE) for part in classes.split(50)]  # the share of a cell that is of the class
+        masks = [adaptive_avg_pool2d(part.float(), LEVEL) for part in classes.split(50)]  # shares of cells
         return Split(images, labels, labels, torch.cat(masks))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -70,6 +72,7 @@ class BCCD:
     """Detection of blood cells: three classes, mAP as on COCO."""
 
     name, outputs, metric = "bccd", len(CELLS) + 4, "mAP"
+    objects = (0, 1, 2)  # masks of objects: all
 
     def __init__(self, folder: Path, most: int | None) -> None:
         self.train, self.val, self.test = (self._split(*bccd(folder, split, most), split == "train") for split in SPLITS)
