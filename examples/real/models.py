@@ -22,6 +22,9 @@ class Net(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         return self.neck(self.backbone(images))
 
+    def late_features(self, early: Tensor) -> Tensor:
+        return self.neck(self.backbone.late(early))
+
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 

@@ -23,15 +23,17 @@ def tables(path: Path) -> str:
     names = list(teacher["test"])
     reported = [line for line in students if "test" in line]
     parts = [scores(reported, name, teacher["test"][name]) for name in names]
-    parts.append(weights(tried_weights(lines, names[0]), names[0]))
-    parts.append(suggestions([line for line in lines if line["run"] == "suggestion"], reported))
+    tried = tried_weights(lines, names[0])
+    parts.append(weights(tried, names[0]))
+    spread = {loss: statistics.stdev(own.values()) for loss, own in by_seed(reported, "val", names[0]).items() if len(own) > 1}
+    parts.append(suggestions([line for line in lines if line["run"] == "suggestion"], tried, spread))
     parts.append(masks([line for line in lines if line["run"] == "tokens"]))
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def scores(lines: Sequence[Line], metric: str, teacher: float) -> list[str]:
     """Mean and deviation over seeds, and paired differences with 95 % t intervals."""
-    by_loss = {loss: {line["seed"]: line["test"][metric] for line in lines if line["loss"] == loss} for loss in LOSSES}
+    by_loss = by_seed(lines, "test", metric)
     rows = [f"| test {metric} | mean ± std | seeds | minus {ALONE} | minus {MSE} |", "|---|---|---|---|---|"]
     rows.append(f"| teacher | {teacher:.3f} | 1 | | |")
     for loss, own in by_loss.items():
@@ -41,6 +43,11 @@ def scores(lines: Sequence[Line], metric: str, teacher: float) -> list[str]:
             differences = [difference(own, by_loss[base]) if base != loss else "" for base in (ALONE, MSE)]
             rows.append(f"| {loss} | {statistics.mean(values):.3f}{spread} | {len(values)} | {' | '.join(differences)} |")
     return rows
+
+
+def by_seed(lines: Sequence[Line], split: str, metric: str) -> dict[str, dict[int, float]]:
+    """A score of each seed, for every loss."""
+    return {loss: {line["seed"]: line[split][metric] for line in lines if line["loss"] == loss} for loss in LOSSES}
 
 
 def difference(own: dict[int, float], base: dict[int, float]) -> str:
@@ -63,12 +70,15 @@ def weights(tried: dict[str, dict[float, float]], metric: str) -> list[str]:
     return rows if columns else []
 
 
-def suggestions(lines: Sequence[Line], reported: Sequence[Line]) -> list[str]:
-    """What `suggest_loss_weight` names, and the best weight on val."""
-    rows = ["| `suggest_loss_weight` | best on val | by losses, share .5 | by gradients, share .1 |", "|---|---|---|---|"]
+def suggestions(lines: Sequence[Line], tried: dict[str, dict[float, float]], spread: dict[str, float]) -> list[str]:
+    """What `suggest_loss_weight` names, beside the best weight on val and those within two of the seeds' deviations of it."""
+    rows = ["| loss weight | best on val | as good | by losses | by gradients |", "|---|---|---|---|---|"]
     for line in lines:
-        best = next(run["weight"] for run in reported if run["loss"] == line["loss"])
-        rows.append(f"| {line['loss']} | {best:g} | {line['by_loss']:.3g} | {line['by_gradient']:.3g} |")
+        own = tried[line["loss"]]
+        best = best_weight(own)
+        good = [weight for weight in own if own[weight] >= own[best] - 2 * spread[line["loss"]]]
+        named = f"{line['by_loss']:.2g} | {line['by_gradient']:.2g}"
+        rows.append(f"| {line['loss']} | {best:g} | {min(good):g} to {max(good):g} | {named} |")
     return rows if lines else []
 
 

@@ -19,7 +19,17 @@ from maskd_triton import MaskLearner
 from .losses import ALONE, LOSSES, Aligned, Masked, Tokens, make_criterion, tokens_of
 from .models import STUDENT_WIDTH, Net
 from .tasks import Task
-from .training import Tick, evaluate, features_of, learn_tokens, load_teacher, suggest, train_student, train_teacher
+from .training import (
+    Tick,
+    early_features,
+    evaluate,
+    features_of,
+    learn_tokens,
+    load_teacher,
+    suggest,
+    train_student,
+    train_teacher,
+)
 
 PACKAGES = ("torch", "numpy", "pillow", "pycocotools")
 TUNING_SEED = 100  # none of the seeds that are reported
@@ -52,7 +62,8 @@ class Study:
         self.lines = read_lines(self.file) if self.file.exists() else []
         self.described = False
         self.teacher = self._teacher()
-        self.features = features_of(self.teacher, task.train.images)
+        self.features = features_of(self.teacher.features, task.train.images)
+        self.early = early_features(task, pretrained)
         self.learners: dict[Tokens, MaskLearner] = {}
 
     def run(self) -> None:
@@ -91,8 +102,8 @@ class Study:
             return found
         criterion = self._criterion(loss, 1.0, steps, seed)
         with progress(steps, f"{loss}, suggestion of a weight") as tick:
-            student = train_student(self.task, self.features, criterion, steps, tick, seed, self.pretrained)
-        suggested = suggest(self.task, self.features, criterion, student)
+            student = train_student(self.task, self.early, self.features, criterion, steps, tick, seed, self.pretrained)
+        suggested = suggest(self.task, self.early, self.features, criterion, student)
         return self._add(key | {name: float(f"{value:.3g}") for name, value in suggested.items()})
 
     def _criterion(self, loss: str, weight: float, steps: int, seed: int) -> Aligned | Masked:
@@ -104,7 +115,7 @@ class Study:
         criterion = None if loss == ALONE else self._criterion(loss, key["weight"], steps, seed)
         start = time.process_time()
         with progress(steps, f"{loss}, weight {key['weight']:g}, seed {seed}") as tick:
-            student = train_student(self.task, self.features, criterion, steps, tick, seed, self.pretrained)
+            student = train_student(self.task, self.early, self.features, criterion, steps, tick, seed, self.pretrained)
         seconds = time.process_time() - start
         if seed == 0:  # for pictures
             torch.save(student.state_dict(), student_file(self.out, loss))
@@ -146,7 +157,7 @@ class Study:
             learner = learn_tokens(self.task, self.teacher, self.features, tokens, key["steps"], tick)
         seconds = time.process_time() - start
         learner.save(path)
-        val = features_of(self.teacher, self.task.val.images).float()
+        val = features_of(self.teacher.features, self.task.val.images).float()
         with torch.no_grad():
             masked = self.task.loss(self.teacher.head(learner(val)), self.task.val.targets)
             plain = self.task.loss(self.teacher.head(val), self.task.val.targets)

@@ -40,9 +40,14 @@ def load_teacher(task: Task, path: Path) -> Net:
 
 
 @torch.no_grad()
-def features_of(net: Net, images: Tensor) -> Tensor:
-    """The level of all images in half precision."""
-    return torch.cat([net.features(some).half() for some in images.split(50)])
+def features_of(part: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What a part of a network in eval mode makes of all images, in half precision."""
+    return torch.cat([part(some).half() for some in images.split(50)])
+
+
+def early_features(task: Task, pretrained: bool = True) -> Tensor:
+    """Of the train split, by the student's frozen stages."""
+    return features_of(prepared(make_student(task.outputs), pretrained).eval().backbone.early, task.train.images)
 
 
 def learn_tokens(
@@ -68,6 +73,7 @@ def learn_tokens(
 
 def train_student(
     task: Task,
+    early: Tensor,
     features: Tensor,
     criterion: Aligned | Masked | None,
     steps: int,
@@ -75,13 +81,16 @@ def train_student(
     seed: int,
     pretrained: bool = True,
 ) -> Net:
-    """Stage 2: the task's loss plus distillation. A seed fixes initialisation and batches, the same for every criterion."""
+    """Stage 2: the task's loss plus distillation. A seed fixes initialisation and batches, the same for every criterion.
+
+    The student's stages up to stride 4 stay as they are: their features ``early`` are computed once, as the teacher's are.
+    """
     torch.manual_seed(seed)
     student = prepared(make_student(task.outputs), pretrained)
     trained = [*student.parameters(), *(criterion.parameters() if criterion is not None else ())]
     optimizer, schedule = adamw(trained, LR, WEIGHT_DECAY, steps)
     for batch in batches(len(features), steps, seed):
-        level = student.features(task.train.images[batch])
+        level = student.late_features(early[batch].float())
         loss = task.loss(student.head(level), task.train.targets[batch])
         if criterion is not None:
             loss = loss + criterion(level, features[batch].float(), task.train.masks[batch])
@@ -90,11 +99,13 @@ def train_student(
     return student
 
 
-def suggest(task: Task, features: Tensor, criterion: Aligned | Masked, student: Net, count: int = 5) -> dict[str, float]:
+def suggest(
+    task: Task, early: Tensor, features: Tensor, criterion: Aligned | Masked, student: Net, count: int = 5
+) -> dict[str, float]:
     """What `suggest_loss_weight` names from a few batches, by either rule, with the shares that its docstring advises."""
     losses, distillations, levels = [], [], []
     for batch in batches(len(features), count, seed=0):
-        levels.append(student.features(task.train.images[batch]))
+        levels.append(student.late_features(early[batch].float()))
         losses.append(task.loss(student.head(levels[-1]), task.train.targets[batch]))
         distillations.append(criterion(levels[-1], features[batch].float(), task.train.masks[batch]))
     by_gradient = suggest_loss_weight(losses, distillations, levels, by="gradient", share=0.1)
