@@ -49,7 +49,8 @@ def results_table(runs: Sequence[StudentRun], teacher_miou: float, steps: int) -
     for name, values in table.items():
         sign = "+" if "paired" in name else ""
         each = "  ".join(f"{v:{sign}.3f}" for v in values)
-        lines.append(f"  {name:22}{statistics.mean(values):>{sign}7.3f} +- {_std(values):.3f}    {each}")
+        spread = f" +- {_std(values):.3f}" if seeds > 1 else ""
+        lines.append(f"  {name:22}{statistics.mean(values):>{sign}7.3f}{spread:9}    {each}")
     ahead = sum(difference > 0 for difference in table["MasKD - MSE, paired"])
     lines.append(f"  MasKD is ahead of plain feature MSE in {ahead} of {seeds} seeds.")
     return "\n".join(lines)
