@@ -1,6 +1,6 @@
 """The three trainings of the demo: the teacher, its receptive tokens (stage 1), and a student (stage 2)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from maskd_triton import MaskedDistillLoss, MaskLearner
 from .digits_data import Scenes
 from .digits_models import PyramidNet, make_student, make_teacher
 from .digits_tasks import mean_iou, task_loss
+from .optimising import adamw, take_step
 
 BATCH = 32
 NUM_TOKENS = 6
@@ -68,10 +69,10 @@ class PlainFeatureLoss(nn.Module):
 def train_teacher(train: Scenes, steps: int, tick: Tick, seed: int = 0) -> PyramidNet:
     torch.manual_seed(seed)
     teacher = on_device_of(train, make_teacher())
-    optimizer, schedule = _adamw(teacher.parameters(), TEACHER_LR, steps)
+    optimizer, schedule = adamw(teacher.parameters(), TEACHER_LR, WEIGHT_DECAY, steps)
     for batch in batches(len(train), steps, seed):
         scenes = train[batch]
-        _step(task_loss(teacher(scenes.images), scenes.labels), optimizer, schedule)
+        take_step(task_loss(teacher(scenes.images), scenes.labels), optimizer, schedule)
         tick()
     return teacher.eval()
 
@@ -99,7 +100,7 @@ def learn_tokens(
             scenes = train[batch]
             loss = task_loss(teacher(scenes.images), scenes.labels)
             dice = learner.dice_loss()
-            _step(loss + dice, optimizer, schedule)
+            take_step(loss + dice, optimizer, schedule)
             history["task loss"].append(loss.item())
             history["dice"].append(dice.item())
             tick()
@@ -126,7 +127,7 @@ def train_student(study: Study, variant: str, loss_weight: float, seed: int, ste
         for conv in criterion.align:
             conv.reset_parameters()
         trained += criterion.align.parameters()
-    optimizer, schedule = _adamw(trained, STUDENT_LR, steps)
+    optimizer, schedule = adamw(trained, STUDENT_LR, WEIGHT_DECAY, steps)
     curve = []
     for step, batch in enumerate(batches(len(study.train), steps, seed), start=1):
         scenes = study.train[batch]
@@ -134,7 +135,7 @@ def train_student(study: Study, variant: str, loss_weight: float, seed: int, ste
         loss = task_loss(student.scores(features), scenes.labels)
         if criterion is not None:
             loss = loss + criterion(features, [level[batch] for level in study.levels])
-        _step(loss, optimizer, schedule)
+        take_step(loss, optimizer, schedule)
         if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
             curve.append((step, mean_iou(student, study.validation)))
         tick()
@@ -160,20 +161,6 @@ def make_criterion(
 def on_device_of(scenes: Scenes, module: Module) -> Module:
     """On the scenes' device, channels last: convolutions are then faster on CPUs and GPUs alike."""
     return module.to(scenes.images.device, memory_format=torch.channels_last)
-
-
-def _adamw(
-    parameters: Iterable[nn.Parameter], lr: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-
-
-def _step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    schedule.step()
 
 
 def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:

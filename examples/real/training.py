@@ -1,6 +1,6 @@
 """The trainings: teacher, tokens (stage 1), student (stage 2)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from maskd_triton import MaskLearner
 from maskd_triton.diagnostics import suggest_loss_weight
 
+from ..optimising import adamw, take_step
 from .losses import Aligned, Masked, Tokens
 from .models import Net, make_student, make_teacher
 from .tasks import Split, Task
@@ -25,9 +26,9 @@ def train_teacher(task: Task, steps: int, tick: Tick, pretrained: bool = True, s
     """From ImageNet weights, or from random ones."""
     torch.manual_seed(seed)
     teacher = prepared(make_teacher(task.outputs), pretrained)
-    optimizer, schedule = adamw(teacher.parameters(), steps)
+    optimizer, schedule = adamw(teacher.parameters(), LR, WEIGHT_DECAY, steps)
     for batch in batches(len(task.train), steps, seed):
-        step(task.loss(teacher(task.train.images[batch]), task.train.targets[batch]), optimizer, schedule)
+        take_step(task.loss(teacher(task.train.images[batch]), task.train.targets[batch]), optimizer, schedule)
         tick()
     return teacher.eval()
 
@@ -60,7 +61,7 @@ def learn_tokens(
     teacher.requires_grad_(False)
     for batch in batches(len(features), steps, seed):
         task_loss = task.loss(teacher.head(learner(features[batch].float())), task.train.targets[batch])
-        step(task_loss + learner.dice_loss(), optimizer, schedule)
+        take_step(task_loss + learner.dice_loss(), optimizer, schedule)
         tick()
     return learner
 
@@ -78,13 +79,13 @@ def train_student(
     torch.manual_seed(seed)
     student = prepared(make_student(task.outputs), pretrained)
     trained = [*student.parameters(), *(criterion.parameters() if criterion is not None else ())]
-    optimizer, schedule = adamw(trained, steps)
+    optimizer, schedule = adamw(trained, LR, WEIGHT_DECAY, steps)
     for batch in batches(len(features), steps, seed):
         level = student.features(task.train.images[batch])
         loss = task.loss(student.head(level), task.train.targets[batch])
         if criterion is not None:
             loss = loss + criterion(level, features[batch].float(), task.train.masks[batch])
-        step(loss, optimizer, schedule)
+        take_step(loss, optimizer, schedule)
         tick()
     return student
 
@@ -113,18 +114,6 @@ def prepared(net: Net, pretrained: bool) -> Net:
     if pretrained:
         net.backbone.load_imagenet()
     return net.to(memory_format=torch.channels_last)  # convolutions are then faster on CPUs
-
-
-def adamw(parameters: Iterable[nn.Parameter], steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(parameters, LR, weight_decay=WEIGHT_DECAY)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
-
-
-def step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    schedule.step()
 
 
 def batches(count: int, steps: int, seed: int) -> Iterator[Tensor]:

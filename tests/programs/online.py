@@ -12,7 +12,7 @@ from maskd_triton import MaskedDistillLoss, MaskLearner
 def main() -> None:
     assert not any(name.startswith("maskd_triton.kernels") for name in sys.modules)
     learner = MaskLearner(4, 2, impl="triton")
-    torch.nn.init.ones_(learner.get_parameter("mask_modules.0.prob.2.bias"))  # no longer as initialised: else a warning
+    torch.nn.init.ones_(learner.get_parameter("mask_modules.0.mask_token"))  # larger than as initialised: else a warning
     criterion = MaskedDistillLoss(4, 2, pretrained=learner, impl="triton")
     triton.testing.do_bench = lambda call, **_: 1.0
     x = torch.randn(1, 4, 3, 3)

@@ -120,6 +120,18 @@ def noisy(x: Tensor, noise: float) -> Tensor:
     return x * (1 + noise * torch.randn_like(x)) if noise else x
 
 
+def noisy_softmax(noise: float, softmax: Callable[..., Tensor] = torch.softmax) -> Callable[..., Tensor]:
+    """Softmax whose weights are off, and whose gradient ``w (dw - sum w dw)`` is off by a part of ``w dw``. Where one weight is
+    near 1, little is left of the difference."""
+
+    def softmax_off(logits: Tensor, dim: int) -> Tensor:
+        weights = softmax(logits, dim)
+        off = (noisy(weights, noise) - weights).detach()
+        return weights + off * (1 + logits - logits.detach())
+
+    return softmax_off
+
+
 def stage_2(case: Case) -> Measured:
     """Losses of every level and the student's gradients, as a function of the implementation, of a dtype for all, and of the
     noise of all that goes in."""
@@ -247,12 +259,15 @@ def error(got: Tensor, want: Tensor) -> float:
 
 def bounds(case: Case, measured: Measured, want: Outputs) -> dict[str, list[float]]:
     """The error that rounding may make of each output, but for that of its own dtype. It follows from how far the output moves
-    in float64, at most, when all inputs are off by a unit, so that sums which cancel are allowed more."""
+    in float64, at most, when all inputs, the mask weights and the terms of their gradient are off by a unit, so that sums
+    and differences which cancel are allowed more."""
     unit = max(UNITS[dtype] for dtype in (case.dtype, case.other_dtype or case.dtype))
     last = UNITS["fp64" if case.dtype == "fp64" else "fp32"]
     terms = max(math.prod(shape) for shape in case.shapes)  # of a sum over images, channels and pixels
     steps = STEPS + math.sqrt(terms) * last / unit  # its roundings are those of a random walk
-    moved = [measured("eager", torch.float64, unit) for _ in range(16)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "softmax", noisy_softmax(unit))
+        moved = [measured("eager", torch.float64, unit) for _ in range(16)]
     return {
         name: [steps * max(error(each[name][i], exact) for each in moved) + STEPS * last for i, exact in enumerate(values)]
         for name, values in want.items()
