@@ -86,7 +86,7 @@ def students_table(lines: Sequence[Line]) -> list[str]:
     rows.append(f"| feature MSE itself | {' | '.join(means)} |")
     for name in names:
         if name != MSE:
-            rows.append(f"| {name} | {' | '.join(paired(scores, teacher, name, MSE) for teacher in metrics)} |")
+            rows.append(f"| {label(name)} | {' | '.join(paired(scores, teacher, name, MSE) for teacher in metrics)} |")
     return rows
 
 
@@ -97,7 +97,8 @@ def pairs_table(lines: Sequence[Line]) -> list[str]:
     for name, base in PAIRS:
         cells = [paired(scores, teacher, name, base) for teacher in teachers]
         if any(cells):
-            rows.append(f"| {name}, minus {base} | {' | '.join(cells)} |")
+            named = " minus ".join(label(x).removeprefix("standardised, ") for x in (name, base))
+            rows.append(f"| {named} | {' | '.join(cells)} |")
     return rows
 
 
@@ -123,7 +124,7 @@ def tokens_table(lines: Sequence[Line], teacher: str) -> list[str]:
             each(levels, largest_dice),
             each(levels, lambda x: x.get("iou_boxes")),
         ]
-        rows.append(f"| {line['name']} | {' | '.join(figures)} |")
+        rows.append(f"| {label(line['name'])} | {' | '.join(figures)} |")
     return rows
 
 
@@ -158,6 +159,14 @@ def interval(values: Sequence[float]) -> str:
         return f"{statistics.fmean(values):+.3f}" if values else ""
     half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.fmean(values):+.3f} ± {half:.3f}"
+
+
+def label(name: str) -> str:
+    """Of a way, as the page says it."""
+    kind, _, way = name.rpartition(": ")
+    way = way.replace("as published", "six tokens") if "segmentation" not in way else way
+    way = way.replace(" x 3", ", weight 30").replace("alone", "no distillation")
+    return ", ".join([*filter(None, [{"channel": "standardised"}.get(kind, kind)]), way])
 
 
 def each(levels: Iterable[Line], figure: Any) -> str:

@@ -50,7 +50,7 @@ def test_a_small_run_and_a_second_one(tmp_path: Path, camvid: Path, bccd: Path) 
     verdicts = [level["verdict"] for line in lines if line["run"] == "tokens" for level in line["levels"]]
     assert verdicts
     assert all(verdict.startswith(("selective: ", "plain MSE: ", "background: ")) for verdict in verdicts)
-    assert "| channel: one token |" in "\n".join(tokens_report.tables(lines))
+    assert "| standardised, one token |" in "\n".join(tokens_report.tables(lines))
     assert (tmp_path / "masks.png").exists()
 
 
