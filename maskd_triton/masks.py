@@ -1,5 +1,6 @@
 """Stage 1: receptive tokens and mask weights, learned on a frozen teacher."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -387,12 +388,8 @@ class MaskLearner(Options):
                 "attach: standardize=True, but no statistics yet: run a few batches inside "
                 "`with learner.calibrate(teacher, names):` first"
             )
-
-        def mask(first: int, maps: list[Tensor], valid: Any) -> tuple[list[Tensor], Tensor, list[Seen]]:
-            return _learn(self._levels[first : first + len(maps)], maps, valid, self.impl)
-
         where = Where(names_of(names), output, layout, grid, prefix_tokens)
-        with self._hooked("attach", teacher, where, valid, mask):
+        with self._hooked("attach", teacher, where, valid, functools.partial(_learn, impl=self.impl)):
             yield self
 
     @contextmanager
@@ -442,26 +439,26 @@ class MaskLearner(Options):
         """
         if not self.standardize:
             raise RuntimeError("calibrate: this learner has standardize=False, so no statistics to gather")
-        statistics = [ChannelStatistics() for _ in self.channels]
+        statistics = {module: ChannelStatistics() for module in self._levels}
 
-        def watch(first: int, maps: list[Tensor], valid: Any) -> None:
+        def watch(modules: Sequence[MaskModule], maps: Sequence[Tensor], valid: Any) -> None:
             if in_transforms():
                 raise RuntimeError("calibrate: the teacher runs inside of a transform of torch.func; call it outside")
             pixels = valid_of_levels(valid, maps)
-            for i, x in enumerate(maps):
-                statistics[first + i].add(x, pixels[i] if pixels else None)
+            for i, (module, x) in enumerate(zip(modules, maps, strict=True)):
+                statistics[module].add(x, pixels[i] if pixels else None)
 
         where = Where(names_of(names), output, layout, grid, prefix_tokens)
         with self._hooked("calibrate", teacher, where, valid, watch) as hooks, torch.no_grad():
             yield self
-        levels = list(zip(self.names or range(len(statistics)), statistics, self._levels, strict=True))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for _, level, module in levels:
+            for module, level in statistics.items():
                 level.gather(module.channels, module.channel_mean.device)
         missing = hooks.missing()
-        for name, level, _ in levels:
-            level.check(f"calibrate: level {name!r}", hooks.not_run(missing) if missing else "no image has a valid pixel")
-        for _, level, module in levels:
+        why = hooks.not_run(missing) if missing else "no image has a valid pixel"
+        for name, level in zip(self.names or range(len(statistics)), statistics.values(), strict=True):
+            level.check(f"calibrate: level {name!r}", why)
+        for module, level in statistics.items():
             module.channel_mean.copy_(level.mean)
             module.channel_std.copy_({"channel": level.std, "isotropic": level.scale}[str(self.standardize)]())
             module.pixels_seen.fill_(level.pixels)
@@ -487,15 +484,15 @@ class MaskLearner(Options):
             )
 
 
-Use = Callable[[int, list[Tensor], Any], tuple[list[Tensor], Tensor, list[Seen]] | None]
+Use = Callable[[Sequence[MaskModule], Sequence[Tensor], Any], tuple[list[Tensor], Tensor, list[Seen]] | None]
 
 
 class _Attached(Hooked):
     """Which of a learner's levels the calls of a teacher's modules give, and what becomes of them.
 
     Attributes:
-        use: is given the first level of a call, its features and the valid pixels. It gives what `functional.learn` does, or
-            None where the teacher goes on with its own features.
+        use: is given the modules of a call's levels, their features and the valid pixels. It gives what `functional.learn`
+            does, or None where the teacher goes on with its own features.
         each: how many levels every module gives.
         shapes: of the levels that every module has given in this pass, in order.
         unrepeated: passes since backward() last recomputed one.
@@ -514,6 +511,8 @@ class _Attached(Hooked):
             raise ValueError(
                 f"{caller}: {check.counted(levels)} cannot be divided among {modules} modules, {list(where.names)}"
             )
+        if learner.names is not None:
+            self.keys = [learner.names[i : i + self.each] for i in range(0, levels, self.each)]
         self.shapes: list[list[torch.Size]] = [[] for _ in self.modules]
         self.ran, self.taught = False, False  # whether tokens could learn from any call
         self.unrepeated, self.repeated = 0, False
@@ -537,15 +536,12 @@ class _Attached(Hooked):
         """Modules that have given no levels in this pass."""
         return [name for name, shapes in zip(self.where.names, self.shapes, strict=True) if not shapes]
 
-    def find(self, i: int, result: Any) -> Unpacked:
-        names = self.learner.names
-        return self.where.find(result, self.labels[i], None if names is None else names[i * self.each : (i + 1) * self.each])
-
     def act(self, i: int, found: Unpacked, repeated: bool) -> Any:
         learner, name, label = self.learner, self.where.names[i], self.labels[i]
         shapes = [x.shape for x in found.tensors]
         first = i * self.each + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
-        used = self.use(first, self._maps(found, first, label), self.valid(name, repeated))
+        modules = learner._levels[first : first + len(shapes)]
+        used = self.use(modules, self._maps(found, first, label), self.valid(name, repeated))
         if used is None:
             return None
         masked, dice, seen = used
