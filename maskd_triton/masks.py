@@ -2,7 +2,6 @@
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -477,10 +476,9 @@ class MaskLearner(Options):
             finally:
                 self._attached, self._dice = None, {}
         if hooks.ran and not hooks.taught and any(map(self._trains, range(len(self.channels)))):
-            warnings.warn(
+            warn(
                 f"{caller}: the teacher ran only without gradients in this block, so the tokens learned nothing; usual causes "
                 "are torch.no_grad() and inference_mode() around it or inside of it. To evaluate, call learner.eval()",
-                stacklevel=5,  # through two context managers
             )
 
 
