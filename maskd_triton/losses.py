@@ -20,7 +20,7 @@ from ._warn import warn
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
-from .tables import LevelTables
+from .tables import LevelTables, of_levels
 
 __all__ = ["MaskedDistillLoss"]
 
@@ -409,21 +409,10 @@ class MaskedDistillLoss(Options):
 
     def _tables(self, with_tokens: bool, weighted: bool) -> DistillTables:
         """Every level's: with given masks the statistics alone, which the target needs."""
-        buffers = [level.float_buffers() for level in self._levels]
-
-        def of(name: str, wanted: bool) -> list[Tensor]:
-            return [level[name] for level in buffers] if wanted else []
-
-        standard = bool(self.standardize)
-        weighted, standard_tokens = with_tokens and weighted and self.weight_mask, with_tokens and standard
-        return DistillTables(
-            of("mask_token", with_tokens),
-            of("pool_rows", weighted),
-            of("pool_bias", weighted),
-            of("teacher_tokens", standard_tokens),
-            of("token_bias", standard_tokens),
-            of("statistics", standard),
-        )
+        tables = of_levels([level.tables() for level in self._levels])
+        if not with_tokens:
+            return DistillTables(statistics=tables.statistics)
+        return tables if weighted else tables._replace(pool_rows=(), pool_bias=())
 
 
 def _without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:

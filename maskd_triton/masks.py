@@ -21,7 +21,7 @@ from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, LevelReports, describe, is_plain, verdict
 from .functional import learn
-from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, buffer_dtype, compose
+from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, buffer_dtype, compose, of_levels
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -123,15 +123,9 @@ def _learn(
     modules: Sequence[MaskModule], features: Sequence[Tensor], valid: Any, impl: str
 ) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """`functional.learn` with the parameters of every level's module."""
-    levels = [module.tables(acc_dtype(features[0].dtype)) for module in modules]
-    standards = [level.standardization for level in levels if level.standardization is not None]
-    weightings = [level.weighting for level in levels if level.weighting is not None]
-    tables = LearnTables(
-        [s.tokens for s in standards] or [level.tokens for level in levels],
-        [s.token_bias for s in standards],
-        *(zip(*weightings, strict=True) if weightings else ((), ())),
-    )
-    return learn(features, tables, valid, impl)
+    tables = of_levels([module.tables(acc_dtype(features[0].dtype)) for module in modules])
+    tokens = tables.teacher_tokens or tables.tokens
+    return learn(features, LearnTables(tokens, tables.token_bias, tables.pool_rows, tables.pool_bias), valid, impl)
 
 
 class MaskLearner(Options):
