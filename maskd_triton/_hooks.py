@@ -194,6 +194,7 @@ class Hooked:
 
     Attributes:
         modules: those that ``where`` names.
+        keys: of each module, the keys that a mapping of levels must have; None: any.
         inside: a pass is running. A module that runs outside of one was called by itself.
         images: height and width of the images of the pass, where a grid of tokens needs them.
         arguments: of the model's call, until ``valid`` has read the valid ``pixels`` in them.
@@ -209,12 +210,12 @@ class Hooked:
         self._check_script("", self.root)
         self.modules = [self._module(name) for name in where.names]
         self.labels = [f"output of the {role}'s {name!r}" for name in where.names]
+        self.keys: Sequence[Sequence[Any] | None] = [None] * len(self.modules)
         self.read = None if valid is None else _reader(valid, self.root)
         self.arguments: tuple[Any, Any] | None = None
         self.pixels: Any = None
         self.images: tuple[int, int] | None = None
         self.inside = False
-        self.children: dict[str, str] = {}
         self.stack = ExitStack()
 
     def __enter__(self) -> "Hooked":
@@ -224,9 +225,6 @@ class Hooked:
             for i, module in enumerate(self.modules):
                 hook = _Hook(module, functools.partial(self._output, i))
                 stack.callback(module.register_forward_hook(hook, prepend=self.FIRST).remove)
-                for name, child in _children(module):
-                    ran = _Hook(child, functools.partial(self._child_ran, self.where.names[i], name))
-                    stack.callback(child.register_forward_hook(ran).remove)
             stack.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
             stack.callback(self.root.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
             self.stack = stack.pop_all()
@@ -239,10 +237,6 @@ class Hooked:
     def settle(self, *values: Any) -> None:
         """Note in which recomputation or trace the block itself is, if any; ``values``: what the model will be called with."""
         self.context = graph_task(), tracing(*values)
-
-    def find(self, i: int, result: Any) -> Unpacked:
-        """The levels in what the i-th module returned."""
-        return self.where.find(result, self.labels[i])
 
     def act(self, i: int, found: Unpacked, repeated: bool) -> Any:
         """What the i-th module returns in place of the levels that were ``found`` in its output; None: these.
@@ -278,16 +272,14 @@ class Hooked:
 
     def not_run(self, names: Sequence[str]) -> str:
         """Why modules of these names have not run, and what to do."""
-        for name in names:
-            if name in self.children:
-                return (
-                    f"the children of {name!r} were called without it, as torch.fx and ModuleList do: name the last, "
-                    f"'{name}.{self.children[name]}'"
-                )
-        return (
+        where = (
             f"run the {self.role} inside the `with` block, and neither in code that was compiled before it nor in a trace "
             "(torch.export, make_fx, fake or meta tensors)"
         )
+        children = [f"'{name}.{child}'" for name in names for child, _ in self._module(name).named_children()]
+        if not children:
+            return where
+        return f"{where}; if a part is not called, but its children are, as by torch.fx, name one of them, like {children[-1]}"
 
     def _elsewhere(self, *values: Any) -> bool:
         """Whether what runs now, with these tensors, is a trace or a recomputation, of which no pass is made."""
@@ -305,16 +297,10 @@ class Hooked:
         task, traced = self.context
         if tracing() and not traced:  # then nobody knows what an output is
             return None
-        found = self.find(i, result)
+        found = self.where.find(result, self.labels[i], self.keys[i])
         if tracing(found.tensors) != traced:
             return None
-        self.children.pop(self.where.names[i], None)
         return self.act(i, found, graph_task() != task)
-
-    def _child_ran(self, name: str, child: str, _inputs: Any, result: Any) -> None:
-        """A child was called; if that was a part of a call of its parent, `_output` follows."""
-        if not self._elsewhere(result):
-            self.children[name] = child
 
     def _check_script(self, name: str, module: nn.Module) -> None:
         """TypeError where hooks cannot be set on the way to the module of that name."""
@@ -341,15 +327,6 @@ class Hooked:
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {own}"
             kind = type(self.root).__name__
             raise AttributeError(f"{self.caller}: the {self.role} {kind} has no module {name!r}; {hint}") from None
-
-
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Its children, and in place of those that have no ``forward`` (ModuleLists, containers of torch.fx) theirs."""
-    for name, child in module.named_children():
-        if getattr(child.forward, "__func__", None) is nn.Module.forward:
-            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _children(child))
-        elif not isinstance(child, torch.jit.ScriptModule):  # which nobody can hook
-            yield name, child
 
 
 def check_alive(tensors: Iterable[Tensor], caller: str, role: str) -> None:

@@ -7,25 +7,14 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks as check
 from ._warn import warn
-from .tables import (
-    COMPOSED,
-    ENTRIES,
-    SCALES,
-    STATISTICS,
-    TOKEN_STD,
-    WEIGHTING,
-    LevelTables,
-    as_small_as_drawn,
-    fault,
-    several_scales,
-)
+from .tables import COMPOSED, ENTRIES, STATISTICS, TOKEN_STD, WEIGHTING, LevelTables, as_small_as_drawn, fault
 
 __all__ = ["load_masks", "mask_state", "save_masks"]
 
@@ -96,7 +85,7 @@ def _found(place: Mapping[str, Any], state: Mapping[str, Any], origin: str) -> d
 
 
 def load_masks(modules: nn.ModuleList, source: Source) -> None:
-    """Copy the tokens and mask weights of ``source`` into ``modules``, all or nothing.
+    """Copy the tokens and mask weights of ``source`` into ``modules``.
 
     A criterion's modules compose their tables from a learner's entries, or copy those of another criterion. Warns
     (UserWarning) about tokens that are no larger than as initialised.
@@ -106,9 +95,9 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
         source: as for `mask_state`.
 
     Raises:
-        ValueError: entries that do not fit, with what the source holds, what is expected, and the options to change; values
-            that are not finite; statistics (``standardize=True``) that were never gathered; a criterion as the source of a
-            learner; ``modules`` on the meta device.
+        ValueError: entries that do not fit, with what the source holds and what is expected; values that are not finite; for a
+            criterion, statistics (``standardize=True``) that were never gathered; a criterion as the source of a learner;
+            ``modules`` on the meta device.
 
     Examples:
         >>> import torch
@@ -119,7 +108,8 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
         >>> criterion = MaskedDistillLoss(16, pretrained=learner)
         >>> load_masks(criterion.mask_modules, learner)
     """
-    if any(x.is_meta for x in modules.state_dict().values()):
+    own = modules.state_dict()
+    if any(x.is_meta for x in own.values()):
         raise ValueError(
             "pretrained: tensors on the meta device hold no values; build the module without pretrained= there, and load the "
             "tokens once it has memory (to_empty): checkpoints.load_masks(module.mask_modules, pretrained), or load_state_dict"
@@ -127,130 +117,40 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
     state, origin = _state_dict(source)
     place = _place(state)
     found = _found(place, state, origin)
-    levels: list[Any] = list(modules)
     composed = any(key.split(".", 2)[2] in COMPOSED for key in found)
-    if composed and not all(isinstance(level, LevelTables) for level in levels):
+    if composed and not all(isinstance(level, LevelTables) for level in modules):
         raise ValueError(
             "pretrained: these are the tables of a MaskedDistillLoss, composed of tokens and mask weights that a learner "
-            "cannot get back; pass the MaskLearner or the file that it saved"
-            f"{_elsewhere(state, place)}"
+            f"cannot get back; pass the MaskLearner or the file that it saved{_elsewhere(state, place)}"
         )
-    shapes = {
-        f"mask_modules.{i}.{name}": shape
-        for i, level in enumerate(levels)
-        for name, shape in (level.table_shapes() if composed else level.published_shapes()).items()
-    }
-    held, expected = _kind_of_entries(found), _kind_of_modules(levels)
-    problems = _misfits(found, shapes)
-    unlike = _unlike(held, expected)
-    if problems or unlike:
-        holder = source if isinstance(source, str | os.PathLike) else "the source"
-        advice = ", but not all entries fit"
-        if unlike:
-            first = "gather statistics with MaskLearner.calibrate and " if held.standardize == "uncalibrated" else ""
-            advice = f": {first}pass {', '.join(unlike)} here, too, or tokens that were learned with the options given here"
-        advice += _elsewhere(state, place)
-        shown = problems[:4] + ([f"and {len(problems) - 4} more"] if len(problems) > 4 else [])
-        raise ValueError("\n  ".join([f"pretrained: {holder} holds {held}; expected {expected}{advice}", *shown]))
+    try:
+        modules.load_state_dict({key.removeprefix("mask_modules."): value for key, value in found.items()})
+    except RuntimeError as error:
+        expected = _contents({f"mask_modules.{key}": x for key, x in own.items()})
+        raise ValueError(
+            f"pretrained: {origin} holds {_contents(found)}; expected {expected}. Give the options that these tokens were "
+            f"learned with, or other tokens{_elsewhere(state, place)}\n{error}"
+        ) from error
     if not composed:
         _warn_if_untrained(found, "pretrained")
-    modules.load_state_dict({key.removeprefix("mask_modules."): value for key, value in found.items()})
 
 
-class _Kind(NamedTuple):
-    """The options that decide which entries there are, as the constructors name them.
-
-    Attributes:
-        channels, num_tokens: of every level; None where tokens are missing.
-        weight_mask: None if levels differ.
-        standardize: None if levels differ; ``"uncalibrated"``; True where the numbers do not tell which of the two it is.
-    """
-
-    channels: list[int | None]
-    num_tokens: list[int | None]
-    weight_mask: bool | None
-    standardize: bool | str | None
-
-    def __str__(self) -> str:
-        levels = f"{check.counted(len(self.channels))} of {_listed(self.channels, 'channel')}"
-        weights = {True: "with mask weights", False: "no mask weights", None: "mask weights on some levels"}
-        standardised = {
-            False: "not standardised",
-            True: "standardised",
-            "channel": "standardised (channel)",
-            "isotropic": "standardised (isotropic)",
-            "uncalibrated": "standardised, not calibrated",
-            None: "standardised on some levels",
-        }
-        return ", ".join((levels, _listed(self.num_tokens, "token"), weights[self.weight_mask], standardised[self.standardize]))
-
-
-def _listed(numbers: Sequence[int | None], noun: str) -> str:
-    """``"8, 16, 16 channels"``; once if they are all alike."""
-    shown = ["?" if number is None else str(number) for number in numbers]
-    if len(set(shown)) == 1:
-        del shown[1:]
-    more = f" and {len(shown) - 6} more" if len(shown) > 8 else ""
-    return f"{', '.join(shown[:6] if more else shown)}{more} {noun}{'' if shown == ['1'] else 's'}"
-
-
-def _kind_of_modules(levels: list[Any]) -> _Kind:
-    first = levels[0]
-    channels: list[int | None] = [level.channels for level in levels]
-    return _Kind(channels, [first.num_tokens] * len(levels), first.weight_mask, first.standardize)
-
-
-def _kind_of_entries(found: Mapping[str, Tensor]) -> _Kind:
-    levels = _by_level(found)
-    tokens = [level.get("mask_token", torch.empty(0)) for level in levels.values()]
-    sizes = [tuple(x.shape) if x.dim() == 2 else (None, None) for x in tokens]
-    weighted = {not WEIGHTING.isdisjoint(level) for level in levels.values()}
-    return _Kind(
-        [size[1] for size in sizes],
-        [size[0] for size in sizes],
-        weighted.pop() if len(weighted) == 1 else None,
-        _standardize_of(list(levels.values())),
+def _contents(found: Mapping[str, Tensor]) -> str:
+    """What `mask_state` gave: ``"2 levels of 4, 6 channels, 3 tokens, with mask weights, not standardised"``."""
+    levels = list(_by_level(found).values())
+    tokens = [level.get("mask_token", torch.empty(0)) for level in levels]
+    num_tokens, channels = zip(*(x.shape if x.dim() == 2 else "??" for x in tokens), strict=True)
+    weighted, standardised = (any(not names.isdisjoint(level) for level in levels) for names in (WEIGHTING, STATISTICS))
+    return (
+        f"{check.counted(len(levels))} of {_listed(channels, 'channel')}, {_listed(num_tokens, 'token')}, "
+        f"{'with' if weighted else 'no'} mask weights, {'' if standardised else 'not '}standardised"
     )
 
 
-def _standardize_of(levels: Sequence[Mapping[str, Tensor]]) -> bool | str | None:
-    standardised = {not STATISTICS.isdisjoint(level) for level in levels}
-    if len(standardised) > 1:
-        return None
-    if standardised == {False}:
-        return False
-    entries = [(name, x) for level in levels for name, x in level.items() if name in STATISTICS]
-    if any(name == "pixels_seen" and not x.is_meta and not (x > 0).all() for name, x in entries):
-        return "uncalibrated"
-    scales = [(name, x) for name, x in entries if name in SCALES]
-    if any(fault(name, x) for name, x in scales) or all(x.shape[-1:] in ((), (1,)) for _, x in scales):
-        return True  # one channel fits both
-    return "channel" if any(several_scales(name, x) for name, x in scales) else "isotropic"
-
-
-_TAKEN_BY = {  # one scale for all channels fits where each has its own
-    False: (False,),
-    "channel": ("channel",),
-    "isotropic": ("isotropic", "channel"),
-    True: ("isotropic", "channel"),
-    "uncalibrated": ("isotropic", "channel"),
-}
-
-
-def _unlike(held: _Kind, expected: _Kind) -> list[str]:
-    """The options that a module must be given to take what is held; none if no options would do."""
-    if len(set(held.num_tokens)) > 1 or None in (*held.channels, held.weight_mask, held.standardize):
-        return []
-    options: list[str] = []
-    if held.channels != expected.channels:
-        options.append(f"channels={held.channels}")
-    if held.num_tokens[0] != expected.num_tokens[0]:
-        options.append(f"num_tokens={held.num_tokens[0]}")
-    if held.weight_mask != expected.weight_mask:
-        options.append(f"weight_mask={held.weight_mask}")
-    if expected.standardize not in _TAKEN_BY[held.standardize]:
-        options.append(f"standardize={held.standardize if held.standardize in (False, 'isotropic') else True!r}")
-    return options
+def _listed(numbers: Sequence[Any], noun: str) -> str:
+    """``"8, 16, 16 channels"``; once if they are all alike."""
+    shown = numbers if len(set(numbers)) > 1 else numbers[:1]
+    return f"{', '.join(map(str, shown))} {noun}{'' if list(shown) == [1] else 's'}"
 
 
 def _by_level(found: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
@@ -260,19 +160,6 @@ def _by_level(found: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         _, level, name = key.split(".", 2)
         levels.setdefault(int(level), {})[name] = value
     return dict(sorted(levels.items()))
-
-
-def _misfits(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A line for every entry that is missing, unexpected, of another shape, or of values that no training gives."""
-    problems = []
-    for key in sorted(found.keys() | shapes.keys()):
-        want = list(shapes[key]) if key in shapes else "no such entry"
-        got = list(found[key].shape) if key in found else "no such entry"
-        if got != want:
-            problems.append(f"{key}: expected {want}, got {got}")
-        elif what := fault(key.split(".", 2)[2], found[key]):
-            problems.append(f"{key}: {what}")
-    return problems
 
 
 def _mask_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -287,11 +174,9 @@ def _mask_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _elsewhere(held: Any, looked_at: Any = None) -> str:
-    """For an error: where in the containers of a source there are mask entries, or others than those that were looked at."""
+    """For an error: where else in the containers of a source there are mask entries."""
     places = list(_inner_keys(held, "", {id(held), id(looked_at)}))
-    some = "some" if looked_at is None else "others"
-    more = f" and {len(places) - 4} more places" if len(places) > 4 else ""
-    return f"; there are {some} under {', '.join(places[:4])}{more}: pass what it holds there" if places else ""
+    return f"; there are mask entries under {', '.join(places)}: pass what it holds there" if places else ""
 
 
 def _inner_keys(held: Any, path: str, seen: set[int]) -> Iterator[str]:
@@ -330,20 +215,11 @@ def _read(path: Path) -> Any:
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        # what torch found, without the advice that it puts around it
-        reason = str(error.__context__ or error).split(". ")[0].rstrip(".") or type(error).__name__
-        if path.suffix.lower() in (".npz", ".npy"):
-            raise ValueError(
-                f"pretrained: {path} is a numpy file, expected one of torch; pass its arrays as a state dict of tensors "
-                "(numpy.load, torch.from_numpy)"
-            ) from error
-        what, arrays = "is damaged, no checkpoint, or holds more than tensors", ""
-        if "GLOBAL numpy" in reason:
-            what, arrays = "holds numpy arrays or numbers", ", with arrays as tensors (torch.from_numpy)"
         raise ValueError(
-            f"pretrained: {path} cannot be loaded with weights_only=True: {reason}. It {what}. If you trust it, load it once "
-            f"with torch.load(..., weights_only=False) and save its state dict alone{arrays}, or allow what it holds with "
-            "torch.serialization.safe_globals"
+            f"pretrained: {path} cannot be loaded with weights_only=True: {error.__context__ or error!r}. It is damaged, no "
+            "checkpoint of torch, or holds more than tensors, such as numpy arrays and numbers. If you trust it, load it once "
+            "with torch.load(..., weights_only=False), or numpy.load, and save its state dict alone, with arrays as tensors "
+            "(torch.from_numpy)"
         ) from error
 
 

@@ -1,7 +1,6 @@
 """Stage 2: the distillation loss."""
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -17,10 +16,11 @@ from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
 from ._torch import computes_nothing, graph_task, outside_transforms, tracing
+from ._warn import warn
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
 from .masks import MaskModule
-from .tables import LevelTables
+from .tables import LevelTables, of_levels
 
 __all__ = ["MaskedDistillLoss"]
 
@@ -210,10 +210,9 @@ class MaskedDistillLoss(Options):
         return [nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)]
 
     def _draw_tokens(self) -> None:
-        warnings.warn(
+        warn(
             "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the "
             "loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
-            stacklevel=3,
         )
         for level in self._levels:
             learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
@@ -386,10 +385,9 @@ class MaskedDistillLoss(Options):
             return
         without = [f"student{label}" for s, label in zip(levels.students, levels.labels, strict=True) if not s.requires_grad]
         self._warned = True
-        warnings.warn(
+        warn(
             f"{', '.join(without)}: no gradient, so the student does not learn from the distillation; usual causes are a "
             "detach(), torch.no_grad(), or a reentrant activation checkpoint around the module (use_reentrant=False)",
-            stacklevel=5,  # through nn.Module's two functions
         )
 
     def _prepared(self, levels: Matched, valid: Any) -> tuple[Matched, list[Tensor]]:
@@ -411,21 +409,10 @@ class MaskedDistillLoss(Options):
 
     def _tables(self, with_tokens: bool, weighted: bool) -> DistillTables:
         """Every level's: with given masks the statistics alone, which the target needs."""
-        buffers = [level.float_buffers() for level in self._levels]
-
-        def of(name: str, wanted: bool) -> list[Tensor]:
-            return [level[name] for level in buffers] if wanted else []
-
-        standard = bool(self.standardize)
-        weighted, standard_tokens = with_tokens and weighted and self.weight_mask, with_tokens and standard
-        return DistillTables(
-            of("mask_token", with_tokens),
-            of("pool_rows", weighted),
-            of("pool_bias", weighted),
-            of("teacher_tokens", standard_tokens),
-            of("token_bias", standard_tokens),
-            of("statistics", standard),
-        )
+        tables = of_levels([level.tables() for level in self._levels])
+        if not with_tokens:
+            return DistillTables(statistics=tables.statistics)
+        return tables if weighted else tables._replace(pool_rows=(), pool_bias=())
 
 
 def _without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:
@@ -503,11 +490,10 @@ class _AlignWatch:
             still = [i for i, moved in enumerate(self.moved[0].tolist()) if i in self.taught and not moved]
             self.moved = None
             if still:
-                warnings.warn(
+                warn(
                     f"align: the parameters of level {', '.join(map(str, still))} get gradients, but have not changed in "
                     f"{STILL} training calls, so the student is held against a random projection; give criterion.parameters() "
                     "to the optimizer",
-                    stacklevel=5,  # through nn.Module's two functions
                 )
 
     def _teach(self, level: int, _: Tensor) -> None:

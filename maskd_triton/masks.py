@@ -1,7 +1,7 @@
 """Stage 1: receptive tokens and mask weights, learned on a frozen teacher."""
 
+import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, LevelReports, describe, is_plain, verdict
 from .functional import learn
-from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, buffer_dtype, compose
+from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, as_small_as_drawn, buffer_dtype, compose, of_levels
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -123,15 +123,9 @@ def _learn(
     modules: Sequence[MaskModule], features: Sequence[Tensor], valid: Any, impl: str
 ) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """`functional.learn` with the parameters of every level's module."""
-    levels = [module.tables(acc_dtype(features[0].dtype)) for module in modules]
-    standards = [level.standardization for level in levels if level.standardization is not None]
-    weightings = [level.weighting for level in levels if level.weighting is not None]
-    tables = LearnTables(
-        [s.tokens for s in standards] or [level.tokens for level in levels],
-        [s.token_bias for s in standards],
-        *(zip(*weightings, strict=True) if weightings else ((), ())),
-    )
-    return learn(features, tables, valid, impl)
+    tables = of_levels([module.tables(acc_dtype(features[0].dtype)) for module in modules])
+    tokens = tables.teacher_tokens or tables.tokens
+    return learn(features, LearnTables(tokens, tables.token_bias, tables.pool_rows, tables.pool_bias), valid, impl)
 
 
 class MaskLearner(Options):
@@ -311,7 +305,8 @@ class MaskLearner(Options):
             ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
         """
         if self._seen:
-            self._warn_of(self.diagnostics(), untrained=True)
+            drawn = any(as_small_as_drawn(module.mask_token) for module in self._levels)  # of which save_masks warns
+            self._warn_of(self.diagnostics(), untrained=not drawn)
         save_masks(self.mask_modules, path)
 
     @property
@@ -387,12 +382,8 @@ class MaskLearner(Options):
                 "attach: standardize=True, but no statistics yet: run a few batches inside "
                 "`with learner.calibrate(teacher, names):` first"
             )
-
-        def mask(first: int, maps: list[Tensor], valid: Any) -> tuple[list[Tensor], Tensor, list[Seen]]:
-            return _learn(self._levels[first : first + len(maps)], maps, valid, self.impl)
-
         where = Where(names_of(names), output, layout, grid, prefix_tokens)
-        with self._hooked("attach", teacher, where, valid, mask):
+        with self._hooked("attach", teacher, where, valid, functools.partial(_learn, impl=self.impl)):
             yield self
 
     @contextmanager
@@ -442,26 +433,26 @@ class MaskLearner(Options):
         """
         if not self.standardize:
             raise RuntimeError("calibrate: this learner has standardize=False, so no statistics to gather")
-        statistics = [ChannelStatistics() for _ in self.channels]
+        statistics = {module: ChannelStatistics() for module in self._levels}
 
-        def watch(first: int, maps: list[Tensor], valid: Any) -> None:
+        def watch(modules: Sequence[MaskModule], maps: Sequence[Tensor], valid: Any) -> None:
             if in_transforms():
                 raise RuntimeError("calibrate: the teacher runs inside of a transform of torch.func; call it outside")
             pixels = valid_of_levels(valid, maps)
-            for i, x in enumerate(maps):
-                statistics[first + i].add(x, pixels[i] if pixels else None)
+            for i, (module, x) in enumerate(zip(modules, maps, strict=True)):
+                statistics[module].add(x, pixels[i] if pixels else None)
 
         where = Where(names_of(names), output, layout, grid, prefix_tokens)
         with self._hooked("calibrate", teacher, where, valid, watch) as hooks, torch.no_grad():
             yield self
-        levels = list(zip(self.names or range(len(statistics)), statistics, self._levels, strict=True))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for _, level, module in levels:
+            for module, level in statistics.items():
                 level.gather(module.channels, module.channel_mean.device)
         missing = hooks.missing()
-        for name, level, _ in levels:
-            level.check(f"calibrate: level {name!r}", hooks.not_run(missing) if missing else "no image has a valid pixel")
-        for _, level, module in levels:
+        why = hooks.not_run(missing) if missing else "no image has a valid pixel"
+        for name, level in zip(self.names or range(len(statistics)), statistics.values(), strict=True):
+            level.check(f"calibrate: level {name!r}", why)
+        for module, level in statistics.items():
             module.channel_mean.copy_(level.mean)
             module.channel_std.copy_({"channel": level.std, "isotropic": level.scale}[str(self.standardize)]())
             module.pixels_seen.fill_(level.pixels)
@@ -480,22 +471,21 @@ class MaskLearner(Options):
             finally:
                 self._attached, self._dice = None, {}
         if hooks.ran and not hooks.taught and any(map(self._trains, range(len(self.channels)))):
-            warnings.warn(
+            warn(
                 f"{caller}: the teacher ran only without gradients in this block, so the tokens learned nothing; usual causes "
                 "are torch.no_grad() and inference_mode() around it or inside of it. To evaluate, call learner.eval()",
-                stacklevel=5,  # through two context managers
             )
 
 
-Use = Callable[[int, list[Tensor], Any], tuple[list[Tensor], Tensor, list[Seen]] | None]
+Use = Callable[[Sequence[MaskModule], Sequence[Tensor], Any], tuple[list[Tensor], Tensor, list[Seen]] | None]
 
 
 class _Attached(Hooked):
     """Which of a learner's levels the calls of a teacher's modules give, and what becomes of them.
 
     Attributes:
-        use: is given the first level of a call, its features and the valid pixels. It gives what `functional.learn` does, or
-            None where the teacher goes on with its own features.
+        use: is given the modules of a call's levels, their features and the valid pixels. It gives what `functional.learn`
+            does, or None where the teacher goes on with its own features.
         each: how many levels every module gives.
         shapes: of the levels that every module has given in this pass, in order.
         unrepeated: passes since backward() last recomputed one.
@@ -514,6 +504,8 @@ class _Attached(Hooked):
             raise ValueError(
                 f"{caller}: {check.counted(levels)} cannot be divided among {modules} modules, {list(where.names)}"
             )
+        if learner.names is not None:
+            self.keys = [learner.names[i : i + self.each] for i in range(0, levels, self.each)]
         self.shapes: list[list[torch.Size]] = [[] for _ in self.modules]
         self.ran, self.taught = False, False  # whether tokens could learn from any call
         self.unrepeated, self.repeated = 0, False
@@ -537,15 +529,12 @@ class _Attached(Hooked):
         """Modules that have given no levels in this pass."""
         return [name for name, shapes in zip(self.where.names, self.shapes, strict=True) if not shapes]
 
-    def find(self, i: int, result: Any) -> Unpacked:
-        names = self.learner.names
-        return self.where.find(result, self.labels[i], None if names is None else names[i * self.each : (i + 1) * self.each])
-
     def act(self, i: int, found: Unpacked, repeated: bool) -> Any:
         learner, name, label = self.learner, self.where.names[i], self.labels[i]
         shapes = [x.shape for x in found.tensors]
         first = i * self.each + (self._place_of_repeated(i, shapes) if repeated else self._next_place(i, shapes))
-        used = self.use(first, self._maps(found, first, label), self.valid(name, repeated))
+        modules = learner._levels[first : first + len(shapes)]
+        used = self.use(modules, self._maps(found, first, label), self.valid(name, repeated))
         if used is None:
             return None
         masked, dice, seen = used

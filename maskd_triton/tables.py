@@ -1,7 +1,7 @@
 """The frozen tables of one level that stage 2 reads, composed once, in float64, from what stage 1 learned."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from . import _checks as check
 from ._eager import acc_dtype
 from ._options import Check, Options
+from ._records import DistillTables
 from ._torch import tracing
-from .functional import Standardization, compose_standardization, compose_weighting, mask_weights, receptive_masks
+from .functional import compose_standardization, compose_weighting, mask_weights, receptive_masks
 
 __all__ = ["LevelTables"]
 
@@ -19,17 +20,19 @@ CONVOLUTIONS = ("prob.0.weight", "prob.0.bias", "prob.2.weight", "prob.2.bias")
 
 
 class Tables(NamedTuple):
-    """One level as the operators take it.
-
-    Attributes:
-        tokens: ``[T, C]``.
-        weighting: ``rows [9, T, C]`` and ``bias [T]`` or ``[5, T]``; None without mask weights.
-        standardization: None for raw features.
-    """
+    """One level's entries of a `DistillTables`; None without mask weights or standardisation."""
 
     tokens: Tensor
-    weighting: tuple[Tensor, Tensor] | None
-    standardization: Standardization | None
+    pool_rows: Tensor | None = None
+    pool_bias: Tensor | None = None
+    teacher_tokens: Tensor | None = None
+    token_bias: Tensor | None = None
+    statistics: Tensor | None = None
+
+
+def of_levels(levels: Sequence[Tables]) -> DistillTables:
+    """The tables of all levels, field by field."""
+    return DistillTables(*([x for x in field if x is not None] for field in zip(*levels, strict=True)))
 
 
 def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
@@ -40,10 +43,11 @@ def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
     if CONVOLUTIONS[0] in level:
         weighting = compose_weighting(*(level[name].to(dtype) for name in CONVOLUTIONS))
     if "channel_mean" not in level:
-        return Tables(level["mask_token"], weighting, None)
+        return Tables(level["mask_token"], *(weighting or ()))
     token, mean, std = (level[name].to(dtype) for name in ("mask_token", "channel_mean", "channel_std"))
     standardization, weighting = compose_standardization(token, mean, std, weighting)
-    return Tables(level["mask_token"], weighting, standardization)
+    rows, bias = weighting or (None, None)
+    return Tables(level["mask_token"], rows, bias, *standardization)
 
 
 COMPOSED = frozenset(("pool_rows", "pool_bias", "teacher_tokens", "token_bias", "statistics"))  # of LevelTables alone
@@ -68,7 +72,7 @@ def buffer_dtype() -> torch.dtype:
 
 def is_narrow(x: Tensor) -> bool:
     """Whether ``x`` is of a float dtype below float32: such a table loses digits, and 1 / std may overflow."""
-    return x.is_floating_point() and x.dtype.itemsize < 4
+    return x.dtype.itemsize < 4 and x.is_floating_point()
 
 
 def fault(name: str, x: Any) -> str:
@@ -201,18 +205,16 @@ class MaskLevel(Options):
     def masks(self, x: Tensor) -> Tensor:
         """``sigmoid(E x)`` of the teacher's features ``[N, C, H, W]``: ``[N, T, H, W]``."""
         check.features(x, "x", self.channels)
-        tokens, _, standard = self.tables(acc_dtype(x.dtype))
-        if standard is None:
-            return receptive_masks(x, tokens)
-        return receptive_masks(x, standard.tokens, standard.token_bias)
+        tables = self.tables(acc_dtype(x.dtype))
+        return receptive_masks(x, tables.tokens if tables.teacher_tokens is None else tables.teacher_tokens, tables.token_bias)
 
     def weights(self, x: Tensor) -> Tensor:
         """Softmax mask weights ``[N, T]``; ValueError with ``weight_mask=False``."""
         check.features(x, "x", self.channels)
-        weighting = self.tables(acc_dtype(x.dtype)).weighting
-        if weighting is None:
+        tables = self.tables(acc_dtype(x.dtype))
+        if tables.pool_rows is None or tables.pool_bias is None:
             raise ValueError("weight_mask=False: this module has no mask weights")
-        return mask_weights(x, *weighting)
+        return mask_weights(x, tables.pool_rows, tables.pool_bias)
 
 
 class LevelTables(MaskLevel):
@@ -275,20 +277,9 @@ class LevelTables(MaskLevel):
         Args:
             dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
         """
-        buffers = self.float_buffers()
-        weighting = (buffers["pool_rows"], buffers["pool_bias"]) if self.weight_mask else None
-        standardization = None
-        if self.standardize:
-            standardization = Standardization(buffers["teacher_tokens"], buffers["token_bias"], buffers["statistics"])
-        return Tables(buffers["mask_token"], weighting, standardization)
-
-    def float_buffers(self) -> dict[str, Any]:
-        """The buffers by name; TypeError where a wrapper has cast them to half precision."""
+        self.check_buffers()
         buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
-        for x in buffers.values():
-            if x.dtype is not torch.float32 and is_narrow(x):
-                self.check_buffers()
-        return buffers
+        return Tables(buffers["mask_token"], *map(buffers.get, Tables._fields[1:]))
 
     def _load_from_state_dict(
         self,
@@ -335,7 +326,7 @@ class LevelTables(MaskLevel):
         """The buffers in float64 on the CPU; to be assigned, on the tokens' device and in their dtype (at least float32)."""
         with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
             tables = compose({name: x.to("cpu", torch.float64) for name, x in level.items()}, torch.float64)
-            values = [tables.tokens, *(tables.weighting or ()), *(tables.standardization or ())]
+            values = [x for x in tables if x is not None]
             if assign:
                 like = level["mask_token"]
                 values = [value.to(like.device, torch.promote_types(like.dtype, torch.float32)) for value in values]

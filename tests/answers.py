@@ -166,12 +166,11 @@ def _learned(given: Given, impl: str) -> Results:
         upstream = torch.full_like(dice, case.dice_scale)
     else:
         tables = [module.tables(case.precise) for module in learner.mask_modules]
-        standards = [x.standardization for x in tables if x.standardization is not None]
         masked, dice = F.masked_features_and_dice(
             features,
-            [s.tokens for s in standards] or [x.tokens for x in tables],
-            [x.weighting for x in tables if x.weighting is not None] or None,
-            token_bias=[s.token_bias for s in standards] or None,
+            [x.teacher_tokens if case.standardize else x.tokens for x in tables],
+            [(x.pool_rows, x.pool_bias) for x in tables] if case.weighted else None,
+            token_bias=[x.token_bias for x in tables] if case.standardize else None,
             valid=given.valid,
             impl=impl,
         )
@@ -191,12 +190,12 @@ def _looked_at(learner: MaskLearner, features: list[Tensor], case: Case) -> Resu
     seen = {}
     for i, (module, x) in enumerate(zip(learner.mask_modules, features, strict=True)):
         tables = module.tables(case.precise)
-        standard = tables.standardization
-        tokens = (tables.tokens,) if standard is None else (standard.tokens, standard.token_bias)
+        tokens = (tables.teacher_tokens, tables.token_bias) if case.standardize else (tables.tokens,)
         m = module.masks(x) if case.through == "module" else F.receptive_masks(x, *tokens)
         seen |= {f"masks.{i}": m, f"dice.{i}": F.dice_loss(m)}
-        if tables.weighting is not None:
-            seen[f"weights.{i}"] = module.weights(x) if case.through == "module" else F.mask_weights(x, *tables.weighting)
+        if case.weighted:
+            by_function = F.mask_weights(x, tables.pool_rows, tables.pool_bias)
+            seen[f"weights.{i}"] = module.weights(x) if case.through == "module" else by_function
     return seen
 
 

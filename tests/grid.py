@@ -11,8 +11,9 @@ import re
 import subprocess
 import sys
 import sysconfig
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+from tests.counts import counts
 
 ROOT = Path(__file__).parents[1]
 HERE, OWN, NEWEST = "here", "own", "newest"
@@ -97,9 +98,7 @@ def tested(environment: Path, suite: str, options: list[str]) -> tuple[str, bool
     status = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if not report.is_file():
         return f"pytest: exit status {status}", False
-    counts = ElementTree.parse(report).getroot()[0].attrib
-    failed, skipped = int(counts["failures"]) + int(counts["errors"]), int(counts["skipped"])
-    passed = int(counts["tests"]) - failed - skipped
+    passed, failed, _ = counts(report)
     return f"{passed} passed" + (f", {failed} failed" if failed else ""), status == 0
 
 

@@ -115,90 +115,38 @@ def test_entries_of_other_dtypes_are_cast(dtype: torch.dtype) -> None:
 # --- what does not fit -------------------------------------------------------------------------------------------------
 
 OWN = "2 levels of 4, 6 channels, 3 tokens, with mask weights, not standardised"
-STANDARDISED = OWN.replace("not standardised", "standardised (channel)")
+STANDARDISED = OWN.replace("not ", "")
 UNLIKE: dict[str, tuple[Callable[[], MaskLearner], dict[str, Any], str, str]] = {
-    "standardised": (
-        lambda: learned(standardize=True),
-        {},
-        f"the source holds {STANDARDISED}; expected {OWN}: pass standardize=True here, too",
-        "mask_modules.0.channel_mean: expected no such entry, got [4]",
-    ),
-    "not_standardised": (
-        learned,
-        {"standardize": True},
-        f"holds {OWN}; expected {STANDARDISED}: pass standardize=False here, too",
-        "mask_modules.0.channel_mean: expected [4], got no such entry",
-    ),
+    "standardised": (lambda: learned(standardize=True), {}, STANDARDISED, "channel_mean"),
+    "not_standardised": (learned, {"standardize": True}, OWN, "channel_mean"),
     "of_single_channels": (
         lambda: learned(standardize=True),
         {"standardize": "isotropic"},
-        f"{STANDARDISED}; expected {STANDARDISED.replace('channel)', 'isotropic)')}: pass standardize=True here, too",
-        "",
+        STANDARDISED,
+        ": expected one scale for all channels, got several: these are not standardize='isotropic'",
     ),
-    "uncalibrated": (
-        lambda: MaskLearner(CHANNELS, TOKENS, standardize=True),
-        {},
-        f"holds {OWN.replace('not standardised', 'standardised, not calibrated')}; expected {OWN}: gather statistics with "
-        "MaskLearner.calibrate and pass standardize=True here, too",
-        "mask_modules.0.channel_mean: expected no such entry, got [4]",
-    ),
-    "uncalibrated_isotropic": (
-        lambda: MaskLearner(CHANNELS, TOKENS, standardize="isotropic"),
-        {"standardize": "isotropic"},
-        f"standardised, not calibrated; expected {STANDARDISED.replace('channel)', 'isotropic)')}, but not all entries fit",
-        "mask_modules.0.pixels_seen: expected a count above 0, got 0: no statistics yet",
-    ),
-    "single_channel": (
-        lambda: trained([1], 1, standardize=True),
-        {},
-        "holds 1 level of 1 channel, 1 token, with mask weights, standardised; expected",
-        "",
-    ),
-    "levels_of_the_same_channels": (
-        lambda: trained([4, 4, 6], 3),
-        {},
-        f"holds {OWN.replace('2 levels of', '3 levels of 4,')}; expected {OWN}: pass channels=[4, 4, 6] here, too",
-        "mask_modules.1.mask_token: expected [3, 6], got [3, 4]",
-    ),
-    "many_levels": (
-        lambda: trained([2, 3] * 5, 3, False),
-        {},
-        "holds 10 levels of 2, 3, 2, 3, 2, 3 and 4 more channels, 3 tokens, no mask weights",
-        "",
-    ),
-    "levels_alike": (lambda: trained([2] * 5, 3), {}, "holds 5 levels of 2 channels, 3 tokens", ""),
-    "unweighted": (
-        lambda: learned(False),
-        {},
-        "no mask weights, not standardised; expected 2 levels of 4, 6 channels, 3 tokens, with mask weights, not standardised: "
-        "pass weight_mask=False here, too, or tokens that were learned with the options given here",
-        "mask_modules.0.prob.0.bias: expected [4], got no such entry",
-    ),
-    "levels_and_tokens": (
-        lambda: trained([8], 5),
-        {},
-        "holds 1 level of 8 channels, 5 tokens, with mask weights, not standardised; expected 2 levels of 4, 6 channels, "
-        "3 tokens, with mask weights, not standardised: pass channels=[8], num_tokens=5 here, too",
-        "and 6 more",
-    ),
+    "single_channel": (lambda: trained([1], 1), {}, "1 level of 1 channel, 1 token, with mask weights, not standardised", ""),
+    "levels_of_the_same_channels": (lambda: trained([4, 4, 6], 3), {}, OWN.replace("2 levels of", "3 levels of 4,"), ""),
+    "levels_alike": (lambda: trained([2] * 5, 3), {}, "5 levels of 2 channels, 3 tokens", ""),
+    "unweighted": (lambda: learned(False), {}, OWN.replace("with mask", "no mask"), "prob.0.bias"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:save. the tokens of levels")
-@pytest.mark.parametrize(("make", "options", "first", "line"), UNLIKE.values(), ids=UNLIKE)
+@pytest.mark.parametrize(("make", "options", "holds", "line"), UNLIKE.values(), ids=UNLIKE)
 def test_tokens_of_other_options(
-    make: Callable[[], MaskLearner], options: dict[str, Any], first: str, line: str, tmp_path: Path
+    make: Callable[[], MaskLearner], options: dict[str, Any], holds: str, line: str, tmp_path: Path
 ) -> None:
-    for kind in (MaskedDistillLoss, MaskLearner):
-        with pytest.raises(ValueError, match="pretrained: ") as caught:
-            kind(CHANNELS, TOKENS, pretrained=make(), **options)
-        assert first in str(caught.value).split("\n")[0]
-        assert line in str(caught.value)
-        assert len(str(caught.value).split("\n")) <= 6
+    expected = STANDARDISED if options else OWN
     path = tmp_path / "tokens.pt"
     make().save(path)
-    with pytest.raises(ValueError, match=f"pretrained: {path} holds "):
-        MaskedDistillLoss(CHANNELS, TOKENS, pretrained=path, **options)
+    for kind in (MaskedDistillLoss, MaskLearner):
+        for source, name in ((make(), "MaskLearner"), (path, path)):
+            with pytest.raises(ValueError, match="pretrained: ") as caught:
+                kind(CHANNELS, TOKENS, pretrained=source, **options)
+            first, _, rest = str(caught.value).partition("\n")
+            assert first.startswith(f"pretrained: {name} holds {holds}")
+            assert f"; expected {expected}. Give the options that these tokens were learned with, or other tokens" in first
+            assert line in rest
 
 
 def test_one_scale_for_all_channels_fits_where_each_has_its_own() -> None:
@@ -214,11 +162,12 @@ def test_one_scale_for_all_channels_fits_where_each_has_its_own() -> None:
 NAN = torch.zeros(3, 4)
 NAN[2, 1] = float("nan")
 PROBLEMS: dict[str, tuple[dict[str, Tensor | None], str]] = {
-    "missing": ({"0.prob.0.bias": None}, "mask_modules.0.prob.0.bias: expected [4], got no such entry"),
-    "no_tokens": ({"1.mask_token": None}, "mask_modules.1.mask_token: expected [3, 6], got no such entry"),
-    "one_level_more": ({"2.mask_token": torch.ones(3, 6)}, "mask_modules.2.mask_token: expected no such entry, got [3, 6]"),
-    "transposed": ({"1.mask_token": torch.ones(6, 3)}, "mask_modules.1.mask_token: expected [3, 6], got [6, 3]"),
-    "nan": ({"0.mask_token": NAN}, "mask_modules.0.mask_token: expected finite values"),
+    "missing": ({"0.prob.0.bias": None}, "0.bias"),
+    "no_tokens": ({"1.mask_token": None}, "2 levels of 4, ? channels, 3, ? tokens, "),
+    "of_no_dimension": ({"1.mask_token": torch.tensor(1.0)}, "2 levels of 4, ? channels, 3, ? tokens, "),
+    "one_level_more": ({"2.mask_token": torch.ones(3, 6)}, "3 levels of 4, 6, 6 channels"),
+    "transposed": ({"1.mask_token": torch.ones(6, 3)}, "2 levels of 4, 3 channels, 3, 6 tokens, "),
+    "nan": ({"0.mask_token": NAN}, "0.mask_token: expected finite values"),
     "infinite_once_cast": ({"0.mask_token": torch.full((3, 4), 1e300, dtype=torch.float64)}, "expected finite values"),
     "meta": ({"0.mask_token": torch.ones(3, 4, device="meta")}, "expected values, got a tensor on the meta device"),
 }
@@ -229,11 +178,9 @@ def test_entries_that_do_not_fit(entries: dict[str, Tensor | None], line: str) -
     state = learned().state_dict() | {f"mask_modules.{name}": x for name, x in entries.items()}
     state = {name: x for name, x in state.items() if x is not None}
     for module in (learned(seed=5), MaskedDistillLoss(CHANNELS, TOKENS, pretrained=learned(seed=5))):
-        before = {k: v.clone() for k, v in module.state_dict().items()}
-        with pytest.raises(ValueError, match="pretrained: the source holds ") as caught:
+        with pytest.raises(ValueError, match="pretrained: the state dict holds ") as caught:
             load_masks(module.mask_modules, state)
         assert line in str(caught.value)
-        assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
 INF = torch.tensor([1, 1, float("inf"), 1])
@@ -271,11 +218,11 @@ def test_statistics_that_are_none(name: str, value: Tensor, line: str) -> None:
     state = learner.state_dict() | {key: value}
     criterion = MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, pretrained=learner)
     before = {k: v.clone() for k, v in criterion.state_dict().items()}
-    with pytest.raises(ValueError, match=r", but not all entries fit\n  mask_modules\.0\.") as caught:
+    with pytest.raises(
+        ValueError, match=r"pretrained: the state dict holds .*, standardised; expected .*, standardised"
+    ) as caught:
         MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, pretrained=state)
-    assert f"{key}: {line}" in str(caught.value)
-    assert ("standardised (channel);" in str(caught.value)) == (name == "channel_mean")  # else the numbers do not tell
-    assert "isotropic" not in str(caught.value)
+    assert f"0.{name}: {line}" in str(caught.value)
     for module in (criterion, learner):
         if module is learner and name == "pixels_seen":
             module.load_state_dict(state)
@@ -285,25 +232,6 @@ def test_statistics_that_are_none(name: str, value: Tensor, line: str) -> None:
                 module.load_state_dict(state, strict=False, assign=assign)
             assert f"{key}: {line}" in str(raised.value)
     assert all(torch.equal(v, before[k]) for k, v in criterion.state_dict().items() if ".0." in k)
-
-
-def test_levels_that_differ() -> None:
-    """No options would take them; nothing untrue is said of them, and nothing else is raised."""
-    whole = learned(standardize=True).state_dict()
-    for entries, sentence in (
-        ({"1.mask_token": None}, "2 levels of 4, ? channels, 3, ? tokens, with mask weights, standardised (channel); "),
-        ({"1.mask_token": torch.tensor(1.0)}, "2 levels of 4, ? channels, 3, ? tokens, "),
-        ({"1.mask_token": torch.ones(6, 3)}, "2 levels of 4, 3 channels, 3, 6 tokens, "),
-        ({f"1.{k}.{n}": None for k in ("prob.0", "prob.2") for n in ("weight", "bias")}, "mask weights on some levels, stand"),
-        ({f"1.{k}": None for k in ("channel_mean", "channel_std", "pixels_seen")}, ", standardised on some levels; "),
-        ({"0.channel_std": torch.ones(4, device="meta")}, "with mask weights, standardised; expected"),
-    ):
-        changed = {f"mask_modules.{name}": x for name, x in entries.items()}
-        state = {name: x for name, x in (whole | changed).items() if x is not None}
-        with pytest.raises(ValueError, match="pretrained: the source holds 2 levels") as caught:
-            MaskedDistillLoss(CHANNELS, TOKENS, standardize=True, pretrained=state)
-        assert sentence in str(caught.value)
-        assert ", but not all entries fit" in str(caught.value)
 
 
 # --- tokens that nothing has trained ------------------------------------------------------------------------------------
@@ -389,9 +317,9 @@ def test_mask_entries_under_an_inner_key(tmp_path: Path) -> None:
     learner = learned()
     checkpoint = {"m": learner.state_dict(), "ema": {"module": learner.state_dict()}, "optimizer": {"state": {}}, "epoch": 3}
     path = saved(checkpoint, tmp_path)
-    with pytest.raises(ValueError, match=r"holds no mask entries: .*; there are some under") as caught:
+    with pytest.raises(ValueError, match="holds no mask entries: ") as caught:
         MaskLearner(CHANNELS, TOKENS, pretrained=path)
-    assert "; there are some under ['m'], ['ema']['module']: pass what it holds there" in str(caught.value)
+    assert "; there are mask entries under ['m'], ['ema']['module']: pass what it holds there" in str(caught.value)
     assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=torch.load(path)["m"]), learner)
 
 
@@ -403,7 +331,6 @@ ELSEWHERE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "in_a_list": (lambda own: {"state_dict": OTHER, "models": [OTHER, (own,)]}, "['models'][1][0]"),
     "of_arrays": (lambda own: {"state_dict": OTHER, "ema": {k: x.numpy() for k, x in own.items()}}, "['ema']"),
     "of_bare_entries": (lambda own: {"p3": {"mask_token": own["mask_modules.0.mask_token"]}}, "['p3']"),
-    "in_many_places": (lambda own: {key: dict(own) for key in "abcdef"}, "['a'], ['b'], ['c'], ['d'] and 2 more places"),
     "a_list": (lambda own: [3, own], "[1]"),
 }
 
@@ -415,7 +342,7 @@ def test_mask_entries_elsewhere(nested: Callable[[dict[str, Any]], Any], where: 
     for each in sources:
         with pytest.raises((ValueError, TypeError)) as caught:
             MaskLearner(CHANNELS, TOKENS, pretrained=each)
-        assert str(caught.value).endswith(f"; there are some under {where}: pass what it holds there")
+        assert str(caught.value).endswith(f"; there are mask entries under {where}: pass what it holds there")
 
 
 def test_other_entries_than_those_that_do_not_fit() -> None:
@@ -423,14 +350,14 @@ def test_other_entries_than_those_that_do_not_fit() -> None:
     learner = learned()
     tables = MaskedDistillLoss(CHANNELS, TOKENS, pretrained=learner).state_dict()
     for state in ({"mask_token": torch.ones(1, 384)}, tables):
-        with pytest.raises(ValueError, match=r"; there are others under \['learner'\]: pass what it holds there"):
+        with pytest.raises(ValueError, match=r"; there are mask entries under \['learner'\]: pass what it holds there"):
             MaskLearner(CHANNELS, TOKENS, pretrained={"state_dict": state, "learner": learner.state_dict()})
 
 
 def test_a_checkpoint_that_holds_modules_and_itself() -> None:
     checkpoint: dict[str, Any] = {"state_dict": OTHER, "learner": learned()}
     checkpoint["self"] = [checkpoint]
-    with pytest.raises(ValueError, match=r"; there are some under \['learner'\]: pass"):
+    with pytest.raises(ValueError, match=r"; there are mask entries under \['learner'\]: pass"):
         MaskLearner(CHANNELS, TOKENS, pretrained=checkpoint)
 
 
@@ -531,11 +458,8 @@ def test_more_than_tensors_in_a_file(tmp_path: Path) -> None:
     """What was refused, in a few words, and two ways on that work."""
     learner = learned()
     path = saved({"state_dict": learner.state_dict(), "best": np.float64(0.4)}, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"GLOBAL numpy\._core\.multiarray\.scalar .*weights_only=False.*safe_globals"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"GLOBAL numpy\._core\.multiarray\.scalar .*safe_globals.*weights_only=False"):
         mask_state(path)
-    assert len(str(caught.value)) < 500
     scalar = np.float64(0.4).__reduce__()[0]
     with torch.serialization.safe_globals([scalar, np.dtype, np.dtypes.Float64DType]):
         assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=path), learner)
@@ -543,16 +467,15 @@ def test_more_than_tensors_in_a_file(tmp_path: Path) -> None:
     assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=tmp_path / "plain.pt"), learner)
     arrays = {name: x.numpy() for name, x in learner.state_dict().items()}
     for content in (arrays, {"state_dict": arrays}):
-        with pytest.raises(ValueError, match=r"It holds numpy arrays or numbers\. .* as tensors \(torch\.from_numpy\)"):
+        with pytest.raises(ValueError, match=r"GLOBAL numpy.* with arrays as tensors \(torch\.from_numpy\)"):
             mask_state(saved(content, tmp_path))
     np.savez(tmp_path / "tokens.npz", **arrays)
-    with pytest.raises(ValueError, match=r"tokens\.npz is a numpy file, .* \(numpy\.load, torch\.from_numpy\)$"):
+    with pytest.raises(ValueError, match=r"tokens\.npz cannot be loaded.* or numpy\.load, .* \(torch\.from_numpy\)$"):
         mask_state(tmp_path / "tokens.npz")
     read = {name: torch.from_numpy(x) for name, x in np.load(tmp_path / "tokens.npz").items()}
     assert_holds(MaskLearner(CHANNELS, TOKENS, pretrained=read), learner)
-    with pytest.raises(ValueError, match=r"GLOBAL maskd_triton\.masks\.MaskLearner was not an allowed global") as caught:
+    with pytest.raises(ValueError, match=r"GLOBAL maskd_triton\.masks\.MaskLearner was not an allowed global"):
         mask_state(saved(learner, tmp_path))  # a whole module
-    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ""])

@@ -158,41 +158,27 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], senten
     assert sentence in str(caught.value)
 
 
-class Backwards(nn.Sequential):
-    """Calls its children, the last first."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 1))
-
-
 class Inlined(nn.Module):
-    def __init__(self, neck: nn.Module, order: list[int]) -> None:
+    def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
-        self.neck, self.order = neck, order
+        layers = nn.Conv2d(3, 4, 1), nn.ReLU()
+        self.neck = kind(layers) if kind is nn.ModuleList else kind(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for i in self.order:
-            x = self.neck[i](x)
-        return x
+        return self.neck[1](self.neck[0](x))
 
 
-WITHOUT_PARENT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "torch.fx": (lambda: torch.fx.symbolic_trace(Inlined(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), [0, 1])), "neck.1"),
-    "ModuleList": (lambda: Inlined(nn.ModuleList([nn.Conv2d(3, 4, 1), nn.ReLU()]), [0, 1]), "neck.1"),
-    "nested": (
-        lambda: torch.fx.symbolic_trace(Inlined(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())), [0])),
-        "neck.0.1",
-    ),
-    "backwards": (lambda: Inlined(Backwards(), [1, 0]), "neck.0"),
+WITHOUT_PARENT: dict[str, Callable[[], nn.Module]] = {
+    "torch.fx": lambda: torch.fx.symbolic_trace(Inlined(nn.Sequential)),
+    "ModuleList": lambda: Inlined(nn.ModuleList),
 }
 
 
-@pytest.mark.parametrize("kind", WITHOUT_PARENT)
-def test_children_that_are_called_without_their_parent(kind: str) -> None:
-    """A container is named, but never called: the error names the child that ran last."""
-    build, last = WITHOUT_PARENT[kind]
+@pytest.mark.parametrize("build", WITHOUT_PARENT.values(), ids=WITHOUT_PARENT)
+def test_children_that_are_called_without_their_parent(build: Callable[[], nn.Module]) -> None:
+    """A container is named, but never called: the error names a child."""
     student, teacher, learner = build(), build(), learner_of(4)
-    sentence = f"the children of 'neck' were called without it.*name the last, '{last}'"
+    sentence = r"if a part is not called, but its children are, as by torch\.fx, name one of them, like 'neck\.1'"
     with FeatureCapture(student, teacher, "neck") as features:
         student(IMAGES)
         teacher(IMAGES)
@@ -200,14 +186,14 @@ def test_children_that_are_called_without_their_parent(kind: str) -> None:
             features.take()
     with learner.attach(teacher, "neck"):
         teacher(IMAGES)
-        with pytest.raises(RuntimeError, match=f"dice_loss: no features seen yet in this block; {sentence}"):
+        with pytest.raises(RuntimeError, match=f"dice_loss: no features seen yet in this block; .*{sentence}"):
             learner.dice_loss()
     with (
-        pytest.raises(RuntimeError, match=f"calibrate: level 0: no features seen; {sentence}"),
+        pytest.raises(RuntimeError, match=f"calibrate: level 0: no features seen; .*{sentence}"),
         learner_of(4, standardize=True).calibrate(teacher, "neck"),
     ):
         teacher(IMAGES)
-    with learner.attach(teacher, last):
+    with learner.attach(teacher, "neck.1"):
         gradients(learner, teacher(IMAGES).mean() + learner.dice_loss())
 
 
