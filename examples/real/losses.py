@@ -23,7 +23,7 @@ class Tokens:
     custom_mask: bool = True
 
 
-RECOMMENDED = Tokens("recommended", standardize=True)  # docs/tokens.md
+RECOMMENDED = Tokens("one token", num_tokens=1, weight_mask=False, standardize=True)  # docs/tokens.md
 PUBLISHED = {"camvid": Tokens("published", num_tokens=8, weight_mask=False, custom_mask=False), "bccd": Tokens("published")}
 CUSTOM_MASKS_AFTER = 0.25  # share of the student's steps
 
