@@ -296,7 +296,7 @@ class MaskedDistillLoss(Options):
         if not repeated:
             object.__setattr__(self, "_latest", None)  # what it holds is free for this call
         loss, latest = functional.distill(
-            prepared, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
+            prepared, options, masks, mask_weights, self.loss_weight, reduction, self.impl, self.channels
         )
         if not (compiling or repeated):
             self.__dict__["_latest"] = latest
