@@ -1,17 +1,43 @@
-"""Tables and pictures of `examples.tokens`, made from its results alone."""
+"""Tables and the picture of `examples.tokens`. `python -m examples.tokens_report` writes the tables into docs/tokens.md."""
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .tokens import Study
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+    from .tokens_study import Study
 
 Line = dict[str, Any]
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "bench" / "results" / "cpu-tokens.jsonl", ROOT / "docs" / "tokens.md"
 KINDS = ["raw", "channel", "isotropic"]
+MSE, ONE, SIX, RAW, RANDOM, TRUE = (
+    "feature MSE",
+    "channel: one token",
+    "channel: as published",
+    "raw: as published",
+    "random masks",
+    "true boxes",
+)
+PICTURED = {RAW: "raw, six", SIX: "standardised, six", ONE: "standardised, one", RANDOM: "random masks", TRUE: "true boxes"}
+PAIRS = (
+    (ONE, SIX),
+    (ONE, RANDOM),
+    (SIX, RANDOM),
+    (TRUE, ONE),
+    (RANDOM, MSE),
+    ("channel: weighting slower", SIX),
+    ("channel: weight decay 0.1", SIX),
+    (ONE, "feature MSE x 3"),
+    (SIX, "feature MSE x 3"),
+)
 # of a 95 % interval by Student's t, by the number of pairs less one
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -21,60 +47,110 @@ def read(path: Path) -> list[Line]:
 
 
 def tables(lines: Sequence[Line]) -> list[str]:
-    """Markdown: the tokens of every teacher, then the students."""
-    teachers = list(dict.fromkeys(line["teacher"] for line in lines if line["run"] == "tokens"))
-    return [row for t in teachers for row in (f"### {t}", "", *tokens_table(lines, t), "")] + students_table(lines)
+    """All of them, as Markdown."""
+    return [row for part in (teachers_table, students_table, pairs_table, tokens_tables) for row in (*part(lines), "")]
 
 
-def tokens_table(lines: Sequence[Line], teacher: str) -> list[str]:
-    own = [line for line in lines if line["run"] == "tokens" and line["teacher"] == teacher]
-    own.sort(key=lambda line: KINDS.index(line["name"].partition(":")[0]))
+def with_tables(page: str, lines: Sequence[Line]) -> str:
+    """``page`` with the table that each comment names, up to the comment `end`."""
+    parts = {"teachers": teachers_table, "students": students_table, "pairs": pairs_table, "tokens": tokens_tables}
+    return re.sub(
+        rf"(?<=<!-- )({'|'.join(parts)}) -->.*?(?=<!-- end -->)",
+        lambda found: "\n".join([f"{found[1]} -->", "", *parts[found[1]](lines), "", ""]),
+        page,
+        flags=re.S,
+    )
+
+
+def teachers_table(lines: Sequence[Line]) -> list[str]:
+    """Focus and emphasis of what matters most, on every teacher."""
     rows = [
-        "| features: way | task loss | focus | emphasis | entropy in an image | over the set | largest Dice | coverage "
-        "| IoU: boxes | background |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        f"| not masked | {own[0]['unmasked']:.3f} | 0 | 1 | | | | | | |",
+        "| teacher | raw, six: focus | standardised, six | standardised, one | raw, six: emphasis "
+        "| standardised, six | standardised, one |",
+        "|---" * 7 + "|",
     ]
-    for line in own:
-        levels = line["levels"]
-        figures = [
-            each(levels, lambda x: x["focus"]),
-            each(levels, lambda x: x["emphasis"]),
-            each(levels, lambda x: x.get("entropy")),
-            each(levels, lambda x: entropy(x["weight"]) if "weight" in x else None),
-            each(levels, largest_dice),
-            ", ".join(f"{min(x['coverage']):.2f} to {max(x['coverage']):.2f}" for x in levels),
-            *(each(levels, lambda x, name=name: x[name]) for name in ("iou_boxes", "iou_background")),
-        ]
-        rows.append(f"| {line['name']} | {line['masked']:.3f} | {' | '.join(figures)} |")
+    for teacher in teachers_of(lines, "tokens"):
+        found = [about(lines, teacher, name, figure) for figure in ("focus", "emphasis") for name in (RAW, SIX, ONE)]
+        rows.append(f"| {teacher} | {' | '.join(found)} |")
     return rows
 
 
 def students_table(lines: Sequence[Line]) -> list[str]:
-    """Scores, and paired differences from the feature MSE with 95 % intervals."""
-    runs = [line for line in lines if line["run"] == "student"]
-    rows = []
-    for teacher in dict.fromkeys(run["teacher"] for run in runs):
-        own = [run for run in runs if run["teacher"] == teacher]
-        found = {
-            name: {run["seed"]: run["test"] for run in own if run["name"] == name}
-            for name in dict.fromkeys(r["name"] for r in own)
-        }
-        rows += [
-            f"| {teacher}: {own[0]['metric']} | test | minus feature MSE | seeds ahead | focus | emphasis |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, scores in found.items():
-            pairs = [
-                score - found["feature MSE"][seed] for seed, score in scores.items() if seed in found.get("feature MSE", {})
-            ]
-            ahead = f"{sum(p > 0 for p in pairs)} of {len(pairs)}" if name != "feature MSE" else ""
-            difference = interval(pairs) if name != "feature MSE" else ""
-            tokens = [line for line in lines if line["run"] == "tokens" and (line["teacher"], line["name"]) == (teacher, name)]
-            about = [each(tokens[0]["levels"], lambda x, k=key: x[k]) if tokens else "" for key in ("focus", "emphasis")]
-            rows.append(f"| {name} | {statistics.mean(scores.values()):.3f} | {difference} | {ahead} | {' | '.join(about)} |")
-        rows.append("")
+    """Scores of the MSE, and paired differences from it with 95 % intervals: a column for every teacher."""
+    scores = scores_of(lines)
+    names = list(dict.fromkeys(line["name"] for line in lines if line["run"] == "student"))
+    metrics = {line["teacher"]: line["metric"] for line in lines if line["run"] == "student"}
+    columns = [f"{teacher}: {metric}" for teacher, metric in metrics.items()]
+    means = [f"{statistics.mean(scores[teacher, MSE].values()):.3f}" for teacher in metrics]
+    rows = [f"| minus feature MSE | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    rows.append(f"| feature MSE itself | {' | '.join(means)} |")
+    for name in names:
+        if name != MSE:
+            rows.append(f"| {label(name)} | {' | '.join(paired(scores, teacher, name, MSE) for teacher in metrics)} |")
     return rows
+
+
+def pairs_table(lines: Sequence[Line]) -> list[str]:
+    """Differences between two ways."""
+    scores, teachers = scores_of(lines), teachers_of(lines, "student")
+    rows = [f"| difference | {' | '.join(teachers)} |", "|---" * (len(teachers) + 1) + "|"]
+    for name, base in PAIRS:
+        cells = [paired(scores, teacher, name, base) for teacher in teachers]
+        if any(cells):
+            named = " minus ".join(label(x).removeprefix("standardised, ") for x in (name, base))
+            rows.append(f"| {named} | {' | '.join(cells)} |")
+    return rows
+
+
+def tokens_tables(lines: Sequence[Line]) -> list[str]:
+    return [row for t in teachers_of(lines, "tokens") for row in (f"### {t}", "", *tokens_table(lines, t), "")]
+
+
+def tokens_table(lines: Sequence[Line], teacher: str) -> list[str]:
+    own = [line for line in lines if line["run"] in ("tokens", "masks") and line["teacher"] == teacher]
+    own.sort(key=lambda line: [*KINDS, ""].index(line["name"].partition(":")[0] if ":" in line["name"] else ""))
+    unmasked = next(line["unmasked"] for line in own if line["run"] == "tokens")
+    rows = [
+        "| features: way | task loss | focus | emphasis | entropy | largest Dice | IoU: objects |",
+        "|---" * 7 + "|",
+        f"| not masked | {unmasked:.3f} | 0 | 1 | | | |",
+    ]
+    for line in own:
+        levels = line["levels"]
+        figures = [
+            f"{line['masked']:.3f}" if "masked" in line else "",
+            *(each(levels, lambda x, name=name: x.get(name)) for name in ("focus", "emphasis")),
+            each(levels, lambda x: x.get("entropy") if len(x["coverage"]) > 1 else None),
+            each(levels, largest_dice),
+            each(levels, lambda x: x.get("iou_boxes")),
+        ]
+        rows.append(f"| {label(line['name'])} | {' | '.join(figures)} |")
+    return rows
+
+
+def teachers_of(lines: Iterable[Line], run: str) -> list[str]:
+    return list(dict.fromkeys(line["teacher"] for line in lines if line["run"] == run))
+
+
+def about(lines: Iterable[Line], teacher: str, name: str, figure: str) -> str:
+    """A figure of every level of these tokens."""
+    found = [x for x in lines if x["run"] == "tokens" and (x["teacher"], x["name"]) == (teacher, name)]
+    return each(found[0]["levels"], lambda x: x[figure]) if found else ""
+
+
+def scores_of(lines: Iterable[Line]) -> dict[tuple[str, str], dict[int, float]]:
+    """Test scores by seed, of every teacher and name."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for line in lines:
+        if line["run"] == "student":
+            found.setdefault((line["teacher"], line["name"]), {})[line["seed"]] = line["test"]
+    return found
+
+
+def paired(scores: dict[tuple[str, str], dict[int, float]], teacher: str, name: str, base: str) -> str:
+    """The difference over the seeds that both have."""
+    own, other = scores.get((teacher, name), {}), scores.get((teacher, base), {})
+    return interval([score - other[seed] for seed, score in own.items() if seed in other])
 
 
 def interval(values: Sequence[float]) -> str:
@@ -85,15 +161,18 @@ def interval(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):+.3f} ± {half:.3f}"
 
 
+def label(name: str) -> str:
+    """Of a way, as the page says it."""
+    kind, _, way = name.rpartition(": ")
+    way = way.replace("as published", "six tokens") if "segmentation" not in way else way
+    way = way.replace(" x 3", ", weight 30").replace("alone", "no distillation")
+    return ", ".join([*filter(None, [{"channel": "standardised"}.get(kind, kind)]), way])
+
+
 def each(levels: Iterable[Line], figure: Any) -> str:
     """A figure of every level, two digits each."""
     values = [figure(level) for level in levels]
     return "" if None in values else " ".join(f"{value:.2f}" for value in values)
-
-
-def entropy(weight: Sequence[float]) -> float:
-    """Of the mean weights, over log T."""
-    return sum(-w * math.log(w) for w in weight if w > 0) / math.log(len(weight)) if len(weight) > 1 else 1.0
 
 
 def largest_dice(level: Line) -> float | None:
@@ -101,31 +180,42 @@ def largest_dice(level: Line) -> float | None:
     return max(pairs) if pairs else None
 
 
-def draw(study: "Study", names: Sequence[str], path: Path) -> None:
-    """The first test scenes, and over them the weight that stage 2 gives every pixel: a column for each way, a row a level."""
+def draw(studies: Sequence["Study"], names: Sequence[str], path: Path) -> None:
+    """A row for each teacher: an image that no training saw, the weight of every pixel of its finest level in stage 2, and the
+    masks of the six standardised tokens."""
     if path.exists():
         return
-    import matplotlib
-    import torch
     from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    count = 2
-    images = study.train.images[:count].movedim(1, 3) / 2 + 0.5
-    figure = Figure(figsize=(1.6 * (len(names) + 1), 1.7 * count * len(study.levels)), layout="constrained")
-    axes = figure.subplots(count * len(study.levels), len(names) + 1, squeeze=False)
-    for column, name in enumerate(["", *names]):
-        for level in range(len(study.levels)):
-            for n in range(count):
-                axis = axes[level * count + n, column]
-                axis.set_axis_off()
-                if not name:
-                    axis.imshow(images[n].numpy())
-                    continue
-                masks, weights = study.masks(name)
-                m = masks[level][n]
-                w = torch.full((len(m),), 1 / len(m)) if weights is None else weights[level][n]
-                s = (m.square() * (w / m.sum((1, 2)))[:, None, None]).sum(0)
-                axis.imshow((s / s.mean()).numpy(), vmin=0, vmax=3)
-                axis.set_title(name.replace(": ", ":\n") if level == n == 0 else "", fontsize=7)
+    masks_of = SIX if SIX in names else None
+    columns = 1 + len(names) + (6 if masks_of else 0)
+    figure = Figure(figsize=(1.3 * columns, 1.2 * len(studies) + 0.4), layout="constrained")
+    axes = figure.subplots(len(studies), columns, squeeze=False)
+    for study, row in zip(studies, axes, strict=True):
+        show(row[0], study.unseen.images[0].movedim(0, 2), study.kind)
+        for axis, name in zip(row[1:], names, strict=False):
+            weight = pixel_weight(*study.masks(name, study.unseen))
+            show(axis, weight, PICTURED[name] if study is studies[0] else "", most=3)
+        if masks_of:
+            masks, weights = study.masks(masks_of, study.unseen)
+            for axis, mask, w in zip(row[1 + len(names) :], masks[0][0], weights[0][0], strict=True):  # type: ignore[index]
+                show(axis, mask, f"w {w:.2f}", most=1)
     figure.savefig(path, dpi=80)
+
+
+def pixel_weight(masks: list["Tensor"], weights: list["Tensor"] | None) -> "Tensor":
+    """Of the first image's finest level, over its mean."""
+    m = masks[0][0]
+    w = m.new_full((len(m),), 1 / len(m)) if weights is None else weights[0][0]
+    s = (m.square() * (w / m.sum((1, 2)).clamp(min=1e-12))[:, None, None]).sum(0)
+    return s / s.mean().clamp(min=1e-12)
+
+
+def show(axis: "Axes", pixels: "Tensor", title: str, most: float | None = None) -> None:
+    axis.imshow(pixels.detach().numpy(), vmin=0, vmax=most)
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=7)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(), read(RESULTS)))

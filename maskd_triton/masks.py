@@ -21,7 +21,7 @@ from ._warn import warn
 from .checkpoints import Source, load_masks, save_masks
 from .diagnostics import LevelDiagnostics, LevelReports, describe, is_plain, verdict
 from .functional import learn
-from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, buffer_dtype, compose, of_levels
+from .tables import CONVOLUTIONS, TOKEN_STD, MaskLevel, Tables, as_small_as_drawn, buffer_dtype, compose, of_levels
 
 __all__ = ["MaskLearner", "MaskModule"]
 
@@ -305,7 +305,8 @@ class MaskLearner(Options):
             ...     criterion = MaskedDistillLoss([16, 16], pretrained=os.path.join(folder, "tokens.pt"))
         """
         if self._seen:
-            self._warn_of(self.diagnostics(), untrained=True)
+            drawn = any(as_small_as_drawn(module.mask_token) for module in self._levels)  # of which save_masks warns
+            self._warn_of(self.diagnostics(), untrained=not drawn)
         save_masks(self.mask_modules, path)
 
     @property

@@ -9,43 +9,66 @@ import torch
 
 pytest.importorskip("sklearn", reason="needs the demo extra")
 
-from examples import tokens, tokens_report
+from examples import tokens, tokens_report, tokens_study
 from examples.digits_data import make_scenes
 from examples.tokens_teachers import Detector, boxes_of, focal, iou, objects_of, student_of, targets, teacher_of
+from maskd_triton import MaskModule
+from tests import test_real
 
+camvid, bccd = test_real.camvid, test_real.bccd  # fixtures
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/cpu-tokens.jsonl"
 
 
 @pytest.mark.slow
-def test_a_small_run_and_a_second_one(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs the demo extra")
-    settings = tokens.Settings((24, 8, 8), 32, (1, 1, 1), 16, 1, 1, 2)
-    names = ("channel: as published", "channel: one token", "channel: unweighted", "channel: SGD 0.1, weight decay 1e-4")
+def test_a_small_run_and_a_second_one(tmp_path: Path, camvid: Path, bccd: Path) -> None:
+    for package in ("matplotlib", "pycocotools"):
+        pytest.importorskip(package, reason="needs the demo and test extras")
+    from examples.real.models import make_teacher
+
+    for name, outputs in (("camvid", 11), ("bccd", 7)):
+        (tmp_path / name).mkdir()
+        torch.save(make_teacher(outputs).state_dict(), tmp_path / name / "teacher.pt")
+    real: dict[str, Any] = {"folders": {"camvid": camvid, "bccd": bccd}, "teachers": tmp_path}
+    settings = tokens.Settings((24, 8, 8), 32, (1, 1, 1), 16, 1, 1, 2, images=3)
+    names = ("channel: as published", "channel: one token", "channel: unweighted", "raw: as published for segmentation")
     ways = {name: tokens.WAYS[name] for name in (*names, "channel: weighting slower", "channel: balanced weights")}
     tokens.run(settings, tmp_path, dict(list(ways.items())[:2]), ("feature MSE",))
     before = (tmp_path / "runs.jsonl").read_text()
+    (tmp_path / "masks.png").unlink()
     students = ("feature MSE", "alone", "true boxes", "random masks", *names[:3])
-    tokens.run(settings, tmp_path, ways, students)
+    tokens.run(settings, tmp_path, ways, students, **real)
     after = (tmp_path / "runs.jsonl").read_text()
     assert after.startswith(before)
     lines = tokens_report.read(tmp_path / "runs.jsonl")
-    left_out = len(ways.keys() - set(tokens.FEW))  # by the detector
-    assert len(lines) == 1 + 3 * (1 + len(ways) + 2 * len(students)) - left_out
-    assert len({json.dumps([line.get(key) for key in ("run", "teacher", "name", "seed")]) for line in lines}) == len(lines)
+    assert [line["teacher"] for line in lines if line["run"] == "teacher"] == [*tokens.LR, "camvid", "bccd"]
+    left_out = len(ways.keys() & tokens.LEFT_OUT)  # by the detector
+    assert len(lines) == 2 + 5 * (1 + len(ways) + len(tokens.GIVEN)) + 3 * 2 * len(students) - left_out
+    assert len({json.dumps([line.get(key) for key in ("run", "teacher", "name", "seed", "date")]) for line in lines}) == len(
+        lines
+    )
     verdicts = [level["verdict"] for line in lines if line["run"] == "tokens" for level in line["levels"]]
     assert verdicts
     assert all(verdict.startswith(("selective: ", "plain MSE: ", "background: ")) for verdict in verdicts)
-    assert "| channel: one token |" in "\n".join(tokens_report.tables(lines))
-    assert all((tmp_path / f"masks-{kind}.png").exists() for kind in tokens.LR)
+    assert "| standardised, one token |" in "\n".join(tokens_report.tables(lines))
+    assert (tmp_path / "masks.png").exists()
+
+
+def test_a_teacher_that_is_missing(tmp_path: Path, camvid: Path) -> None:
+    pytest.importorskip("pycocotools", reason="needs the test extra")
+    from examples.tokens_real import real_study
+
+    journal = tokens.Journal(tmp_path / "runs.jsonl")
+    with pytest.raises(SystemExit, match=r"teacher.pt: not found; `python -m examples.real --task camvid .*` trains it"):
+        real_study("camvid", camvid, tmp_path, tokens.QUICK, tmp_path, journal)
 
 
 def test_what_slows_the_weighting() -> None:
     """Each way changes what its name says, and nothing else."""
-    modules = [tokens.MaskModule(8, 3)]
+    modules = [MaskModule(8, 3)]
     before = modules[0].prob[2].weight.detach().clone()
     plain, slow, alone, small = (
-        tokens.optimizer_of(modules, tokens.WAYS[f"channel: {name}"])
+        tokens_study.optimizer_of(modules, tokens.WAYS[f"channel: {name}"])
         for name in ("as published", "weighting slower", "weight decay 0.1, weighting only", "weighting smaller at the start")
     )
     assert [group["lr"] for group in plain.param_groups] == [0.01] * 5
@@ -100,10 +123,15 @@ def test_student_and_teacher_have_levels_of_the_same_size(kind: str) -> None:
     assert teacher_of(kind).metric == student_of(kind).metric
 
 
-def test_interval_and_entropy() -> None:
+def test_interval() -> None:
     assert tokens_report.interval([1.0, 2.0, 3.0, 4.0]) == "+2.500 ± 2.054"  # 3.182 * 1.291 / 2
-    assert tokens_report.entropy([0.5, 0.5, 0, 0]) == pytest.approx(0.5)
-    assert tokens_report.entropy([1.0]) == 1
+
+
+def test_masks_against_the_truth() -> None:
+    left, right = torch.tensor([1.0, 1, 0, 0]).expand(1, 4, 4), torch.tensor([0.0, 0, 1, 1]).expand(1, 4, 4)
+    half = torch.tensor([1.0, 0, 0, 0]).expand(1, 4, 4)
+    found = tokens_study.truth(torch.stack([half, right], 1), left, {"half": half, "none": torch.zeros(1, 4, 4)})
+    assert found == {"iou_boxes": 0.5, "iou_background": 1, "iou_classes": {"half": 1, "none": 0}}
 
 
 def test_detector_learns_boxes_on_every_level() -> None:
@@ -119,5 +147,6 @@ def page() -> tuple[str, list[dict[str, Any]]]:
 
 def test_the_page_has_the_figures_of_the_results() -> None:
     text, lines = page()
-    missing = [row for row in tokens_report.tables(lines) if row.startswith("|") and row not in text]
+    assert tokens_report.with_tables(text, lines) == text, "run python -m examples.tokens_report"
+    missing = [row for row in tokens_report.tables(lines) if row not in text]
     assert not missing

@@ -47,10 +47,10 @@ class Detector(BaseModel):
         return self.loss(inputs, data_samples) if mode == "loss" else self.extract_feat(inputs)
 
 
-def valid_of(batch_inputs: Tensor, samples: list[Any]) -> Tensor:
-    """The pixels of a batch that are no padding."""
-    sizes = [tuple(sample.metainfo["img_shape"][:2]) for sample in samples]
-    return valid_pixels(sizes, (batch_inputs.shape[2], batch_inputs.shape[3]), batch_inputs.device)
+def valid_of(inputs: Tensor, data_samples: list[Any], mode: str = "tensor") -> Tensor:
+    """The pixels of a batch that are no padding, from what ``forward`` is called with."""
+    sizes = [tuple(sample.metainfo["img_shape"][:2]) for sample in data_samples]
+    return valid_pixels(sizes, (inputs.shape[2], inputs.shape[3]), inputs.device)
 
 
 class LearnTokens(Hook):
@@ -66,8 +66,7 @@ class LearnTokens(Hook):
 
     def before_train(self, runner: Runner) -> None:
         detector = runner.model
-        valid = lambda inputs, data_samples, mode: valid_of(inputs, data_samples)  # noqa: E731
-        self.stack.enter_context(self.learner.attach(detector, self.module, valid=valid))
+        self.stack.enter_context(self.learner.attach(detector, self.module, valid=valid_of))
         loss: Callable[..., dict[str, Tensor]] = detector.loss
 
         def with_dice(batch_inputs: Tensor, samples: list[Any]) -> dict[str, Tensor]:
@@ -98,12 +97,17 @@ def distil(detector: Any, teacher: Any, criterion: MaskedDistillLoss) -> Any:
     return detector
 
 
-def train(model: Any, steps: int, hooks: list[Hook], parameters: Any) -> list[float]:
-    """Losses of a few steps under mmengine's Runner."""
-    data, losses = [], []
+def data_of(steps: int) -> list[dict[str, Any]]:
+    data = []
     for images, labels in batches(steps):
         samples = [SimpleNamespace(gt=label, metainfo={"img_shape": (32, 40)}) for label in labels]
         data.append({"inputs": images, "data_samples": samples})
+    return data
+
+
+def train(model: Any, steps: int, hooks: list[Hook], parameters: Any) -> list[float]:
+    """Losses of a few steps under mmengine's Runner."""
+    losses = []
 
     class Losses(Hook):
         def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -111,7 +115,7 @@ def train(model: Any, steps: int, hooks: list[Hook], parameters: Any) -> list[fl
 
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(
-            model, folder, train_dataloader=torch.utils.data.DataLoader(data, collate_fn=lambda batch: batch[0]),
+            model, folder, train_dataloader=torch.utils.data.DataLoader(data_of(steps), collate_fn=lambda batch: batch[0]),
             train_cfg={"by_epoch": False, "max_iters": steps}, custom_hooks=[*hooks, Losses()], log_level="ERROR",
             optim_wrapper={"optimizer": torch.optim.AdamW(parameters, lr=0.01)},
             default_hooks={"checkpoint": None, "logger": None, "runtime_info": None},
@@ -125,10 +129,13 @@ def main(steps: int = 6) -> list[float]:
     """Both stages; the losses of stage 2."""
     torch.manual_seed(0)
     teacher, student = Detector(16), Detector(8)
-    learner = MaskLearner(teacher.channels, num_tokens=4)
+    learner = MaskLearner(teacher.channels, num_tokens=4, standardize=True)
+    with learner.calibrate(teacher, "neck", valid=valid_of):  # mean and deviation of its channels; a few hundred images
+        for batch in data_of(steps):
+            teacher(**batch)
     train(teacher, steps, [LearnTokens(learner)], learner.parameters())
     criterion = MaskedDistillLoss(
-        teacher.channels, 4, student_channels=student.channels, custom_mask_warmup=3, pretrained=learner
+        teacher.channels, 4, student_channels=student.channels, standardize=True, custom_mask_warmup=3, pretrained=learner
     )  # fmt: skip
     model = distil(student, teacher, criterion)
     return train(model, steps, [], [p for p in model.parameters() if p.requires_grad])

@@ -53,18 +53,22 @@ def main(steps: int = 4) -> list[float]:
     """Both stages; the losses of stage 2."""
     torch.manual_seed(0)
     student, teacher = detector(18), detector(34)
-    learner, (images, targets) = MaskLearner([256] * 5), examples(2)
+    learner, (images, targets) = MaskLearner([256] * 5, standardize=True), examples(2)
     optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
     teacher.train()  # R-CNN returns losses only so; attach keeps its normalisation in eval mode
     padded = {}  # the detector pads by itself: the ImageList that its transform returns says which pixels are valid
     teacher.transform.register_forward_hook(lambda module, arguments, result: padded.update(latest=result[0]))
-    with learner.attach(teacher, "backbone", valid=lambda *arguments: padded["latest"]):
+    where = {"names": "backbone", "valid": lambda *arguments: padded["latest"]}
+    with learner.calibrate(teacher, **where):  # mean and deviation of its channels; a few hundred images
+        teacher(images, [dict(t) for t in targets])
+    with learner.attach(teacher, **where):
         for _ in range(steps):
             loss = sum(teacher(images, [dict(t) for t in targets]).values()) + learner.dice_loss()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    model = Distilled(student, teacher, MaskedDistillLoss([256] * 5, custom_mask_warmup=2, pretrained=learner))
+    criterion = MaskedDistillLoss([256] * 5, standardize=True, custom_mask_warmup=2, pretrained=learner)
+    model = Distilled(student, teacher, criterion)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     losses = []
     for _ in range(steps):
