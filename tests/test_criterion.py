@@ -39,7 +39,7 @@ def literal_losses(learner: MaskLearner, student: list[Tensor], teacher: list[Te
     """Of every level, in float64."""
     modules = copy.deepcopy(learner).double().requires_grad_(False).mask_modules
     maps = [[x.double() for x in xs] for xs in (student, teacher)]
-    return reference.distill_loss_levels(*maps, [m.mask_token for m in modules], [m.weighting() for m in modules], **options)
+    return reference.distill_loss(*maps, [m.mask_token for m in modules], [m.weighting() for m in modules], **options)
 
 
 def keyed(levels: list[Any], order: tuple[str, ...] = KEYS) -> dict[str, Any]:
