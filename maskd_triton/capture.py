@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._hooks import Hooked, Output, Where, changes_in_train_mode, check_alive, names_of
+from ._hooks import Hooked, Output, Where, changes_in_train_mode, check_alive
 from ._levels import Unpacked
 from ._torch import Model, version
 from ._warn import warn
@@ -82,8 +82,8 @@ class FeatureCapture:
         options = {"output": output, "layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
         of_student, of_teacher = (list(names), list(names.values())) if isinstance(names, Mapping) else (names, names)
         self._sides = [
-            ("student", student, Where(names_of(of_student), **_of_side(options, "student"))),
-            ("teacher", teacher, Where(names_of(of_teacher), **_of_side(options, "teacher"))),
+            ("student", student, Where(of_student, **_of_side(options, "student"))),
+            ("teacher", teacher, Where(of_teacher, **_of_side(options, "teacher"))),
         ]
         self._recorders = self._new_recorders()
         self._stack: ExitStack | None = None  # of a block that is entered
@@ -179,7 +179,7 @@ def call(
         >>> len(levels), bool((levels[1] == scores).all())
         (2, True)
     """
-    recorder = _Recorder("capture", "model", model, Where(names_of(names), output, layout, grid, prefix_tokens))
+    recorder = _Recorder("capture", "model", model, Where(names, output, layout, grid, prefix_tokens))
     try:
         with recorder:
             recorder.settle(args, kwargs)  # features of fake or meta images are what is asked for
