@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -208,11 +209,12 @@ class _Level(NamedTuple):
     version: int | None
 
 
-class _Taken(NamedTuple):
+@dataclass
+class _Taken:
     """What a module gave in the latest pass, and how often it was called by itself, outside of one."""
 
-    levels: list[_Level]
-    direct: int
+    levels: list[_Level] = field(default_factory=list)
+    direct: int = 0
 
 
 class _Recorder(Hooked):
@@ -232,37 +234,32 @@ class _Recorder(Hooked):
         if role != "student":  # which trains
             self.watched = [(name, m) for name, m in self.root.named_modules() if changes_in_train_mode(m)]
         self.trained: str | None = None
-        self.levels: list[list[_Level]] = []
-        self.direct: list[int] = []
-        self.forget()
+        self.taken = [_Taken() for _ in self.modules]
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.skipped = self.only not in (None, torch.is_grad_enabled())
-        if self.skipped:
-            self.inside = True
-            return
         super().begin(args, kwargs)
-        self.forget()
+        self.skipped = self.only not in (None, torch.is_grad_enabled())
+        if not self.skipped:
+            self.forget()
 
     def act(self, i: int, found: Unpacked, repeated: bool) -> None:
         skipped = self.skipped if self.inside else self.only not in (None, torch.is_grad_enabled())
         if repeated or skipped:
             return
         self.watch()
+        taken = self.taken[i]
         if not self.inside:  # a call of the module itself: the latest counts
-            self.levels[i].clear()
-            self.direct[i] += 1
+            taken.levels.clear()
+            taken.direct += 1
         keys = [()] * len(found.tensors) if found.keys is None else [(key,) for key in found.keys]
         for key, x in zip(keys, found.tensors, strict=True):
             level = self.where.maps(x, self.labels[i], self.images)
             written = version(x)
-            self.levels[i].append(_Level(i, key, level.clone() if written is None else level, written))  # a copy stays as it is
+            taken.levels.append(_Level(i, key, level.clone() if written is None else level, written))  # a copy stays as it is
 
     def forget(self) -> list[_Taken]:
         """What the latest pass has left; nothing of it is kept."""
-        taken = [_Taken(*module) for module in zip(self.levels, self.direct, strict=True)]
-        self.levels = [[] for _ in self.modules]
-        self.direct = [0] * len(self.modules)
+        taken, self.taken = self.taken, [_Taken() for _ in self.modules]
         return taken
 
     def watch(self) -> None:
