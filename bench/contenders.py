@@ -29,7 +29,7 @@ def ours_eager(x: Inputs) -> list[Tensor]:
 def literal(x: Inputs) -> list[Tensor]:
     """The formulas as printed: ``[N, T, C, H, W]`` tensors and a 3x3 convolution per level."""
     if x.stage == 2:
-        return [reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=True)]
+        return [reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=True).sum()]
     levels = zip(x.teacher, x.tokens, x.weighting, strict=True)
     masked, dice = zip(*(reference.masked_features_and_dice(*level) for level in levels), strict=True)
     return [*masked, torch.stack(dice).sum()]

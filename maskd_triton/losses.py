@@ -15,7 +15,7 @@ from ._levels import Levels, Matched, in_order, labels, match, named, per_level,
 from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
-from ._torch import computes_nothing, graph_task, outside_transforms, tracing
+from ._torch import graph_task, outside_transforms, tracing
 from ._warn import warn
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
@@ -269,8 +269,7 @@ class MaskedDistillLoss(Options):
         check.level_count(levels.teachers, "teacher", self.channels)
         counts, compiling = self.training and advance, torch.compiler.is_compiling()
         # activation checkpointing repeats a call, and a trace computes nothing: neither counts, nor is kept
-        fake = not compiling and (computes_nothing(levels.students[0]) or computes_nothing(levels.teachers[0]))
-        repeated = graph_task() != -1 or tracing() or fake
+        repeated = graph_task() != -1 or tracing(levels.students[0]) or tracing(levels.teachers[0])
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(

@@ -120,6 +120,7 @@ def results_of() -> dict:
     return {"device": "cpu", "threads": 2, "commit": "abc", "date": "2026-11-24T00:00", "copy_gb_per_s": 20.0, "rows": rows}
 
 
+@pytest.mark.slow
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = results_of()
@@ -146,6 +147,7 @@ def test_growth_changes_one_thing_at_a_time() -> None:
             assert found == kept | {curve: size}
 
 
+@pytest.mark.slow
 def test_compiled_contenders() -> None:
     runs, left_out = bench.chosen(2, torch.device("cpu"), compiled=True)
     names = [f"{name}, {how}" for name in ("literal", "plain") for how in ("compiled", "max-autotune")]

@@ -346,8 +346,10 @@ def meta_parameters(model: nn.Module) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "trace",
-    [*TRACES.values(), fake_tensors, fake_images, meta_parameters],
-    ids=[*TRACES, "fake tensors", "fake images", "meta parameters"],
+    [
+        *(pytest.param(trace, id=kind, marks=[pytest.mark.slow] * (kind == "strict export")) for kind, trace in TRACES.items()),
+        *(fake_tensors, fake_images, meta_parameters),
+    ],
 )
 def test_a_trace_is_no_pass(trace: Callable[[nn.Module], Any]) -> None:
     """What an export leaves behind is never handed out as features; those of the pass before it still are."""
