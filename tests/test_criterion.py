@@ -436,10 +436,13 @@ def test_diagnostics_of_nothing(target: Target) -> None:
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
-def test_untrained_tokens_warn() -> None:
+@pytest.mark.parametrize("standardize", [False, True])
+def test_no_tokens_warn(standardize: bool) -> None:
+    """The loss is what the warning says."""
     with pytest.warns(UserWarning, match=r"without pretrained=.*MaskLearner") as caught:
-        MaskedDistillLoss(4)
+        criterion = MaskedDistillLoss(5, standardize=standardize, custom_mask=False)
     assert [warning.filename for warning in caught] == [__file__]
+    agree(criterion(S[0], T[0]), 0.5 * (S[0] - T[0]).square().mean())
 
 
 def test_a_student_without_gradient_warns() -> None:
