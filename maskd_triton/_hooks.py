@@ -32,15 +32,19 @@ Valid = str | Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Which modules, which part of their output, and how it is laid out."""
+    """Which modules, which part of their output, and how it is laid out. A single name may stand for a sequence of one."""
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     output: Output | None = None
     layout: str | None = None
     grid: tuple[int, int] | None = None
     prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
+        names = [self.names] if isinstance(self.names, str) else list(self.names) if isinstance(self.names, Sequence) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"names: expected dotted names of modules, got {self.names!r}")
+        object.__setattr__(self, "names", names)
         if not (self.output is None or isinstance(self.output, str) or check.integer(self.output) is not None):
             raise TypeError(f"output: expected one field, key or position, got {self.output!r}; name a module further inside")
         if self.layout is not None:
@@ -155,14 +159,6 @@ def _with_part(result: Any, key: Any, value: Any) -> Any:
     except dataclasses.FrozenInstanceError:
         object.__setattr__(result, key, value)
     return result
-
-
-def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
-    """TypeError unless they are dotted names."""
-    given = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Sequence) else ()
-    if not given or not all(isinstance(name, str) for name in given):
-        raise TypeError(f"names: expected dotted names of modules, got {names!r}")
-    return given
 
 
 # Hooks

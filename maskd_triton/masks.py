@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._eager import acc_dtype
-from ._hooks import Hooked, Output, Valid, Where, check_alive, frozen, names_of
+from ._hooks import Hooked, Output, Valid, Where, check_alive, frozen
 from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
@@ -381,7 +381,7 @@ class MaskLearner(Options):
                 "attach: standardize=True, but no statistics yet: run a few batches inside "
                 "`with learner.calibrate(teacher, names):` first"
             )
-        where = Where(names_of(names), output, layout, grid, prefix_tokens)
+        where = Where(names, output, layout, grid, prefix_tokens)
         with self._hooked("attach", teacher, where, valid, functools.partial(_learn, impl=self.impl)):
             yield self
 
@@ -441,7 +441,7 @@ class MaskLearner(Options):
             for i, (module, x) in enumerate(zip(modules, maps, strict=True)):
                 statistics[module].add(x, pixels[i] if pixels else None)
 
-        where = Where(names_of(names), output, layout, grid, prefix_tokens)
+        where = Where(names, output, layout, grid, prefix_tokens)
         with self._hooked("calibrate", teacher, where, valid, watch) as hooks, torch.no_grad():
             yield self
         if torch.distributed.is_available() and torch.distributed.is_initialized():
