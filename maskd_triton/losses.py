@@ -61,8 +61,8 @@ class MaskedDistillLoss(Options):
             ``advance=False`` do not count.
         loss_weight: factor on the loss, a number or a scalar tensor without gradient. With ``standardize``, try 3, 10 and 30
             on validation. Published for raw features: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
-            0.5 for segmentation. ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion. No state dict
-            holds it.
+            0.5 for segmentation. ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion. No state
+            dict holds it.
         eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, in which
             an empty mask of the tokens gives NaN; one that ``masks=`` gives counts nothing.
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
