@@ -144,8 +144,8 @@ def collapsed(level: LevelDiagnostics) -> list[str]:
     """Sentences that say which tokens of a level add nothing.
 
     It names masks that are on everywhere, empty masks, masks that are copies of one another, and a token that has all the
-    weight, the same in every image or another in each. The thresholds are this module's constants. The other tokens may still be
-    useful; `verdict` says whether it matters. Values are copied to the host, which waits for the device.
+    weight, the same in every image or another in each. The thresholds are this module's constants. The other tokens may still
+    be useful; `verdict` says whether it matters. Values are copied to the host, which waits for the device.
 
     Args:
         level: what `describe` or ``diagnostics()`` gave. NaN, from an empty batch, reports nothing.
