@@ -45,8 +45,8 @@ class FeatureCapture:
     activation checkpoints and traces (``torch.export``, fake or meta tensors) leave nothing here. If both are one model
     (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
 
-    Code that was compiled before the block does not see its hooks: then `take` raises. Compile the models inside the block; or
-    use `capture.call` inside what is compiled.
+    Code compiled before you enter the block ignores its hooks, and `take` raises. Compile the models inside the block, or use
+    `capture.call` inside what is compiled.
 
     Raises:
         AttributeError: a model has no such module; the message lists near matches.
@@ -126,7 +126,7 @@ class FeatureCapture:
             returned, if every level has a key of its own. Two mappings have one order, the teacher's.
 
         Raises:
-            RuntimeError: a model has not run in the block; it is not known which calls belong together; a later layer has
+            RuntimeError: a model has not run in the block; `take` cannot tell which calls belong together; a later layer has
                 overwritten the features in place; they are of a transform of torch.func that is over.
             ValueError: student and teacher gave different numbers of levels, or levels with different keys.
         """

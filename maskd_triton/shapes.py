@@ -160,7 +160,7 @@ def boxes_to_masks(
     x_0 \le (x + 0.5) W_0 / W_i < x_1 \text{ and } y_0 \le (y + 0.5) H_0 / H_i < y_1, \quad 0 \text{ otherwise}
     $$
 
-    So a pixel of a level counts if its centre lies in a box. A box between the centres of a coarse level leaves its mask empty.
+    A pixel of a level counts if its centre lies in a box. A box between the centres of a coarse level leaves its mask empty.
 
     Args:
         boxes: ``[k, 4]`` of every image: ``(x0, y0, x1, y1)`` in pixels of the batch, of any real dtype; ``k`` may be 0.
