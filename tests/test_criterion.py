@@ -311,7 +311,7 @@ TRACES: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", TRACES)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "export")) for kind in TRACES])
 def test_a_trace_neither_counts_nor_is_kept(kind: str) -> None:
     criterion, learner = MaskedDistillLoss(8, 3, pretrained=trained([8], 3)), trained([8], 3)
     student, teacher = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(2, 8, 5, 6)
