@@ -3,7 +3,6 @@
 docs/reaching-into-models.md tells users what `attach`, `calibrate`, `FeatureCapture` and `capture.call` share.
 """
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._levels import Unpacked, is_record, refilled, tensor_of, unpack
+from ._levels import Unpacked, is_record, tensor_of, unpack, with_part
 from ._torch import Model, compiled, graph_task, outlived, tracing
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher
@@ -59,7 +58,7 @@ class Where:
         """The levels in what a module returned; ``rebuild`` gives the whole result with others in their place."""
         if self.output is not None:
             found = unpack(_part(result, self.output, label), label, keys)
-            return found._replace(rebuild=lambda levels: _with_part(result, self.output, found.rebuild(levels)))
+            return found._replace(rebuild=lambda levels: with_part(result, self.output, found.rebuild(levels)))
         try:
             return unpack(result, label, keys)
         except TypeError as error:
@@ -141,24 +140,6 @@ def _part(result: Any, key: Output, label: str) -> Any:
         shown = f"{len(result)} entries" if sequence else ", ".join(names) or "no such parts"
         raise ValueError(f"{label}: expected levels in output={key!r} of {type(result).__name__}, which has {shown}")
     return found
-
-
-def _with_part(result: Any, key: Any, value: Any) -> Any:
-    """A copy of ``result`` that holds ``value`` where `_part` finds ``key``."""
-    if isinstance(result, Mapping) and not is_record(result):
-        return refilled(result, [key], [value])
-    if not isinstance(key, str):
-        items = list(result)
-        items[key] = value
-        return refilled(result, None, items)
-    if hasattr(result, "_replace"):
-        return result._replace(**{key: value})
-    result = copy.copy(result)
-    try:
-        setattr(result, key, value)
-    except dataclasses.FrozenInstanceError:
-        object.__setattr__(result, key, value)
-    return result
 
 
 # Hooks
