@@ -1,4 +1,4 @@
-"""The collapsed algebra in plain torch: what the Triton kernels compute, on any device.
+"""The algebra in plain torch: what the Triton kernels compute, on any device.
 
 Features are ``x [N, C, P]`` with ``P = H*W`` (a view of ``[N, C, H, W]``, any strides). Nothing of size
 ``[N, T, C, P]`` and no 3x3 convolution is ever built. Sums are taken in ``acc_dtype``: float32, or float64 for
@@ -172,7 +172,7 @@ def compose_standardization(
     for value, name in ((mean, "mean"), (std, "std")):
         check.parameter(value, name, [tokens.shape[1]], tokens.device)
     if weighting is not None:
-        check.weighting(weighting, "weighting", tokens.shape, tokens.device)
+        check.weighting(*weighting, tokens.shape[1], tokens.device)
     raw = tokens / std
     standardization = Standardization(raw, -(raw @ mean), torch.stack([mean, 1 / std]))
     if weighting is None:

@@ -15,11 +15,10 @@ from ._levels import Levels, Matched, in_order, labels, match, named, per_level,
 from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
-from ._torch import computes_nothing, graph_task, outside_transforms, tracing
+from ._torch import graph_task, outside_transforms, tracing
 from ._warn import warn
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
-from .masks import MaskModule
 from .tables import LevelTables, of_levels
 
 __all__ = ["MaskedDistillLoss"]
@@ -47,8 +46,8 @@ class MaskedDistillLoss(Options):
             order. State dicts number the levels in all cases.
         num_tokens: T, receptive tokens per level, at most 32; None: no tokens, ``masks=`` come with every call.
         student_channels: channels of the student's features, if they are to be aligned. The criterion then has a biased 1x1
-            convolution per level, ``align.{i}``, among its parameters: train them with the student. None: no align; channels
-            must be equal.
+            convolution per level, ``align.{i}``, among its parameters, which you train with the student. None: no align;
+            channels must be equal.
         align: your own modules instead of these convolutions, ``[N, C', H, W]`` to ``[N, C, H, W]``, trained with the student:
             one per level as a sequence or ``ModuleList``, or one module for a single level. They are called, so hooks,
             adapters, pruning and FSDP per module work; half-precision features run under autocast of their dtype. A module that
@@ -56,18 +55,19 @@ class MaskedDistillLoss(Options):
         weight_mask: weight each image's masks with the softmax learned in stage 1; False: every token counts ``1 / T``.
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
             and ``pretrained`` holds; masks and weights see the same, and so does ``masks=``, whose target is standardised, too.
-            Must be the learner's: ``"channel"`` (or True) or ``"isotropic"``. Off by default, as published.
+            Must be the value used for the learner: ``"channel"`` (or True) or ``"isotropic"``. Off by default, as published.
         custom_mask: customise masks once the warm-up is over.
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
             ``advance=False`` do not count.
-        loss_weight: factor on the loss. As published: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
-            0.5 for segmentation. A number, or a scalar tensor without gradient. It is an attribute, not part of the state dict:
-            ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion.
+        loss_weight: factor on the loss, a number or a scalar tensor without gradient. With ``standardize``, try 3, 10 and 30
+            on validation. Published for raw features: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
+            0.5 for segmentation. ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion. No state
+            dict holds it.
         eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, in which
             an empty mask of the tokens gives NaN; one that ``masks=`` gives counts nothing.
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
-            None warns: until a state dict is loaded, untrained tokens give masks of about 0.5 everywhere, and the loss is about
-            half of a plain MSE.
+            None warns: until a state dict is loaded, tokens of 0 give masks of 0.5 everywhere, and the loss is half of a plain
+            MSE.
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
         distance: between the features of a pixel: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
             `maskd_triton.functional.masked_distill_loss`.
@@ -180,7 +180,10 @@ class MaskedDistillLoss(Options):
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
         elif self.num_tokens is not None:
-            self._draw_tokens()
+            warn(
+                "MaskedDistillLoss without pretrained=: it has no tokens, so every mask is 0.5 and the loss is half a plain "
+                "feature MSE; learn tokens with MaskLearner and pass them as pretrained=, or load a state dict"
+            )
         self._warned = False  # of a student without gradient
         self._align_watch = _AlignWatch()
         self._latest: Latest | None = None
@@ -208,18 +211,6 @@ class MaskedDistillLoss(Options):
             student_channels = in_order(student_channels, "student_channels", self.names, levels)
         narrow = per_level(student_channels, "student_channels", levels)
         return [nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)]
-
-    def _draw_tokens(self) -> None:
-        warn(
-            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the "
-            "loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
-        )
-        for level in self._levels:
-            learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
-            if not learned.mask_token.is_meta:
-                if self.standardize:
-                    learned.pixels_seen.fill_(1)  # mean 0 and deviation 1 stand in for statistics
-                level.load_state_dict(learned.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
@@ -279,8 +270,7 @@ class MaskedDistillLoss(Options):
         check.level_count(levels.teachers, "teacher", self.channels)
         counts, compiling = self.training and advance, torch.compiler.is_compiling()
         # activation checkpointing repeats a call, and a trace computes nothing: neither counts, nor is kept
-        fake = not compiling and (computes_nothing(levels.students[0]) or computes_nothing(levels.teachers[0]))
-        repeated = graph_task() != -1 or tracing() or fake
+        repeated = graph_task() != -1 or tracing(levels.students[0]) or tracing(levels.teachers[0])
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(
@@ -296,7 +286,7 @@ class MaskedDistillLoss(Options):
         if not repeated:
             object.__setattr__(self, "_latest", None)  # what it holds is free for this call
         loss, latest = functional.distill(
-            prepared, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
+            prepared, options, masks, mask_weights, self.loss_weight, reduction, self.impl, self.channels
         )
         if not (compiling or repeated):
             self.__dict__["_latest"] = latest

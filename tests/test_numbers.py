@@ -25,10 +25,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def quick_and_slow() -> list[Any]:
-    """Every case for every target; in the interpreter only every third is quick."""
+    """Every case for every target; in the interpreter only every fourth is quick."""
     return [
         pytest.param(
-            name, target, id=f"{name}-{'-'.join(target)}", marks=[pytest.mark.slow] if target == INTERPRETED and i % 3 else []
+            name, target, id=f"{name}-{'-'.join(target)}", marks=[pytest.mark.slow] if target == INTERPRETED and i % 4 else []
         )
         for target in TARGETS
         for i, name in enumerate(CASES)
@@ -152,8 +152,7 @@ def test_features_made_in_inference_mode(target: Target) -> None:
         assert torch.equal(criterion(given.student, teacher), criterion(given.student, given.teacher))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_autocast_changes_nothing(dtype: torch.dtype, target: Target) -> None:
+def test_autocast_changes_nothing(target: Target) -> None:
     """Sums stay in float32 where the criterion is called inside an autocast region."""
     module = module_of(target)
     given = given_by(case_of(dtypes="fp32")).on(target[1])
@@ -164,7 +163,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype, target: Target) -> None:
         return [criterion(given.student, given.teacher), *module(given.teacher[0]), masks, F.dice_loss(masks)]
 
     want = results()
-    with torch.autocast(target[1], dtype):
+    with torch.autocast(target[1], torch.bfloat16):
         got = results()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
