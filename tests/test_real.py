@@ -83,7 +83,7 @@ def test_quick(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     argv = ["--task", task, "--data", str(folder), "--out", str(tmp_path), "--quick"]
     program.main(argv, pretrained=False)
     lines = study.read_lines(tmp_path / f"{task}-quick" / "runs.jsonl")
-    assert {line["run"] for line in lines} == {"call", "teacher", "tokens", "student", "suggestion"}
+    assert {line["run"] for line in lines} == {"call", "teacher", "tokens", "student", "suggested weights"}
     printed = capsys.readouterr().out
     metric = next(iter(lines[1]["test"]))
     for loss in losses.LOSSES:

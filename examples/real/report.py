@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scipy.stats import t
 
-from .losses import ALONE, LOSSES, MSE
+from .losses import ALONE, LOSSES, MSE, PUBLISHED, RECOMMENDED
 from .study import Line, best_weight, read_lines, tried_weights
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,9 @@ def tables(path: Path) -> str:
     tried = tried_weights(lines, names[0])
     parts.append(weights(tried, names[0]))
     spread = {loss: statistics.stdev(own.values()) for loss, own in by_seed(reported, "val", names[0]).items() if len(own) > 1}
-    parts.append(suggestions([line for line in lines if line["run"] == "suggestion"], tried, spread))
-    parts.append(masks([line for line in lines if line["run"] == "tokens"]))
+    parts.append(suggestions([line for line in lines if line["run"] == "suggested weights"], tried, spread))
+    used = {tokens.name for tokens in (RECOMMENDED, *PUBLISHED.values())}
+    parts.append(masks([line for line in lines if line["run"] == "tokens" and line["tokens"] in used]))
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -91,9 +92,10 @@ def masks(lines: Sequence[Line]) -> list[str]:
     for line in lines:
         looks = f"{line['focus']:.2f} | {line['emphasis']:.2f}"
         coverage = f"{min(line['coverage']):.2f} to {max(line['coverage']):.2f}"
+        dice = f"{line['dice']:.2f}" if len(line["coverage"]) > 1 else ""
         entropy = "" if line["entropy"] is None else f"{line['entropy']:.2f}"
         losses = f"{line['task_loss']:.3f} | {line['unmasked']:.3f}"
-        rows.append(f"| {line['tokens']} | {losses} | {looks} | {coverage} | {line['dice']:.2f} | {entropy} |")
+        rows.append(f"| {line['tokens']} | {losses} | {looks} | {coverage} | {dice} | {entropy} |")
     return rows if lines else []
 
 

@@ -96,7 +96,7 @@ class Study:
     def suggestion(self, loss: str) -> Line:
         """The weights that `suggest_loss_weight` names after a few steps with a weight of 1."""
         steps, seed = self.settings.suggestion_steps, TUNING_SEED
-        key = {"run": "suggestion", "loss": loss, "steps": steps}
+        key = {"run": "suggested weights", "loss": loss, "steps": steps}
         found = self._found(key)
         if found:
             return found

@@ -102,13 +102,13 @@ def train_student(
 def suggest(
     task: Task, early: Tensor, features: Tensor, criterion: Aligned | Masked, student: Net, count: int = 5
 ) -> dict[str, float]:
-    """What `suggest_loss_weight` names from a few batches, by either rule, with the shares that its docstring advises."""
+    """What `suggest_loss_weight` names from a few batches, by losses and by gradients."""
     losses, distillations, levels = [], [], []
     for batch in batches(len(features), count, seed=0):
         levels.append(student.late_features(early[batch].float()))
         losses.append(task.loss(student.head(levels[-1]), task.train.targets[batch]))
         distillations.append(criterion(levels[-1], features[batch].float(), task.train.masks[batch]))
-    by_gradient = suggest_loss_weight(losses, distillations, levels, by="gradient", share=0.1)
+    by_gradient = suggest_loss_weight(losses, distillations, levels, by="gradient")
     return {"by_loss": suggest_loss_weight(losses, distillations), "by_gradient": by_gradient}
 
 
