@@ -58,7 +58,8 @@ def masks(study: Study, images: list[int]) -> Figure:
     """The masks of the recommended tokens over test images."""
     pictures = study.task.test.images[images]
     module, level = study.learner(RECOMMENDED).mask_modules[0], study.teacher.features(pictures)
-    return viz.plot_masks(pictures / 255, [module.masks(level)], [module.weights(level)], names=["stride 8"])
+    weights = [module.weights(level)] if module.weight_mask else None
+    return viz.plot_masks(pictures / 255, [module.masks(level)], weights, names=["stride 8"])
 
 
 def weights(study: Study) -> Figure:

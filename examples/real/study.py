@@ -137,7 +137,7 @@ class Study:
     def learner(self, tokens: Tokens) -> MaskLearner:
         """From its file, or learned now."""
         if tokens not in self.learners:
-            path, steps = self.out / f"tokens-{tokens.name}.pt", self.settings.token_steps
+            path, steps = self.out / f"tokens-{tokens.name.replace(' ', '-')}.pt", self.settings.token_steps
             key = {"run": "tokens", "tokens": tokens.name, "steps": steps}
             if self._found(key) and path.exists():
                 self.learners[tokens] = MaskLearner(
