@@ -248,7 +248,7 @@ class Hooked:
             "(torch.export, make_fx, fake or meta tensors)"
         )
         parts = ((name, looked_through(self._module(name))) for name in names)
-        children = [f"'{name}.{child}'" for name, part in parts for child, _ in part.named_children()]
+        children = [repr(f"{name}.{child}".lstrip(".")) for name, part in parts for child, _ in part.named_children()]
         if not children:
             return where
         return f"{where}; if a part is not called, but its children are, as by torch.fx, name one of them, like {children[-1]}"
