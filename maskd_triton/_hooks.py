@@ -247,7 +247,8 @@ class Hooked:
             f"run the {self.role} inside the `with` block, and neither in code that was compiled before it nor in a trace "
             "(torch.export, make_fx, fake or meta tensors)"
         )
-        children = [f"'{name}.{child}'" for name in names for child, _ in self._module(name).named_children()]
+        parts = ((name, looked_through(self._module(name))) for name in names)
+        children = [repr(f"{name}.{child}".lstrip(".")) for name, part in parts for child, _ in part.named_children()]
         if not children:
             return where
         return f"{where}; if a part is not called, but its children are, as by torch.fx, name one of them, like {children[-1]}"

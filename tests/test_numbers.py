@@ -112,6 +112,18 @@ def test_gradients_where_they_are_wanted_alone(target: Target) -> None:
     assert torch.equal(without, alone.detach())
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("standard", [False, True], ids=["", "standardised"])
+def test_token_biases_without_standardised_weights(standard: bool, biased: bool, target: Target) -> None:
+    """And the other way round: nothing but a sum binds one to the other."""
+    x, tokens = level(target, 2, 5, 4, 3), level(target, 3, 5, seed=1)
+    rows, bias = level(target, 9, 3, 5, seed=2), level(target, *([5, 3] if standard else [3]), seed=3)
+    b = level(target, 3, seed=4) if biased else None
+    (y,), _ = F.masked_features_and_dice([x], [tokens], [(rows, bias)], token_bias=[b] if biased else None, impl=target[0])
+    gate = (F.receptive_masks(x, tokens, b) * F.mask_weights(x, rows, bias)[:, :, None, None]).sum(1, keepdim=True)
+    close(y.cpu(), (x * gate).cpu(), 1e-5)
+
+
 def test_frozen_features_change_no_gradient_of_parameters(target: Target) -> None:
     module = module_of(target)
     found = []
