@@ -425,7 +425,7 @@ def suggest_loss_weight(
 
     Args:
         task_losses: the task's losses of a few batches, from a student that has trained for a fifth of its steps or so: before
-            that, distillation pulls less hard, and the weight comes out up to 5 times larger. Numbers or scalar tensors in a
+            that, distillation pulls less hard, and the weight comes out some 4 times larger. Numbers or scalar tensors in a
             list, one stacked tensor or array, or a single number.
         distill_losses: the distillation losses of the same batches.
         features: with ``by="gradient"``, the student's features in each of these batches. The losses then need their graphs.
