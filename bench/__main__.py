@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compare, contenders, environment, measure
+from . import contenders, environment, measure
 from .contenders import CONTENDERS, SAME_RESULT, Contender
 from .workloads import DTYPES, GROWTH, LAYOUTS, WORKLOADS, Inputs, Workload, make_inputs, variant
 
@@ -156,16 +156,11 @@ def table(rows: list[Row], copy_gb_per_s: float) -> str:
 
 def selected(args: argparse.Namespace) -> Iterator[tuple[Workload, str | None, int | None]]:
     """Workloads to run, and for growth curves what grows and how far."""
-    every = args.full
-    masks = ("customised", "uncustomised") if every else args.masks
-    names = list(WORKLOADS) if every else args.workloads or ([] if args.growth else ["fpn"])
-    dtypes, layouts = (list(DTYPES), list(LAYOUTS)) if every else (args.dtype, args.layout)
-    for stage in PASSES if every else args.stage:
-        for name, dtype, layout in itertools.product(names, dtypes, layouts):
-            for mask in masks if stage == 2 else masks[:1]:  # stage 1 has no student to customise them with
-                changes = {"batch": args.batch, "dtype": dtype, "layout": layout, "stage": stage}
-                yield variant(WORKLOADS[name], custom_mask=mask == "customised", **changes), None, None
-        for curve, workloads in GROWTH.items() if every or args.growth else ():
+    names = args.workloads or ([] if args.growth else ["fpn"])
+    for stage in args.stage:
+        for name, dtype, layout in itertools.product(names, args.dtype, args.layout):
+            yield variant(WORKLOADS[name], batch=args.batch, dtype=dtype, layout=layout, stage=stage), None, None
+        for curve, workloads in GROWTH.items() if args.growth else ():
             for size, workload in workloads.items():
                 yield variant(workload, stage=stage, dtype=args.dtype[0]), curve, size
 
@@ -180,15 +175,12 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="images, instead of the workload's")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=[None], help="instead of the workload's")
-    parser.add_argument("--masks", nargs="+", choices=("customised", "uncustomised"), default=["customised"], help="in stage 2")
     parser.add_argument("--compile", action="store_true", help="also literal and collapsed under torch.compile")
     parser.add_argument("--growth", action="store_true", help="time and memory against pixels, channels, tokens and images")
-    parser.add_argument("--full", action="store_true", help="everything of the above but --compile; hours on a CPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="timed per contender and mode")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--results", type=Path, help="take these results instead of measuring")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="PNG files: bandwidth bars, growth curves (extra viz)")
-    parser.add_argument("--against", type=Path, help="earlier results to compare with; exit status 1 where something got worse")
     args = parser.parse_args()
     if unknown := set(args.workloads) - WORKLOADS.keys():
         parser.error(f"workloads: expected some of {', '.join(WORKLOADS)}, got {', '.join(sorted(unknown))}")
@@ -200,9 +192,6 @@ def main() -> int:
 
         for path in plots.draw(results, args.plots):
             print(f"drawn to {path}")
-    if args.against:
-        worse = compare.report(json.loads(args.against.read_text()), results, print)
-        return 1 if worse else 0
     return 0
 
 

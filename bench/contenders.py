@@ -16,7 +16,7 @@ Contender = Callable[[Inputs], list[Tensor]]
 
 def ours(x: Inputs, impl: str = "auto") -> list[Tensor]:
     if x.stage == 2:
-        return [F.masked_distill_loss(x.student, x.teacher, x.tokens, x.composed, custom_mask=x.custom_mask, impl=impl)]
+        return [F.masked_distill_loss(x.student, x.teacher, x.tokens, x.composed, custom_mask=True, impl=impl)]
     composed = [F.compose_weighting(*level) for level in x.weighting]
     masked, dice = F.masked_features_and_dice(x.teacher, x.tokens, composed, impl=impl)
     return [*masked, dice.sum()]
@@ -29,7 +29,7 @@ def ours_eager(x: Inputs) -> list[Tensor]:
 def literal(x: Inputs) -> list[Tensor]:
     """The formulas as printed: ``[N, T, C, H, W]`` tensors and a 3x3 convolution per level."""
     if x.stage == 2:
-        return [reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=x.custom_mask)]
+        return [reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=True)]
     levels = zip(x.teacher, x.tokens, x.weighting, strict=True)
     masked, dice = zip(*(reference.masked_features_and_dice(*level) for level in levels), strict=True)
     return [*masked, torch.stack(dice).sum()]
@@ -57,9 +57,7 @@ def _collapsed_loss(x: Inputs) -> Tensor:
         n, c, h, w = s.shape
         with torch.no_grad():
             flat = t.flatten(2)
-            m = _eager.masks(flat, tokens)
-            if x.custom_mask:
-                m = m * _eager.masks(s.flatten(2), tokens)
+            m = _eager.masks(flat, tokens) * _eager.masks(s.flatten(2), tokens)
             weights = _eager.weights(flat, rows, bias, h, w)
             pixel = torch.einsum("ntp,ntp,nt->np", m, m, weights / (n * c * (m.sum(2) + 1e-12)))
         d = (s.float() - t.float()).square().sum(1).flatten(1)

@@ -14,7 +14,7 @@ LAYOUTS = ("nchw", "channels_last")
 
 @dataclass(frozen=True)
 class Workload:
-    """Feature levels ``(C, H, W)`` of a batch and the criterion's settings."""
+    """Feature levels ``(C, H, W)`` of a batch, and number of tokens."""
 
     name: str
     levels: tuple[tuple[int, int, int], ...]
@@ -22,12 +22,10 @@ class Workload:
     tokens: int = 6
     dtype: str = "fp32"
     layout: str = "nchw"
-    custom_mask: bool = True
     stage: int = 2
 
     def __str__(self) -> str:
-        mode = "" if self.custom_mask else " uncustomised"
-        return f"stage {self.stage}: {self.name} N{self.batch} {self.dtype} {self.layout}{mode}"
+        return f"stage {self.stage}: {self.name} N{self.batch} {self.dtype} {self.layout}"
 
     @property
     def feature_bytes(self) -> int:
@@ -79,7 +77,6 @@ class Inputs:
     tokens: list[Tensor]
     weighting: list[Weighting]
     composed: list[tuple[Tensor, Tensor]]
-    custom_mask: bool
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -95,7 +92,7 @@ class Inputs:
         images = ([x.detach()[i : i + 1].double() for x in levels] for levels in (self.student, self.teacher))
         tokens = [e.detach().double() for e in self.tokens]
         weighting = [tuple(p.detach().double() for p in level) for level in self.weighting]
-        return _with_leaves(Inputs(self.stage, *images, tokens, weighting, [], self.custom_mask))
+        return _with_leaves(Inputs(self.stage, *images, tokens, weighting, []))
 
 
 def make_inputs(workload: Workload, device: torch.device) -> Inputs:
@@ -117,7 +114,7 @@ def make_inputs(workload: Workload, device: torch.device) -> Inputs:
     ]
     student, teacher, tokens = features(), features(), [normal(t, c, scale=c**-0.5) for c in channels]
     composed = [F.compose_weighting(*level) for level in weighting]
-    return _with_leaves(Inputs(workload.stage, student, teacher, tokens, weighting, composed, workload.custom_mask))
+    return _with_leaves(Inputs(workload.stage, student, teacher, tokens, weighting, composed))
 
 
 def _with_leaves(inputs: Inputs) -> Inputs:

@@ -6,7 +6,6 @@ plain feature MSE.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,6 @@ from tqdm import tqdm
 from bench import environment
 
 from . import digits_report as report
-from . import digits_standardize as standardize
 from .digits_data import SPLITS, Scenes, make_scenes
 from .digits_models import PyramidNet, make_student, make_teacher
 from .digits_tasks import mean_iou, task_loss
@@ -28,7 +26,6 @@ from .digits_training import (
     VARIANTS,
     StudentRun,
     Study,
-    Tick,
     learn_tokens,
     teacher_features,
     train_student,
@@ -64,9 +61,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("A full run; --quick takes a third of the time, with one seed (make demo ARGS=--quick)")
     device = torch.device(args.device)
     scenes, teacher = teach(settings, device)
-    if args.standardize:
-        compare_standardizations(scenes, teacher, settings, args.out, start)
-        return
     study, stage1 = prepare(scenes, teacher, settings)
     if args.tune:
         tune(study, settings.student_steps)
@@ -83,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         unmasked = task_loss(study.teacher(study.train.images[:400]), study.train.labels[:400]).item()
     report.plot_masks(args.out / "masks.png", study.learner, study.teacher, study.test)
+    report.plot_students(args.out / "students.png", study.teacher, study.test, runs)
     report.plot_curves(args.out / "curves.png", stage1, unmasked, runs, teacher_miou["validation"])
     wall_time = time.perf_counter() - start
     results = {
@@ -94,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **environment.describe(torch.device(args.device), report.PACKAGES),
     }
     report.write_results(args.out / "results.json", results, runs, study.learner.diagnostics())
-    print(f"  {wall_time:.0f} s in all. Written to {args.out.resolve()}: masks.png, curves.png, results.json")
+    print(f"  {wall_time:.0f} s in all. Written to {args.out.resolve()}: students.png, masks.png, curves.png, results.json")
 
 
 def teach(settings: Settings, device: torch.device) -> tuple[dict[str, Scenes], PyramidNet]:
@@ -143,34 +138,6 @@ def prepare(scenes: dict[str, Scenes], teacher: PyramidNet, settings: Settings) 
     return Study(**scenes, teacher=teacher, levels=levels, learner=learner), stage1
 
 
-def compare_standardizations(
-    scenes: dict[str, Scenes], teacher: PyramidNet, settings: Settings, out: Path, start: float
-) -> None:
-    """Which tokens collapse on raw, standardised and isotropic features; written to ``out``."""
-    section(f"Stage 1 with raw, standardised and isotropic features: {settings.seeds} seeds, {settings.token_steps} steps")
-    train, validation = scenes["train"], scenes["validation"]
-    with progress(settings.token_steps * settings.seeds * 2 * len(standardize.KINDS), "") as bar:
-
-        def tick(what: str) -> Tick:
-            bar.set_description(f"  {what}")
-            return bar.update
-
-        runs = standardize.compare(teacher, train, validation, settings.token_steps, settings.seeds, tick)
-    with torch.no_grad():
-        unmasked = task_loss(teacher(validation.images), validation.labels).item()
-    print("\n".join(standardize.table(runs, unmasked)))
-    results = {
-        "wall_seconds": round(time.perf_counter() - start, 1),
-        "settings": asdict(settings),
-        "unmasked": unmasked,
-        "runs": [asdict(run) for run in runs],
-        **environment.describe(train.images.device, report.PACKAGES),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "standardize.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"  {results['wall_seconds']:.0f} s in all. Written to {(out / 'standardize.json').resolve()}")
-
-
 def train_students(study: Study, settings: Settings) -> list[StudentRun]:
     runs = []
     with progress(settings.student_steps * settings.seeds * len(VARIANTS), "") as bar:
@@ -204,7 +171,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="training steps per student (default 250)")
     parser.add_argument("--quick", action="store_true", help="one seed and a shorter stage 1: 2 minutes")
     parser.add_argument("--tune", action="store_true", help="only compare loss weights, on validation")
-    parser.add_argument("--standardize", action="store_true", help="only compare standardisations in stage 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 

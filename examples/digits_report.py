@@ -1,9 +1,8 @@
-"""What the demo shows in the end: the table, the check of stage 1, two pictures and results.json."""
+"""What the demo shows in the end: the table, the check of stage 1, three pictures and results.json."""
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ import torch
 from maskd_triton import MaskLearner, viz
 from maskd_triton.diagnostics import LevelDiagnostics, collapsed
 
-from .digits_data import Scenes
+from .digits_data import NUM_CLASSES, Scenes
 from .digits_models import PyramidNet
-from .digits_training import VARIANTS, StudentRun
+from .digits_tasks import found
+from .digits_training import SHOWN, VARIANTS, StudentRun
 
 matplotlib.use("Agg")  # before pyplot chooses a backend that needs a screen
 import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "pillow", "matplotlib", "tqdm")
 COLOURS = dict(zip(VARIANTS, ("#7f7f7f", "#1f77b4", "#d95f02"), strict=True))
@@ -48,10 +49,30 @@ def results_table(runs: Sequence[StudentRun], teacher_miou: float, steps: int) -
     for name, values in table.items():
         sign = "+" if "paired" in name else ""
         each = "  ".join(f"{v:{sign}.3f}" for v in values)
-        lines.append(f"  {name:22}{statistics.mean(values):>{sign}7.3f} +- {_std(values):.3f}    {each}")
+        spread = f" +- {_std(values):.3f}" if seeds > 1 else ""
+        lines.append(f"  {name:22}{statistics.mean(values):>{sign}7.3f}{spread:9}    {each}")
     ahead = sum(difference > 0 for difference in table["MasKD - MSE, paired"])
     lines.append(f"  MasKD is ahead of plain feature MSE in {ahead} of {seeds} seeds.")
     return "\n".join(lines)
+
+
+def plot_students(path: Path, teacher: PyramidNet, scenes: Scenes, runs: Sequence[StudentRun]) -> None:
+    """Test scenes, their classes, and what the teacher and the students of the first seed find."""
+    images = scenes.images[:SHOWN]
+    columns = {"truth": scenes.labels[:SHOWN], "teacher": found(teacher, images)}
+    columns |= {f"{run.variant}\nmIoU {run.test_miou:.2f}": run.found for run in runs if run.seed == runs[0].seed}
+    figure, axes = plt.subplots(SHOWN, 1 + len(columns), figsize=(9.5, 1.6 * SHOWN), layout="constrained")
+    colours = ListedColormap(["#202020", *plt.get_cmap("tab10").colors])  # background, digits 0 to 9
+    for row, image, *classes in zip(axes, images, *columns.values(), strict=True):
+        row[0].imshow(((image + 1) / 2).permute(1, 2, 0).numpy(force=True))
+        for axis, scene in zip(row[1:], classes, strict=True):
+            axis.imshow(scene.numpy(force=True), cmap=colours, vmin=0, vmax=NUM_CLASSES - 1, interpolation="nearest")
+    for axis, name in zip(axes[0], ("image", *columns), strict=True):
+        axis.set_title(name, fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 @torch.no_grad()
@@ -111,7 +132,7 @@ def write_results(
     everything = {
         **results,
         "test_miou": summary,
-        "runs": [asdict(run) for run in runs],
+        "runs": [{name: value for name, value in vars(run).items() if name != "found"} for run in runs],
         "masks": [
             {name: value.tolist() for name, value in vars(level).items() if value is not None} | {"collapsed": collapsed(level)}
             for level in masks.values()

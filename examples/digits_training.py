@@ -12,7 +12,7 @@ from maskd_triton import MaskedDistillLoss, MaskLearner
 
 from .digits_data import Scenes
 from .digits_models import PyramidNet, make_student, make_teacher
-from .digits_tasks import mean_iou, task_loss
+from .digits_tasks import found, mean_iou, task_loss
 from .optimising import adamw, take_step
 
 BATCH = 32
@@ -21,6 +21,7 @@ WEIGHT_DECAY = 0.01
 TEACHER_LR = 3e-3
 TOKEN_LR = 1e-2
 STUDENT_LR = 2e-2  # of .004, .008, .016 and .03 the last two were best for every variant on validation
+SHOWN = 3
 CUSTOM_MASKS_AFTER = 0.25  # share of the student's steps
 
 VARIANTS = ("student alone", "plain feature MSE", "MasKD")
@@ -49,6 +50,7 @@ class StudentRun:
     seed: int
     test_miou: float
     curve: list[tuple[int, float]]  # step, validation mIoU
+    found: Tensor  # the classes of the first SHOWN test scenes, [SHOWN, H, W]
 
 
 class PlainFeatureLoss(nn.Module):
@@ -78,20 +80,14 @@ def train_teacher(train: Scenes, steps: int, tick: Tick, seed: int = 0) -> Pyram
 
 
 def learn_tokens(
-    teacher: PyramidNet,
-    train: Scenes,
-    steps: int,
-    tick: Tick,
-    standardize: bool | str = True,
-    seed: int = 0,
+    teacher: PyramidNet, train: Scenes, steps: int, tick: Tick, seed: int = 0
 ) -> tuple[MaskLearner, dict[str, list[float]]]:
     """Stage 1: the teacher must still solve its task on masked features, and the masks must differ (Dice)."""
     torch.manual_seed(seed)
-    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=standardize).to(train.images.device)
-    if standardize:
-        with learner.calibrate(teacher, "neck"):
-            for images in train.images.split(200):
-                teacher(images)
+    learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=True).to(train.images.device)
+    with learner.calibrate(teacher, "neck"):
+        for images in train.images.split(200):
+            teacher(images)
     optimizer = torch.optim.Adam(learner.parameters(), TOKEN_LR, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
     history: dict[str, list[float]] = {"task loss": [], "dice": []}
@@ -139,7 +135,7 @@ def train_student(study: Study, variant: str, loss_weight: float, seed: int, ste
         if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
             curve.append((step, mean_iou(student, study.validation)))
         tick()
-    return StudentRun(variant, seed, mean_iou(student, study.test), curve)
+    return StudentRun(variant, seed, mean_iou(student, study.test), curve, found(student, study.test.images[:SHOWN]))
 
 
 def make_criterion(

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Weighting = tuple[Tensor, Tensor]
-
 IMPLS = ("auto", "triton", "eager")
 MOST_TOKENS = 32  # the kernels keep a sum for each of them in registers; published are 6 and 8
 MOST_FLOAT = 3.4e38  # of float32
@@ -243,15 +241,15 @@ def alike(x: Tensor, name: str, first: Tensor, first_name: str) -> None:
         raise TypeError(f"{name}: expected all features to be float64 or none, got {x.dtype} and {first.dtype}")
 
 
-def parameter(x: Tensor, name: str, shape: Sequence[int], device: torch.device | None) -> None:
-    """TypeError or ValueError unless ``x`` is a float tensor of that shape on that device."""
+def parameter(x: Tensor, name: str, shape: Sequence[int | str], device: torch.device | None) -> None:
+    """TypeError or ValueError unless ``x`` is a float tensor of that shape on that device. Shapes with a name fit none."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(x).__name__}")
     dense(x, name)
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if list(x.shape) != list(shape):
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {list(x.shape)}")
     on_device(x, name, device)
 
 
@@ -261,59 +259,49 @@ def on_device(x: Tensor, name: str, device: torch.device | None) -> None:
         raise ValueError(f"{name}: expected the device of the features, {device}, got {x.device}")
 
 
-def tokens(e: Tensor, name: str, device: torch.device | None = None, like: Tensor | None = None) -> None:
-    """TypeError or ValueError unless ``e`` is ``[T, C]``, with as many tokens as ``like``, on ``device``; None: any."""
-    if not isinstance(e, Tensor):
-        raise TypeError(f"{name}: expected a tensor [T, C], got {type(e).__name__}")
-    dense(e, name)
-    shape = list(e.shape)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{name}: expected [T, C] with at least one token, got shape {shape}")
-    num_tokens(shape[0], f"{name}: T")
-    if like is not None and shape[0] != len(like):
-        raise ValueError(f"{name}: expected {len(like)} tokens, as on level 0, got {shape[0]}")
-    parameter(e, name, shape, device)
+def tokens(e: Tensor, name: str, device: torch.device | None = None) -> None:
+    """TypeError or ValueError unless ``e`` is ``[T, C]`` on ``device``; None: any."""
+    parameter(e, name, list(e.shape) if isinstance(e, Tensor) and e.dim() == 2 and e.numel() else ["T", "C"], device)
+    num_tokens(len(e), f"{name}: T")
 
 
-def weighting(
-    level: Weighting, name: str, tokens_shape: Sequence[int], device: torch.device, standard: bool | None = None
-) -> None:
-    """TypeError or ValueError unless ``level`` is ``rows [9, T, C]`` and ``bias [T]``, or ``[5, T]`` where it is ``standard``;
-    None: either."""
-    t, c = tokens_shape
-    if not isinstance(level, tuple | list) or len(level) != 2:
-        raise TypeError(f"{name}: expected (rows [9, {t}, {c}], bias [{t}]) from compose_weighting, got {type(level).__name__}")
-    rows, bias = level
-    for x, part in ((rows, "rows"), (bias, "bias")):
-        parameter(x, f"{name} {part}", list(x.shape) if isinstance(x, Tensor) and not x.is_nested else [], device)
-    if list(rows.shape) != [9, t, c] or list(bias.shape) not in ([t], [5, t]):
-        raise ValueError(
-            f"{name}: expected rows {[9, t, c]} and bias {[t]} or {[5, t]}, got {list(rows.shape)} and {list(bias.shape)}"
-        )
-    if standard is not None and (bias.dim() == 2) != standard:
-        raise ValueError(
-            f"{name}: expected bias {[5, t] if standard else [t]}, got {list(bias.shape)}; standardised features take the "
-            "weighting that compose_standardization gives, others that of compose_weighting"
-        )
+def weighting(rows: Tensor, bias: Tensor, channels: int, device: torch.device) -> None:
+    """TypeError or ValueError unless they are ``rows [9, T, C]`` and ``bias [T]`` or ``[5, T]``."""
+    t = len(rows[0]) if isinstance(rows, Tensor) and rows.dim() == 3 and len(rows) else "T"
+    parameter(rows, "rows", [9, t, channels], device)
+    parameter(bias, "bias", [5, t] if isinstance(bias, Tensor) and bias.dim() == 2 else [t], device)
 
 
-def tables(given: Any, maps: Sequence[Tensor], standard: bool) -> None:
+def tables(given: Any, maps: Sequence[Tensor], constant: bool) -> None:
     """TypeError or ValueError unless every level's tables fit its features: kernels read as many numbers as these say.
 
-    ``given``: a `DistillTables` or a `LearnTables`; ``standard``: whether the weighting is one of standardised features.
+    ``given``: a `DistillTables` or a `LearnTables`; ``constant``: none may require grad.
     """
+    if given.tokens:
+        tokens(given.tokens[0], "tokens of level 0")
     t = len(given.tokens[0]) if given.tokens else 0
-    bias = (5, t) if standard else (t,)
+    standard = bool(given.token_bias)
     present = [field for field in zip(given._fields, given, strict=True) if field[1]]
     for i, x in enumerate(maps):
         c, device = x.shape[1], x.device
         shapes = {
-            "tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": bias,
+            "tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": (5, t) if standard else (t,),
             "teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c),
         }  # fmt: skip
         for name, levels in present:
-            if levels[i].shape != shapes[name] or levels[i].device != device:
-                parameter(levels[i], f"{name}[{i}]", shapes[name], device)  # says which
+            table, shape = levels[i], shapes[name]
+            if not isinstance(table, Tensor) or table.shape != shape or table.device != device or table.dtype not in _DTYPES:
+                parameter(table, f"{_ARGUMENTS.get(name, name)} of level {i}", shape, device)  # says which
+            if constant:
+                frozen(table, f"{_ARGUMENTS.get(name, name)} of level {i}")
+
+
+_ARGUMENTS = {  # what users call what the tables hold
+    "pool_rows": "weighting: rows",
+    "pool_bias": "weighting: bias",
+    "teacher_tokens": "standardize: tokens",
+    "statistics": "standardize: affine",
+}
 
 
 def frozen(x: Tensor, name: str) -> None:
@@ -362,16 +350,6 @@ def constant_teacher(s: Tensor, t: Tensor, name: str) -> None:
             f"{name}: requires grad, but the loss is differentiable in the student only{question}; "
             "compute the teacher under torch.no_grad() or pass teacher.detach()"
         )
-
-
-def step(x: Tensor | None, name: str, device: torch.device) -> None:
-    """TypeError or ValueError unless ``x`` is None or an int64 scalar on that device."""
-    if x is None:
-        return
-    if not isinstance(x, Tensor) or x.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 scalar tensor, got {x.dtype if isinstance(x, Tensor) else repr(x)}")
-    if x.dim() != 0 or x.device != device:
-        raise ValueError(f"{name}: expected an int64 scalar on {device}, got shape {list(x.shape)} on {x.device}")
 
 
 def maps(m: Tensor, name: str, like: Tensor) -> None:

@@ -172,7 +172,7 @@ def compose_standardization(
     for value, name in ((mean, "mean"), (std, "std")):
         check.parameter(value, name, [tokens.shape[1]], tokens.device)
     if weighting is not None:
-        check.weighting(weighting, "weighting", tokens.shape, tokens.device)
+        check.weighting(*weighting, tokens.shape[1], tokens.device)
     raw = tokens / std
     standardization = Standardization(raw, -(raw @ mean), torch.stack([mean, 1 / std]))
     if weighting is None:

@@ -93,22 +93,16 @@ class Where:
         if self.grid is not None:
             height, width = self.grid
             if height * width != tokens:
-                more = x.shape[1] - height * width
-                hint = f"; prefix_tokens={more} would fit" if more > 0 else ""
-                raise ValueError(
-                    f"{name}: expected {self.prefix_tokens} + {height} * {width} tokens (prefix_tokens, grid), "
-                    f"got {x.shape[1]}{hint}"
-                )
+                expected = f"{self.prefix_tokens} + {height} * {width} tokens (prefix_tokens, grid)"
+                raise ValueError(f"{name}: expected {expected}, got {x.shape[1]}")
             return height, width
         if images is None:
             raise ValueError(f"{name}: no images [N, C, H, W] among the arguments of the model's call; give grid=(h, w)")
         found = _square_patches(images, tokens)
         if found is None:
-            prefix = next((n for n in range(1, 65) if _square_patches(images, x.shape[1] - n)), None)
-            hint = "" if prefix is None else f"; prefix_tokens={prefix} would fit"
             raise ValueError(
-                f"{name}: {tokens} tokens are no grid of square patches of {images[0]}x{images[1]} images; "
-                f"give grid=(h, w){hint}"
+                f"{name}: {tokens} tokens are no grid of square patches of {images[0]}x{images[1]} images; give grid=(h, w), "
+                "or prefix_tokens=, the number of class and register tokens"
             )
         return found
 

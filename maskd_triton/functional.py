@@ -125,25 +125,18 @@ def masked_distill_loss(
         raise ValueError("mask_weights and weighting: expected at most one of them")
     for name, given in (("tokens", tokens), ("weighting", weighting), ("standardize", standardize)):
         check.per_level(given, name, len(levels.teachers))
-    first, any_channels = levels.students[0], [None] * len(levels.teachers)
-    check.levels(levels.students[:1], "student", levels.labels[:1], any_channels[:1])
-    check.levels(levels.teachers, "teacher", levels.labels, any_channels)
-    _check_frozen_tables(tokens or (), weighting, standardize, levels, first.device)
-    check.step(warmup_step, "warmup_step", first.device)
+    teachers = levels.teachers
+    check.levels(teachers, "teacher", levels.labels, [None] * len(teachers))
+    if warmup_step is not None:
+        check.on_device(check.counter(warmup_step, "warmup_step"), "warmup_step", teachers[0].device)
     warmup = check.count(custom_mask_warmup, "custom_mask_warmup")
-    tables = DistillTables(statistics=[level.affine for level in standardize or ()])
+    of_tokens = _by_part(standardize, "standardize", 3, "compose_standardization")
+    tables = DistillTables(statistics=of_tokens[2])
     if tokens is not None:
-        tables = DistillTables(
-            tokens,
-            [rows for rows, _ in weighting or ()],
-            [bias for _, bias in weighting or ()],
-            [level.tokens for level in standardize or ()],
-            [level.token_bias for level in standardize or ()],
-            tables.statistics,
-        )
+        tables = DistillTables(tokens, *_by_part(weighting, "weighting", 2, "compose_weighting"), *of_tokens)
     options = DistillOptions(
         tables=tables,
-        valid=_levels.valid_of_levels(valid, levels.teachers),
+        valid=_levels.valid_of_levels(valid, teachers),
         custom_mask=check.flag(custom_mask, "custom_mask"),
         customised=None if warmup_step is None else warmup_step >= warmup,
         mask_power=check.mask_power(mask_power),
@@ -151,24 +144,31 @@ def masked_distill_loss(
         beta=check.positive(beta, "beta"),
         eps=check.eps(eps),
     )
-    channels = [e.shape[1] for e in tokens or ()]
     loss_weight = check.loss_weight(loss_weight)
-    return distill(levels, channels, options, masks, mask_weights, loss_weight, reduction, impl)[0]
+    return distill(levels, options, masks, mask_weights, loss_weight, reduction, impl)[0]
+
+
+def _by_part(given: Sequence[Any] | None, name: str, parts: int, source: str) -> list[list[Tensor]]:
+    """The tensors of every level's tuple, part by part."""
+    for i, level in enumerate(given or ()):
+        if not isinstance(level, tuple | list) or len(level) != parts:
+            raise TypeError(f"{name}[{i}]: expected the {parts} tensors that {source} gives, got {type(level).__name__}")
+    return [[level[k] for level in given or ()] for k in range(parts)]
 
 
 def distill(
     levels: Matched,
-    channels: Sequence[int],
     options: DistillOptions,
     masks: Levels | None,
     mask_weights: Levels | None,
     loss_weight: float | Tensor,
     reduction: str,
     impl: str,
+    channels: Sequence[int] = (),
 ) -> tuple[Tensor, Latest]:
     """The one door of stage 2: checks what differs from call to call, and gives the loss.
 
-    ``channels``: of every level; none: any. ``options``: checked by the caller, without given masks and weights.
+    ``options``: checked by the caller, without given masks and weights. ``channels``: of every level; none: any.
     Returns the loss, and what ``diagnostics()`` reads, without gradient.
     """
     check.choice(reduction, "reduction", REDUCTIONS)
@@ -176,7 +176,7 @@ def distill(
     for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
         names = f"student{label}", f"teacher{label}"
         check.pair(s, t, names, channels[i] if channels else None, students[0], f"student{labels[0]}")
-    check.tables(options.tables, teachers, bool(options.tables.statistics))
+    check.tables(options.tables, teachers, constant=True)
     weighted = bool(options.tables.pool_rows) or mask_weights is not None
     impl = resolve_impl(impl, students[0].device)
     outputs = _ops.distill(students, teachers, _with_given(levels, options, masks, mask_weights), impl)
@@ -209,38 +209,6 @@ def _with_given(levels: Matched, options: DistillOptions, masks: Levels | None, 
 def check_distance(distance: Any, name: str = "distance") -> str:
     """``distance``; ValueError unless it is one of `DISTANCES`."""
     return check.choice(distance, name, DISTANCES)
-
-
-def _check_parameters(
-    tokens: Sequence[Tensor], weighting: Sequence[check.Weighting] | None, device: torch.device, standard: bool | None = None
-) -> None:
-    """``standard``: whether weightings are those of standardised features; None: all as the first."""
-    for i, e in enumerate(tokens):
-        check.tokens(e, f"tokens[{i}]", device, tokens[0] if i else None)
-        if weighting is not None:
-            check.weighting(weighting[i], f"weighting[{i}]", e.shape, device, standard)
-            standard = weighting[i][1].dim() == 2
-
-
-def _check_frozen_tables(
-    tokens: Sequence[Tensor],
-    weighting: Sequence[check.Weighting] | None,
-    standardize: Sequence[Standardization] | None,
-    levels: Matched,
-    device: torch.device,
-) -> None:
-    _check_parameters(tokens, weighting, device, standardize is not None)
-    for i, e in enumerate(tokens):
-        check.frozen(e, f"tokens[{i}]")
-        for part, name in zip(weighting[i] if weighting else (), ("rows", "bias"), strict=False):
-            check.frozen(part, f"weighting[{i}] {name}")
-    for i, (t, level) in enumerate(zip(levels.teachers, standardize or (), strict=standardize is not None)):
-        if not isinstance(level, Standardization):
-            raise TypeError(f"standardize[{i}]: expected a Standardization, got {level!r}")
-        c, rows = t.shape[1], [len(tokens[i])] if tokens else list(level.token_bias.shape)
-        for part, name, shape in zip(level, Standardization._fields, ([*rows, c], rows, [2, c]), strict=True):
-            check.parameter(part, f"standardize[{i}].{name}", shape, device)
-            check.frozen(part, f"standardize[{i}].{name}")
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
@@ -303,9 +271,7 @@ def mask_weights(x: Tensor, rows: Tensor, bias: Tensor) -> Tensor:
         tensor([[0.5000, 0.5000]])
     """
     check.features(x, "x")
-    tokens_shape = rows.shape[1:] if isinstance(rows, Tensor) and rows.dim() == 3 else (1, x.shape[1])
-    check.weighting((rows, bias), "weighting", tokens_shape, x.device)
-    check.features(x, "x", rows.shape[2])
+    check.weighting(rows, bias, x.shape[1], x.device)
     return _eager.weights(x.flatten(2), rows, bias, x.shape[2], x.shape[3])
 
 
@@ -393,19 +359,14 @@ def masked_features_and_dice(
         raise ValueError("features: expected at least one level, got none")
     for i, x in enumerate(features):
         check.features(x, f"features[{i}]")
-    device = features[0].device
-    _check_parameters(tokens, weighting, device)
-    for i, (x, e) in enumerate(zip(features, tokens, strict=True)):
-        check.features(x, f"features[{i}]", e.shape[1])
-        if token_bias is not None:
-            check.parameter(token_bias[i], f"token_bias[{i}]", [len(e)], device)
-    tables = LearnTables(tokens, token_bias or (), *(zip(*weighting, strict=True) if weighting else ((), ())))
+    tables = LearnTables(tokens, token_bias or (), *_by_part(weighting, "weighting", 2, "compose_weighting"))
     return learn(features, tables, valid, impl)[:2]
 
 
 def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str) -> tuple[list[Tensor], Tensor, list[Seen]]:
     """The one door of stage 1, for features that fit the tables: masked features, Dice losses, and what they are made of."""
     first = features[0]
+    check.tables(tables, features, constant=False)
     learns = any(x.requires_grad for field in tables for x in field)
     for i, x in enumerate(features):
         check.alike(x, f"features[{i}]", first, "features[0]")
@@ -413,7 +374,6 @@ def learn(features: Sequence[Tensor], tables: LearnTables, valid: Any, impl: str
             check.readable(x, f"features[{i}]")
             if learns:
                 check.recordable(x, f"features[{i}]")
-    check.tables(tables, features, bool(tables.pool_bias) and tables.pool_bias[0].dim() == 2)
     pixels = _levels.valid_of_levels(valid, features)
     flat, heights, sizes = [x.flatten(2) for x in features], [x.shape[2] for x in features], [x.shape[2:] for x in features]
     weights: list[Tensor] = []

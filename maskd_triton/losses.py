@@ -19,7 +19,6 @@ from ._torch import computes_nothing, graph_task, outside_transforms, tracing
 from ._warn import warn
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
-from .masks import MaskModule
 from .tables import LevelTables, of_levels
 
 __all__ = ["MaskedDistillLoss"]
@@ -66,8 +65,8 @@ class MaskedDistillLoss(Options):
         eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, in which
             an empty mask of the tokens gives NaN; one that ``masks=`` gives counts nothing.
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
-            None warns: until a state dict is loaded, untrained tokens give masks of about 0.5 everywhere, and the loss is about
-            half of a plain MSE.
+            None warns: until a state dict is loaded, tokens of 0 give masks of 0.5 everywhere, and the loss is half of a plain
+            MSE.
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
         distance: between the features of a pixel: ``"squared"`` as published, ``"smooth_l1"`` or ``"cosine"``; formulas at
             `maskd_triton.functional.masked_distill_loss`.
@@ -180,7 +179,10 @@ class MaskedDistillLoss(Options):
         if pretrained is not None:
             load_masks(self.mask_modules, pretrained)
         elif self.num_tokens is not None:
-            self._draw_tokens()
+            warn(
+                "MaskedDistillLoss without pretrained=: it has no tokens, so every mask is 0.5 and the loss is half a plain "
+                "feature MSE; learn tokens with MaskLearner and pass them as pretrained=, or load a state dict"
+            )
         self._warned = False  # of a student without gradient
         self._align_watch = _AlignWatch()
         self._latest: Latest | None = None
@@ -208,18 +210,6 @@ class MaskedDistillLoss(Options):
             student_channels = in_order(student_channels, "student_channels", self.names, levels)
         narrow = per_level(student_channels, "student_channels", levels)
         return [nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)]
-
-    def _draw_tokens(self) -> None:
-        warn(
-            "MaskedDistillLoss without pretrained=: its receptive tokens are untrained, so every mask is about 0.5 and the "
-            "loss is half a plain feature MSE; learn tokens with MaskLearner and pass them as pretrained=",
-        )
-        for level in self._levels:
-            learned = MaskModule(level.channels, level.num_tokens, self.weight_mask, standardize=self.standardize)
-            if not learned.mask_token.is_meta:
-                if self.standardize:
-                    learned.pixels_seen.fill_(1)  # mean 0 and deviation 1 stand in for statistics
-                level.load_state_dict(learned.state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has seen nothing."""
@@ -296,7 +286,7 @@ class MaskedDistillLoss(Options):
         if not repeated:
             object.__setattr__(self, "_latest", None)  # what it holds is free for this call
         loss, latest = functional.distill(
-            prepared, self.channels, options, masks, mask_weights, self.loss_weight, reduction, self.impl
+            prepared, options, masks, mask_weights, self.loss_weight, reduction, self.impl, self.channels
         )
         if not (compiling or repeated):
             self.__dict__["_latest"] = latest

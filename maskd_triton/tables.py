@@ -232,9 +232,10 @@ class LevelTables(MaskLevel):
         weight_mask: whether there are mask weights.
         standardize: ``"channel"`` (or True) or ``"isotropic"`` for tables of standardised features.
 
-    Buffers, in the default dtype (at least float32), zeros until they are loaded: ``mask_token [T, C]`` (``E``, which the
-    student's masks use); with mask weights ``pool_rows [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with ``standardize``);
-    with ``standardize`` also ``teacher_tokens [T, C]`` (``E'``), ``token_bias [T]`` and ``statistics [2, C]`` (mean, 1 / std).
+    Buffers, in the default dtype (at least float32), until they are loaded those of tokens of 0: ``mask_token [T, C]``
+    (``E``, which the student's masks use); with mask weights ``pool_rows [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with
+    ``standardize``); with ``standardize`` also ``teacher_tokens [T, C]`` (``E'``), ``token_bias [T]`` and
+    ``statistics [2, C]`` (mean, 1 / std).
 
     ``load_state_dict`` takes these, and the entries of a `MaskModule` (``mask_token``, ``prob.0.weight``, ...,
     ``channel_mean``, ...), which it composes in float64. All entries of a level or none: part of one is an error, and so are
@@ -270,6 +271,8 @@ class LevelTables(MaskLevel):
         with torch.inference_mode(False):  # whatever mode they are made in, a backward pass may need them
             for name, shape in self.table_shapes().items():
                 self.register_buffer(name, torch.zeros(shape, dtype=buffer_dtype()))
+            if standardize:
+                self.statistics[1].fill_(1)
 
     def tables(self, dtype: torch.dtype | None = None) -> Tables:
         """The buffers as the operators take them.

@@ -33,25 +33,7 @@ def test_demo_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert scores["mean"] == statistics.mean(scores["per_seed"])
         assert f"{scores['mean']:.3f}" in next(line for line in printed.splitlines() if line.strip().startswith(name))
     assert results["stage1"]["dice"][-1] < results["stage1"]["dice"][0]  # the masks have begun to differ
-    for name in ("masks.png", "curves.png"):
+    for name in ("students.png", "masks.png", "curves.png"):
         picture = image.imread(tmp_path / name)
         assert min(picture.shape[:2]) > 300
         assert picture[..., :3].std() > 0.1  # something is drawn
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:MaskLearner, level")
-def test_standardizations_quick() -> None:
-    """Every kind of features of both teachers, which are one function."""
-    from examples import digits_standardize
-    from examples.digits_data import make_scenes
-    from examples.digits_training import train_teacher
-
-    train, validation = make_scenes("train", 64), make_scenes("validation", 16)
-    teacher = train_teacher(train, 4, lambda: None)
-    runs = digits_standardize.compare(teacher, train, validation, 2, 1, lambda what: lambda: None)
-    assert len({(run.channels, run.standardize) for run in runs}) == len(runs) == 2 * len(digits_standardize.KINDS)
-    assert len(digits_standardize.table(runs, 1.0)) == 3 + len(runs)
-    # once standardised per channel, both teachers have the same features
-    one, other = (run for run in runs if run.standardize == '"channel"')
-    assert one.task_loss == pytest.approx(other.task_loss, rel=0.05)

@@ -50,6 +50,16 @@ def test_table_of_the_first_page() -> None:
     )
 
 
+def test_messages_of_the_guide() -> None:
+    """Errors and warnings that the guide quotes are in the code."""
+    code = "".join(path.read_text() for path in sorted((ROOT / "maskd_triton").glob("*.py")))
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)
+    quoted = re.findall(r"^\| `(.+?)` \|", PAGES["docs/guide.md"].partition("## Which errors")[2], re.M)
+    assert len(quoted) > 5
+    for message in quoted:
+        assert message in joined, message
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_and_files_exist(name: str) -> None:
     """Links are held by ``make docs``, which takes a broken one for an error."""
