@@ -89,11 +89,11 @@ def chosen(stage: int, device: torch.device, compiled: bool) -> tuple[dict[str, 
         left_out["ours, impl=eager"] = 'is "ours" on the CPU: Triton needs a GPU'
     if compiled:
         torch.compiler.reset()  # else the limit on recompilation would make later workloads eager without a word
-        for name in ("literal", "collapsed"):
+        for name in ("literal", "plain"):
             for label, mode in COMPILED.items():
                 runs[f"{name}, {label}"] = torch.compile(SAME_RESULT[name], mode=mode, dynamic=False)
     else:
-        left_out["literal and collapsed under torch.compile"] = "without --compile"
+        left_out["literal and plain under torch.compile"] = "without --compile"
     return runs, left_out
 
 
@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="images, instead of the workload's")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=[None], help="instead of the workload's")
-    parser.add_argument("--compile", action="store_true", help="also literal and collapsed under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also literal and plain under torch.compile")
     parser.add_argument("--growth", action="store_true", help="time and memory against pixels, channels, tokens and images")
     parser.add_argument("--seconds", type=float, default=3.0, help="timed per contender and mode")
     parser.add_argument("--out", type=Path, help="JSON file")

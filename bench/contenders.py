@@ -29,18 +29,18 @@ def ours_eager(x: Inputs) -> list[Tensor]:
 def literal(x: Inputs) -> list[Tensor]:
     """The formulas as printed: ``[N, T, C, H, W]`` tensors and a 3x3 convolution per level."""
     if x.stage == 2:
-        return [reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=True)]
+        return [reference.distill_loss(x.student, x.teacher, x.tokens, x.weighting, custom_mask=True).sum()]
     levels = zip(x.teacher, x.tokens, x.weighting, strict=True)
     masked, dice = zip(*(reference.masked_features_and_dice(*level) for level in levels), strict=True)
     return [*masked, torch.stack(dice).sum()]
 
 
-def collapsed(x: Inputs) -> list[Tensor]:
-    """The collapsed algebra under plain autograd: what a careful user writes, and torch.compile can fuse."""
-    return [_collapsed_loss(x)] if x.stage == 2 else _collapsed_features(x)
+def plain(x: Inputs) -> list[Tensor]:
+    """Our algebra in plain PyTorch, under autograd: what a careful user writes, and torch.compile can fuse."""
+    return [_plain_loss(x)] if x.stage == 2 else _plain_features(x)
 
 
-def _collapsed_features(x: Inputs) -> list[Tensor]:
+def _plain_features(x: Inputs) -> list[Tensor]:
     masked, total = [], x.teacher[0].new_zeros((), dtype=torch.float32)
     for t, tokens, weighting in zip(x.teacher, x.tokens, x.weighting, strict=True):
         flat, (_, _, h, w) = t.flatten(2), t.shape
@@ -51,7 +51,7 @@ def _collapsed_features(x: Inputs) -> list[Tensor]:
     return [*masked, total]
 
 
-def _collapsed_loss(x: Inputs) -> Tensor:
+def _plain_loss(x: Inputs) -> Tensor:
     total = x.student[0].new_zeros((), dtype=torch.float32)
     for s, t, tokens, (rows, bias) in zip(x.student, x.teacher, x.tokens, x.composed, strict=True):
         n, c, h, w = s.shape
@@ -71,5 +71,5 @@ def mse(x: Inputs) -> list[Tensor]:
     return [torch.stack([torch.nn.functional.mse_loss(s.float(), t.float()) for s, t in pairs]).sum()]
 
 
-SAME_RESULT: dict[str, Contender] = {"ours": ours, "ours, impl=eager": ours_eager, "literal": literal, "collapsed": collapsed}
+SAME_RESULT: dict[str, Contender] = {"ours": ours, "ours, impl=eager": ours_eager, "literal": literal, "plain": plain}
 CONTENDERS: dict[int, dict[str, Contender]] = {1: SAME_RESULT, 2: SAME_RESULT | {"feature MSE": mse}}

@@ -89,6 +89,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     if site == "index.md":
         page.meta["hide"] = ["navigation"]  # it would hold one entry
+        markdown = re.sub(r"^!\[.*\]\(https://img\.shields\.io/.*\)\n", "", markdown, flags=re.M)  # the site asks nobody else
 
     def moved(match: re.Match[str]) -> str:
         if match["code"] or match["link"].startswith("quickstart-"):

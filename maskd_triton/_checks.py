@@ -275,12 +275,13 @@ def weighting(rows: Tensor, bias: Tensor, channels: int, device: torch.device) -
 def tables(given: Any, maps: Sequence[Tensor], constant: bool) -> None:
     """TypeError or ValueError unless every level's tables fit its features: kernels read as many numbers as these say.
 
-    ``given``: a `DistillTables` or a `LearnTables`; ``constant``: none may require grad.
+    ``given``: a `DistillTables`, which are ``constant``: none may require grad; or a `LearnTables`.
     """
     if given.tokens:
         tokens(given.tokens[0], "tokens of level 0")
     t = len(given.tokens[0]) if given.tokens else 0
-    standard = bool(given.token_bias)
+    # in stage 1 the first bias says whether the weighting is one of standardised features
+    standard = bool(given.statistics) if constant else any(getattr(x, "ndim", 0) == 2 for x in given.pool_bias[:1])
     present = [field for field in zip(given._fields, given, strict=True) if field[1]]
     for i, x in enumerate(maps):
         c, device = x.shape[1], x.device

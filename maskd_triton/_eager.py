@@ -1,4 +1,4 @@
-"""The collapsed algebra in plain torch: what the Triton kernels compute, on any device.
+"""The algebra in plain torch: what the Triton kernels compute, on any device.
 
 Features are ``x [N, C, P]`` with ``P = H*W`` (a view of ``[N, C, H, W]``, any strides). Nothing of size
 ``[N, T, C, P]`` and no 3x3 convolution is ever built. Sums are taken in ``acc_dtype``: float32, or float64 for

@@ -3,7 +3,6 @@
 docs/reaching-into-models.md tells users what `attach`, `calibrate`, `FeatureCapture` and `capture.call` share.
 """
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
-from ._levels import Unpacked, is_record, refilled, tensor_of, unpack
+from ._levels import Unpacked, is_record, tensor_of, unpack, with_part
 from ._torch import Model, compiled, graph_task, outlived, tracing
 from .shapes import from_nhwc, from_tokens, pair
 from .teacher import FrozenTeacher
@@ -32,15 +31,19 @@ Valid = str | Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Which modules, which part of their output, and how it is laid out."""
+    """Which modules, which part of their output, and how it is laid out. A single name may stand for a sequence of one."""
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     output: Output | None = None
     layout: str | None = None
     grid: tuple[int, int] | None = None
     prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
+        names = [self.names] if isinstance(self.names, str) else list(self.names) if isinstance(self.names, Sequence) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"names: expected dotted names of modules, got {self.names!r}")
+        object.__setattr__(self, "names", names)
         if not (self.output is None or isinstance(self.output, str) or check.integer(self.output) is not None):
             raise TypeError(f"output: expected one field, key or position, got {self.output!r}; name a module further inside")
         if self.layout is not None:
@@ -55,7 +58,7 @@ class Where:
         """The levels in what a module returned; ``rebuild`` gives the whole result with others in their place."""
         if self.output is not None:
             found = unpack(_part(result, self.output, label), label, keys)
-            return found._replace(rebuild=lambda levels: _with_part(result, self.output, found.rebuild(levels)))
+            return found._replace(rebuild=lambda levels: with_part(result, self.output, found.rebuild(levels)))
         try:
             return unpack(result, label, keys)
         except TypeError as error:
@@ -137,32 +140,6 @@ def _part(result: Any, key: Output, label: str) -> Any:
         shown = f"{len(result)} entries" if sequence else ", ".join(names) or "no such parts"
         raise ValueError(f"{label}: expected levels in output={key!r} of {type(result).__name__}, which has {shown}")
     return found
-
-
-def _with_part(result: Any, key: Any, value: Any) -> Any:
-    """A copy of ``result`` that holds ``value`` where `_part` finds ``key``."""
-    if isinstance(result, Mapping) and not is_record(result):
-        return refilled(result, [key], [value])
-    if not isinstance(key, str):
-        items = list(result)
-        items[key] = value
-        return refilled(result, None, items)
-    if hasattr(result, "_replace"):
-        return result._replace(**{key: value})
-    result = copy.copy(result)
-    try:
-        setattr(result, key, value)
-    except dataclasses.FrozenInstanceError:
-        object.__setattr__(result, key, value)
-    return result
-
-
-def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
-    """TypeError unless they are dotted names."""
-    given = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Sequence) else ()
-    if not given or not all(isinstance(name, str) for name in given):
-        raise TypeError(f"names: expected dotted names of modules, got {names!r}")
-    return given
 
 
 # Hooks
@@ -270,7 +247,8 @@ class Hooked:
             f"run the {self.role} inside the `with` block, and neither in code that was compiled before it nor in a trace "
             "(torch.export, make_fx, fake or meta tensors)"
         )
-        children = [f"'{name}.{child}'" for name in names for child, _ in self._module(name).named_children()]
+        parts = ((name, looked_through(self._module(name))) for name in names)
+        children = [repr(f"{name}.{child}".lstrip(".")) for name, part in parts for child, _ in part.named_children()]
         if not children:
             return where
         return f"{where}; if a part is not called, but its children are, as by torch.fx, name one of them, like {children[-1]}"

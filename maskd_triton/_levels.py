@@ -35,7 +35,7 @@ def unpack(features: Any, name: str, names: Sequence[Any] | None = None) -> Unpa
     Each level may be a NestedTensor or an ImageList. A mapping's levels come in the order of ``names``, which must be its keys;
     None: in its own order.
     """
-    held = maps_in(features)
+    held = getattr(features, FIELD, features) if is_record(features) else features
     keys: list[Any] | None = None
     if isinstance(held, Mapping):
         keys = list(held if names is None else names)
@@ -54,13 +54,10 @@ def unpack(features: Any, name: str, names: Sequence[Any] | None = None) -> Unpa
             raise TypeError(f"{name}{labels(len(tensors), keys)[i]}: expected a tensor, got {type(x).__name__}")
 
     def rebuild(new: Sequence[Tensor]) -> Any:
-        items = [_rewrapped(old, x) for old, x in zip(entries, new, strict=True)]
+        fields = map(_field_of, entries)
+        items = [x if f is None else with_part(old, f, x) for old, f, x in zip(entries, fields, new, strict=True)]
         result = items[0] if entries and entries[0] is held else refilled(held, keys, items)
-        if held is features:
-            return result
-        output = copy.copy(features)
-        setattr(output, FIELD, result)
-        return output
+        return result if held is features else with_part(features, FIELD, result)
 
     return Unpacked(tensors, keys, rebuild)
 
@@ -68,11 +65,6 @@ def unpack(features: Any, name: str, names: Sequence[Any] | None = None) -> Unpa
 def is_record(result: Any) -> bool:
     """Whether it is a dataclass, as model outputs of transformers are."""
     return dataclasses.is_dataclass(result) and not isinstance(result, type)
-
-
-def maps_in(features: Any) -> Any:
-    """The levels of a transformers backbone's output; anything else as it is."""
-    return getattr(features, FIELD, features) if is_record(features) else features
 
 
 def tensor_of(x: Any) -> Any:
@@ -87,15 +79,6 @@ def _field_of(wrapper: Any) -> str | None:
     return next((name for name in ("tensors", "tensor") if isinstance(getattr(wrapper, name, None), Tensor)), None)
 
 
-def _rewrapped(old: Any, x: Tensor) -> Any:
-    field = _field_of(old)
-    if field is None:
-        return x
-    wrapper = copy.copy(old)
-    setattr(wrapper, field, x)
-    return wrapper
-
-
 def refilled(container: Any, keys: Sequence[Any] | None, items: Sequence[Any]) -> Any:
     """A copy of the sequence or mapping with ``items`` in it."""
     if hasattr(container, "_make"):
@@ -107,6 +90,24 @@ def refilled(container: Any, keys: Sequence[Any] | None, items: Sequence[Any]) -
     for key, item in zip(range(len(items)) if keys is None else keys, items, strict=True):
         refilled[key] = item
     return refilled
+
+
+def with_part(result: Any, key: Any, value: Any) -> Any:
+    """A copy of ``result`` that holds ``value`` under a key, at a position or in a field."""
+    if isinstance(result, Mapping) and not is_record(result):
+        return refilled(result, [key], [value])
+    if not isinstance(key, str):
+        items = list(result)
+        items[key] = value
+        return refilled(result, None, items)
+    if hasattr(result, "_replace"):
+        return result._replace(**{key: value})
+    result = copy.copy(result)
+    try:
+        setattr(result, key, value)
+    except dataclasses.FrozenInstanceError:
+        object.__setattr__(result, key, value)
+    return result
 
 
 class Matched(NamedTuple):

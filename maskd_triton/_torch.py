@@ -43,11 +43,6 @@ def outlived(tensors: Iterable[Tensor]) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
 
 
-def computes_nothing(x: Tensor) -> bool:
-    """Whether ``x`` is a fake or meta tensor, also where no trace is active; torch has no public name for the fake ones."""
-    return x.is_meta or isinstance(x, FakeTensor)
-
-
 def tracing(*values: Any) -> bool:
     """Whether torch.export, make_fx, torch.fx, torch.jit.trace or fake tensors run a model without computing anything.
 
@@ -61,7 +56,7 @@ def tracing(*values: Any) -> bool:
     if fake or jit or _symbolic_trace._is_fx_tracing_flag:
         return True
     tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
-    return bool(tensors) and all(map(computes_nothing, tensors))
+    return bool(tensors) and all(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def version(x: Tensor) -> int | None:

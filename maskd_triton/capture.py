@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._hooks import Hooked, Output, Where, changes_in_train_mode, check_alive, names_of
+from ._hooks import Hooked, Output, Where, changes_in_train_mode, check_alive
 from ._levels import Unpacked
 from ._torch import Model, version
 from ._warn import warn
@@ -44,8 +45,8 @@ class FeatureCapture:
     activation checkpoints and traces (``torch.export``, fake or meta tensors) leave nothing here. If both are one model
     (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
 
-    Code that was compiled before the block does not see its hooks: then `take` raises. Compile the models inside the block; or
-    use `capture.call` inside what is compiled.
+    Code compiled before you enter the block ignores its hooks, and `take` raises. Compile the models inside the block, or use
+    `capture.call` inside what is compiled.
 
     Raises:
         AttributeError: a model has no such module; the message lists near matches.
@@ -82,8 +83,8 @@ class FeatureCapture:
         options = {"output": output, "layout": layout, "grid": grid, "prefix_tokens": prefix_tokens}
         of_student, of_teacher = (list(names), list(names.values())) if isinstance(names, Mapping) else (names, names)
         self._sides = [
-            ("student", student, Where(names_of(of_student), **_of_side(options, "student"))),
-            ("teacher", teacher, Where(names_of(of_teacher), **_of_side(options, "teacher"))),
+            ("student", student, Where(of_student, **_of_side(options, "student"))),
+            ("teacher", teacher, Where(of_teacher, **_of_side(options, "teacher"))),
         ]
         self._recorders = self._new_recorders()
         self._stack: ExitStack | None = None  # of a block that is entered
@@ -125,7 +126,7 @@ class FeatureCapture:
             returned, if every level has a key of its own. Two mappings have one order, the teacher's.
 
         Raises:
-            RuntimeError: a model has not run in the block; it is not known which calls belong together; a later layer has
+            RuntimeError: a model has not run in the block; `take` cannot tell which calls belong together; a later layer has
                 overwritten the features in place; they are of a transform of torch.func that is over.
             ValueError: student and teacher gave different numbers of levels, or levels with different keys.
         """
@@ -179,7 +180,7 @@ def call(
         >>> len(levels), bool((levels[1] == scores).all())
         (2, True)
     """
-    recorder = _Recorder("capture", "model", model, Where(names_of(names), output, layout, grid, prefix_tokens))
+    recorder = _Recorder("capture", "model", model, Where(names, output, layout, grid, prefix_tokens))
     try:
         with recorder:
             recorder.settle(args, kwargs)  # features of fake or meta images are what is asked for
@@ -208,11 +209,12 @@ class _Level(NamedTuple):
     version: int | None
 
 
-class _Taken(NamedTuple):
+@dataclass
+class _Taken:
     """What a module gave in the latest pass, and how often it was called by itself, outside of one."""
 
-    levels: list[_Level]
-    direct: int
+    levels: list[_Level] = field(default_factory=list)
+    direct: int = 0
 
 
 class _Recorder(Hooked):
@@ -232,37 +234,32 @@ class _Recorder(Hooked):
         if role != "student":  # which trains
             self.watched = [(name, m) for name, m in self.root.named_modules() if changes_in_train_mode(m)]
         self.trained: str | None = None
-        self.levels: list[list[_Level]] = []
-        self.direct: list[int] = []
-        self.forget()
+        self.taken = [_Taken() for _ in self.modules]
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.skipped = self.only not in (None, torch.is_grad_enabled())
-        if self.skipped:
-            self.inside = True
-            return
         super().begin(args, kwargs)
-        self.forget()
+        self.skipped = self.only not in (None, torch.is_grad_enabled())
+        if not self.skipped:
+            self.forget()
 
     def act(self, i: int, found: Unpacked, repeated: bool) -> None:
         skipped = self.skipped if self.inside else self.only not in (None, torch.is_grad_enabled())
         if repeated or skipped:
             return
         self.watch()
+        taken = self.taken[i]
         if not self.inside:  # a call of the module itself: the latest counts
-            self.levels[i].clear()
-            self.direct[i] += 1
+            taken.levels.clear()
+            taken.direct += 1
         keys = [()] * len(found.tensors) if found.keys is None else [(key,) for key in found.keys]
         for key, x in zip(keys, found.tensors, strict=True):
             level = self.where.maps(x, self.labels[i], self.images)
             written = version(x)
-            self.levels[i].append(_Level(i, key, level.clone() if written is None else level, written))  # a copy stays as it is
+            taken.levels.append(_Level(i, key, level.clone() if written is None else level, written))  # a copy stays as it is
 
     def forget(self) -> list[_Taken]:
         """What the latest pass has left; nothing of it is kept."""
-        taken = [_Taken(*module) for module in zip(self.levels, self.direct, strict=True)]
-        self.levels = [[] for _ in self.modules]
-        self.direct = [0] * len(self.modules)
+        taken, self.taken = self.taken, [_Taken() for _ in self.modules]
         return taken
 
     def watch(self) -> None:

@@ -126,25 +126,29 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
     try:
         modules.load_state_dict({key.removeprefix("mask_modules."): value for key, value in found.items()})
     except RuntimeError as error:
-        expected = _contents({f"mask_modules.{key}": x for key, x in own.items()})
+        held, expected = _contents(found), _contents({f"mask_modules.{key}": x for key, x in own.items()})
+        unlike = " and ".join(f"{option}=" for option in held if held[option] != expected[option])
+        advice = f"Give the {unlike} that these tokens were learned with, or other tokens" if unlike else "Not all entries fit"
         raise ValueError(
-            f"pretrained: {origin} holds {_contents(found)}; expected {expected}. Give the options that these tokens were "
-            f"learned with, or other tokens{_elsewhere(state, place)}\n{error}"
+            f"pretrained: {origin} holds {', '.join(held.values())}; expected {', '.join(expected.values())}. {advice}"
+            f"{_elsewhere(state, place)}\n{error}"
         ) from error
     if not composed:
         _warn_if_untrained(found, "pretrained")
 
 
-def _contents(found: Mapping[str, Tensor]) -> str:
-    """What `mask_state` gave: ``"2 levels of 4, 6 channels, 3 tokens, with mask weights, not standardised"``."""
+def _contents(found: Mapping[str, Tensor]) -> dict[str, str]:
+    """What `mask_state` gave, by the option that says so: ``"2 levels of 4, 6 channels"``, ``"3 tokens"``, ..."""
     levels = list(_by_level(found).values())
     tokens = [level.get("mask_token", torch.empty(0)) for level in levels]
     num_tokens, channels = zip(*(x.shape if x.dim() == 2 else "??" for x in tokens), strict=True)
     weighted, standardised = (any(not names.isdisjoint(level) for level in levels) for names in (WEIGHTING, STATISTICS))
-    return (
-        f"{check.counted(len(levels))} of {_listed(channels, 'channel')}, {_listed(num_tokens, 'token')}, "
-        f"{'with' if weighted else 'no'} mask weights, {'' if standardised else 'not '}standardised"
-    )
+    return {
+        "channels": f"{check.counted(len(levels))} of {_listed(channels, 'channel')}",
+        "num_tokens": _listed(num_tokens, "token"),
+        "weight_mask": f"{'with' if weighted else 'no'} mask weights",
+        "standardize": f"{'' if standardised else 'not '}standardised",
+    }
 
 
 def _listed(numbers: Sequence[Any], noun: str) -> str:

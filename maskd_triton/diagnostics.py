@@ -1,4 +1,4 @@
-"""Statistics of learned masks, detection of collapsed ones, and a loss weight to start from.
+"""Statistics of learned masks, which of them add nothing, and a loss weight to start from.
 
 The losses of stage 1 do not show whether masks are of any use. Masks of which one is on everywhere and the others are empty
 have a Dice loss near 0 and a low task loss, too; stage 2 is then a plain feature MSE. `LevelDiagnostics.focus` shows it.
@@ -143,9 +143,9 @@ def describe(
 def collapsed(level: LevelDiagnostics) -> list[str]:
     """Sentences that say which tokens of a level add nothing.
 
-    A mask that is on everywhere, an empty mask, masks that are copies of one another, and a token with all the weight, in every
-    image or in each image another one. The thresholds are this module's constants. That does not make the other tokens useless:
-    `verdict` says whether it matters. Values are copied to the host, which waits for the device.
+    It names masks that are on everywhere, empty masks, masks that are copies of one another, and a token that has all the
+    weight, the same in every image or another in each. The thresholds are this module's constants. The other tokens may still
+    be useful; `verdict` says whether it matters. Values are copied to the host, which waits for the device.
 
     Args:
         level: what `describe` or ``diagnostics()`` gave. NaN, from an empty batch, reports nothing.

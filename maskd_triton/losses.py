@@ -15,7 +15,7 @@ from ._levels import Levels, Matched, in_order, labels, match, named, per_level,
 from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
-from ._torch import computes_nothing, graph_task, outside_transforms, tracing
+from ._torch import graph_task, outside_transforms, tracing
 from ._warn import warn
 from .checkpoints import Source, load_masks
 from .diagnostics import DistillDiagnostics, describe
@@ -46,8 +46,8 @@ class MaskedDistillLoss(Options):
             order. State dicts number the levels in all cases.
         num_tokens: T, receptive tokens per level, at most 32; None: no tokens, ``masks=`` come with every call.
         student_channels: channels of the student's features, if they are to be aligned. The criterion then has a biased 1x1
-            convolution per level, ``align.{i}``, among its parameters: train them with the student. None: no align; channels
-            must be equal.
+            convolution per level, ``align.{i}``, among its parameters, which you train with the student. None: no align;
+            channels must be equal.
         align: your own modules instead of these convolutions, ``[N, C', H, W]`` to ``[N, C, H, W]``, trained with the student:
             one per level as a sequence or ``ModuleList``, or one module for a single level. They are called, so hooks,
             adapters, pruning and FSDP per module work; half-precision features run under autocast of their dtype. A module that
@@ -55,13 +55,14 @@ class MaskedDistillLoss(Options):
         weight_mask: weight each image's masks with the softmax learned in stage 1; False: every token counts ``1 / T``.
         standardize: the student reconstructs ``(t - mean) / std`` of every channel, by the statistics that the learner gathered
             and ``pretrained`` holds; masks and weights see the same, and so does ``masks=``, whose target is standardised, too.
-            Must be the learner's: ``"channel"`` (or True) or ``"isotropic"``. Off by default, as published.
+            Must be the value used for the learner: ``"channel"`` (or True) or ``"isotropic"``. Off by default, as published.
         custom_mask: customise masks once the warm-up is over.
         custom_mask_warmup: training-mode calls before masks are customised (5000 to 8500 as published); those with
             ``advance=False`` do not count.
-        loss_weight: factor on the loss. As published: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
-            0.5 for segmentation. A number, or a scalar tensor without gradient. It is an attribute, not part of the state dict:
-            ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion.
+        loss_weight: factor on the loss, a number or a scalar tensor without gradient. With ``standardize``, try 3, 10 and 30
+            on validation. Published for raw features: 1 for two-stage detectors, 7 for RetinaNet, 10 for FCOS and RepPoints,
+            0.5 for segmentation. ``criterion.loss_weight = x`` changes it at any time, also of a compiled criterion. No state
+            dict holds it.
         eps: added to the mask areas. 1e-5 reproduces the official segmentation code, 0 the detection code, in which
             an empty mask of the tokens gives NaN; one that ``masks=`` gives counts nothing.
         pretrained: learned tokens: a path, a state dict, a ``MaskLearner``; see `maskd_triton.checkpoints.mask_state`.
@@ -269,8 +270,7 @@ class MaskedDistillLoss(Options):
         check.level_count(levels.teachers, "teacher", self.channels)
         counts, compiling = self.training and advance, torch.compiler.is_compiling()
         # activation checkpointing repeats a call, and a trace computes nothing: neither counts, nor is kept
-        fake = not compiling and (computes_nothing(levels.students[0]) or computes_nothing(levels.teachers[0]))
-        repeated = graph_task() != -1 or tracing() or fake
+        repeated = graph_task() != -1 or tracing(levels.students[0]) or tracing(levels.teachers[0])
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(

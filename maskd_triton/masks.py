@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._eager import acc_dtype
-from ._hooks import Hooked, Output, Valid, Where, check_alive, frozen, names_of
+from ._hooks import Hooked, Output, Valid, Where, check_alive, frozen
 from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
@@ -138,13 +138,12 @@ class MaskLearner(Options):
             mappings of features must have these names, in any order.
         num_tokens: T, receptive tokens per level, at most 32.
         weight_mask: learn a weight of every mask for each image; False adds the masks up.
-        standardize: masks and weights see standardised features of the teacher, by statistics that `calibrate` gathers once.
-            The teacher's heads still see features as they are. ``"channel"`` (or True): every channel with mean 0 and
-            deviation 1. ``"isotropic"``: every channel with mean 0, and one scale for all, the root of their mean variance.
-            With a linear align that equals PHI-S (RADIO, arXiv 2410.01680): tokens and align absorb its rotation. On raw
-            features one mask easily ends on everywhere, and stage 2 is a plain feature MSE: whatever is not masked costs the
-            teacher nothing, and a token can be on everywhere where features have a mean. Recommended. Give `MaskedDistillLoss`
-            the same value. Off by default, as published.
+        standardize: compute masks and weights from the teacher's standardised features, with statistics that `calibrate`
+            gathers once. The teacher's heads still see raw features. ``"channel"`` (or True) gives every channel mean 0 and
+            deviation 1. ``"isotropic"`` gives every channel mean 0, and all one scale, the root of their mean variance. With a
+            linear align that equals PHI-S (RADIO, arXiv 2410.01680), whose rotation tokens and align absorb. We recommend it:
+            raw features have a mean, along which a mask can be on everywhere, and stage 2 is then a plain feature MSE. Give
+            `MaskedDistillLoss` the same value. Off by default, as published.
         pretrained: learned tokens to start from: a path, a state dict, a ``MaskLearner``; see
             `maskd_triton.checkpoints.mask_state`. None: tokens as initialised in `MaskModule`.
         impl: ``"auto"``, ``"triton"`` or ``"eager"``, as in `MaskedDistillLoss`.
@@ -154,7 +153,7 @@ class MaskLearner(Options):
         ``valid`` are the pixels that count in a padded batch (`attach`). `dice_loss` then gives the sum of the levels' Dice
         losses.
 
-    Only the learner's parameters are trained: put ``learner.parameters()`` into the optimizer.
+    Only the learner's parameters are trained, so put ``learner.parameters()`` into the optimizer.
 
     Examples:
         >>> import torch
@@ -249,8 +248,8 @@ class MaskLearner(Options):
 
         Printed, it says in a line per level what these masks are to the student, why, and what helps
         (`maskd_triton.diagnostics.verdict`). It warns with that line, once per level, where stage 2 would be a plain MSE, which
-        the losses do not show; not of tokens that are still as initialised, which `save` does. Values stay on the device,
-        but the check waits for it: call this now and then, not in every step.
+        the losses do not show. It leaves tokens that are still as initialised to `save`. Values stay on the device, but the
+        check waits for it, so call this now and then, not in every step.
 
         Args:
             objects: where the objects of the latest images are, ``[N, H0, W0]``, of any size, 1 inside: labels that are not
@@ -292,7 +291,7 @@ class MaskLearner(Options):
                 warn(f"MaskLearner, level {name!r}: {verdict(level, standardized=bool(self.standardize))}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens for ``pretrained=``. Warns as `diagnostics` does, and of tokens that have not learned anything.
+        """Write the tokens for ``pretrained=``. It warns as `diagnostics` does, and if the tokens have learned nothing.
 
         Args:
             path: the file; formats and errors are those of `maskd_triton.checkpoints.save_masks`.
@@ -382,7 +381,7 @@ class MaskLearner(Options):
                 "attach: standardize=True, but no statistics yet: run a few batches inside "
                 "`with learner.calibrate(teacher, names):` first"
             )
-        where = Where(names_of(names), output, layout, grid, prefix_tokens)
+        where = Where(names, output, layout, grid, prefix_tokens)
         with self._hooked("attach", teacher, where, valid, functools.partial(_learn, impl=self.impl)):
             yield self
 
@@ -442,7 +441,7 @@ class MaskLearner(Options):
             for i, (module, x) in enumerate(zip(modules, maps, strict=True)):
                 statistics[module].add(x, pixels[i] if pixels else None)
 
-        where = Where(names_of(names), output, layout, grid, prefix_tokens)
+        where = Where(names, output, layout, grid, prefix_tokens)
         with self._hooked("calibrate", teacher, where, valid, watch) as hooks, torch.no_grad():
             yield self
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -15,7 +15,6 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, cosine_similarity, 
 __all__ = [
     "dice",
     "distill_loss",
-    "distill_loss_levels",
     "mask_weights",
     "masked_distance",
     "masked_features_and_dice",
@@ -118,7 +117,7 @@ def masked_distance(
     return per_image.sum() / max(s.shape[0], 1)
 
 
-def distill_loss_levels(
+def distill_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     tokens: Sequence[Tensor] | None = None,
@@ -132,7 +131,18 @@ def distill_loss_levels(
     loss_weight: float | Tensor = 1.0,
     **options: Any,
 ) -> Tensor:
-    """Stage 2, one loss per level, ``[levels]``; see `distill_loss`."""
+    """Stage 2, ``[levels]``: ``loss_weight * mean_n sum_t w[n, t] A[n, t] / (C (B[n, t] + eps))`` of every level.
+
+    ``A[n, t] = sum_{c, p} (m (s - t))^2``, ``B[n, t] = sum_p m``; ``m = sigmoid(E t)``, with ``custom_mask`` times
+    ``stopgrad(sigmoid(E s))``; ``w`` is 1 / T without ``weighting``. ``student``, ``teacher``: ``[N, C_i, H_i, W_i]``,
+    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: ``custom_mask``, and those of
+    `masked_distance`. What is not the paper's:
+
+    - ``standardize``: mean and std of every level's channels; ``t`` is standardised before anything else.
+    - ``masks``, ``mask_weights``: ``m`` and ``w`` of every level, given.
+    - ``valid [N, H0, W0]``: every image is cut to the box around its valid pixels, at either's size; then the mean is taken.
+    - ``resize``: "student" or "teacher", which is resized to the other's size (bilinear), cut before.
+    """
     losses = []
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         given = (None if levels is None else levels[i] for levels in (tokens, weighting, standardize, masks, mask_weights))
@@ -199,28 +209,6 @@ def _level_loss(
     if valid is not None:
         m = torch.where(valid, m, 0)
     return masked_distance(s, t, m, w, **options)
-
-
-def distill_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    tokens: Sequence[Tensor] | None = None,
-    weighting: Sequence[Weighting] | None = None,
-    **options: Any,
-) -> Tensor:
-    """Stage 2: ``loss_weight * sum over levels of mean_n sum_t w[n, t] A[n, t] / (C (B[n, t] + eps))``.
-
-    ``A[n, t] = sum_{c, p} (m (s - t))^2``, ``B[n, t] = sum_p m``; ``m = sigmoid(E t)``, with ``custom_mask`` times
-    ``stopgrad(sigmoid(E s))``; ``w`` is 1 / T without ``weighting``. ``student``, ``teacher``: ``[N, C_i, H_i, W_i]``,
-    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: ``custom_mask``, ``loss_weight``, those
-    of `masked_distance`, and what is not the paper's:
-
-    - ``standardize``: mean and std of every level's channels; ``t`` is standardised before anything else.
-    - ``masks``, ``mask_weights``: ``m`` and ``w`` of every level, given.
-    - ``valid [N, H0, W0]``: every image is cut to the box around its valid pixels, at either's size; then the mean is taken.
-    - ``resize``: "student" or "teacher", which is resized to the other's size (bilinear), cut before.
-    """
-    return distill_loss_levels(student, teacher, tokens, weighting, **options).sum()
 
 
 def dice(m: Tensor) -> Tensor:

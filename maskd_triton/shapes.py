@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import positive_int
+from ._checks import listed, positive_int
 
 __all__ = ["boxes_to_masks", "from_nhwc", "from_packed", "from_tokens", "valid_pixels"]
 
@@ -87,7 +87,7 @@ def from_packed(x: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         >>> [level.shape for level in shapes.from_packed(torch.randn(2, 8 * 8 + 4 * 4, 256), [(8, 8), (4, 4)])]
         [torch.Size([2, 256, 8, 8]), torch.Size([2, 256, 4, 4])]
     """
-    pairs = [pair(size, f"sizes[{i}]") for i, size in enumerate(_listed(sizes))]
+    pairs = [pair(size, f"sizes[{i}]") for i, size in enumerate(listed(sizes))]
     lengths = [height * width for height, width in pairs]
     if x.dim() != 3 or x.shape[1] != sum(lengths):
         raise ValueError(f"x: expected tokens [N, {sum(lengths)}, C] for levels {pairs}, got shape {list(x.shape)}")
@@ -103,11 +103,6 @@ def pair(size: Any, name: str) -> tuple[int, int]:
     if min(height, width) < 1:
         raise ValueError(f"{name}: expected a pair (H, W) of positive ints, got {size!r}")
     return height, width
-
-
-def _listed(sizes: Any) -> Any:
-    """A tensor as lists, with one wait for its device."""
-    return sizes.tolist() if isinstance(sizes, Tensor) else sizes
 
 
 def valid_pixels(
@@ -137,7 +132,7 @@ def valid_pixels(
                  [False, False, False]]])
     """
     height, width = pair(size, "size")
-    sizes = [pair(image, f"image_sizes[{i}]") for i, image in enumerate(_listed(image_sizes))]
+    sizes = [pair(image, f"image_sizes[{i}]") for i, image in enumerate(listed(image_sizes))]
     for i, (h, w) in enumerate(sizes):
         if h > height or w > width:
             raise ValueError(f"image_sizes[{i}]: expected at most {(height, width)}, got {(h, w)}")
@@ -160,7 +155,7 @@ def boxes_to_masks(
     x_0 \le (x + 0.5) W_0 / W_i < x_1 \text{ and } y_0 \le (y + 0.5) H_0 / H_i < y_1, \quad 0 \text{ otherwise}
     $$
 
-    So a pixel of a level counts if its centre lies in a box. A box between the centres of a coarse level leaves its mask empty.
+    A pixel of a level counts if its centre lies in a box. A box between the centres of a coarse level leaves its mask empty.
 
     Args:
         boxes: ``[k, 4]`` of every image: ``(x0, y0, x1, y1)`` in pixels of the batch, of any real dtype; ``k`` may be 0.
@@ -192,7 +187,7 @@ def boxes_to_masks(
         [torch.Size([2, 3, 4, 4]), torch.Size([2, 3, 2, 2])]
     """
     height, width = pair(image_size, "image_size")
-    sizes = [pair(size, f"level_sizes[{i}]") for i, size in enumerate(_listed(level_sizes))]
+    sizes = [pair(size, f"level_sizes[{i}]") for i, size in enumerate(listed(level_sizes))]
     if classes is None and num_classes is not None:
         raise ValueError("num_classes: expected None without classes, which say what class each box has")
     for i, found in enumerate(boxes):

@@ -75,8 +75,10 @@ def is_narrow(x: Tensor) -> bool:
     return x.dtype.itemsize < 4 and x.is_floating_point()
 
 
-def fault(name: str, x: Any) -> str:
-    """What is wrong with the values of a level's entry, of `MaskModule` or `LevelTables`; "" where nothing is."""
+def fault(name: str, x: Any, isotropic: bool = False) -> str:
+    """What is wrong with the values of a level's entry, of `MaskModule` or `LevelTables`; "" where nothing is.
+
+    ``isotropic``: whether deviations must be one scale for all channels."""
     if not isinstance(x, Tensor):
         return f"expected a tensor, got {type(x).__module__}.{type(x).__name__}; make tensors of arrays with torch.from_numpy"
     if x.is_meta:
@@ -94,22 +96,10 @@ def fault(name: str, x: Any) -> str:
         return f"expected deviations of at least {least:.1e}{hint}"
     if name == "statistics" and x.dim() and (x[1:] < least).any():
         return f"expected 1 / deviations of at least {least:.1e} in its second row{hint}"
+    scales = {"channel_std": x, "statistics": x[1:] if x.dim() else x}.get(name)
+    if isotropic and scales is not None and (scales != scales.flatten()[:1]).any():
+        return "expected one scale for all channels, got several: these are not standardize='isotropic'"
     return ""
-
-
-SCALES = ("channel_std", "statistics")
-
-
-def several_scales(name: str, x: Tensor) -> bool:
-    """Whether the entry ``name`` of `SCALES` has other deviations for other channels."""
-    scales = (x[1:] if name == "statistics" else x).flatten()
-    return not (x.is_meta or tracing() or bool((scales == scales[:1]).all()))
-
-
-def faults(state: Mapping[str, Any], prefix: str) -> list[str]:
-    """A line for every entry of a level in a state dict that has a `fault`."""
-    found = {key: fault(key.removeprefix(prefix), x) for key, x in state.items() if key.removeprefix(prefix) in ENTRIES}
-    return [f"{key}: {what}" for key, what in found.items() if what]
 
 
 class MaskLevel(Options):
@@ -153,20 +143,19 @@ class MaskLevel(Options):
         unready = {f"{prefix}pixels_seen"}  # a learner may go on before it has statistics
         if self.mask_token.is_meta:
             unready |= {key for key, x in state_dict.items() if isinstance(x, Tensor) and x.is_meta}
-        wrong = faults({key: x for key, x in state_dict.items() if key not in unready}, prefix)
-        if self.standardize == "isotropic" and not wrong:
-            wrong = [
-                f"{prefix}{name}: expected one scale for all channels, got several: these are not standardize='isotropic'"
-                for name in SCALES
-                if prefix + name in state_dict and several_scales(name, state_dict[prefix + name])
-            ]
-        if wrong:
+        if wrong := self.faults({key: x for key, x in state_dict.items() if key not in unready}, prefix):
             others[-1].extend(wrong)
             return
         super()._load_from_state_dict(state_dict, prefix, *others)
         for name, x in self._buffers.items():
             if x is not None and is_narrow(x):
                 self._buffers[name] = x.float()
+
+    def faults(self, state: Mapping[str, Any], prefix: str) -> list[str]:
+        """A line for every entry of this level in a state dict that has a `fault`."""
+        entries = {key: key.removeprefix(prefix) for key in state if key.removeprefix(prefix) in ENTRIES}
+        found = {key: fault(name, state[key], self.standardize == "isotropic") for key, name in entries.items()}
+        return [f"{key}: {what}" for key, what in found.items() if what]
 
     def check_buffers(self) -> None:
         """TypeError where a wrapper has written half-precision numbers into the buffers."""
@@ -311,7 +300,7 @@ class LevelTables(MaskLevel):
                 error_msgs.append(f"{prefix[:-1]}: expected all entries of a level, got no {', '.join(missing)}")
             return
         if not composed:
-            wrong = faults(state_dict, prefix) or [
+            wrong = self.faults(state_dict, prefix) or [
                 f"size mismatch for {prefix}{name}: expected {list(shape)}, got {list(level[name].shape)}"
                 for name, shape in expected.items()
                 if level[name].shape != shape

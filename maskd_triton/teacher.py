@@ -15,9 +15,10 @@ __all__ = ["FrozenTeacher"]
 class FrozenTeacher(nn.Module):
     """Keeps a teacher in eval mode, runs it without gradients and leaves it out of parameters and checkpoints.
 
-    The model is held, not registered: an optimiser, DDP, FSDP, a state dict, ``to_empty()`` and ``train()`` of the module that
-    holds it do not reach it. It still follows ``.to()``, ``.cuda()`` and ``.half()``, unless it is offloaded or spread over
-    devices; then it is left where it is. A deep copy (an EMA of the holder) shares the model; a pickle contains it.
+    It holds the model without registering it, so an optimiser, DDP, FSDP, a state dict, ``to_empty()`` and ``train()`` of the
+    module around it do not reach the model. The model still follows ``.to()``, ``.cuda()`` and ``.half()``, unless it is
+    offloaded or spread over devices; then it is left where it is. A deep copy (an EMA of the holder) shares the model; a pickle
+    contains it.
 
     Args:
         model: the teacher, compiled or not. It is put into eval mode, and its parameters are frozen. It can be replaced later:
@@ -29,7 +30,7 @@ class FrozenTeacher(nn.Module):
 
     Raises:
         TypeError: anything that is no module.
-        RuntimeError: the model's own. If it may come of half-precision arguments for a float32 model, it says that, too.
+        RuntimeError: the model's own. It says so where half-precision arguments for a float32 model may be the reason.
 
     Examples:
         >>> import torch

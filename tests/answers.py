@@ -242,7 +242,7 @@ def _literal_2(given: Given, precise: torch.dtype | None, moved: Moved | None) -
     weighted = case.weighted and not case.masks and not case.mask_weights
     # without eps, a mask that is 0 on all that counts gives 0 where the library says so, not 0 / 0
     smallest = torch.finfo(sums).tiny if case.eps == 0 and (case.masks or given.valid is not None) else case.eps
-    losses = reference.distill_loss_levels(
+    losses = reference.distill_loss(
         [s.to(sums) for s in students],
         [t.detach().to(sums) for t in given.teacher],
         [module.mask_token.detach() for module in modules],

@@ -17,7 +17,6 @@ SEED = int(os.environ.get("MASKD_TEST_SEED", "0"))  # shifts every seed of the t
 INTERPRETED = ("triton", "cpu")
 TARGETS = [("eager", "cpu"), *([("eager", "cuda"), ("triton", "cuda")] if torch.cuda.is_available() else [INTERPRETED])]
 DOCS = Path(__file__).parents[1] / "docs"
-LAYOUTS = ("nchw", "channels_last")
 NLC = "nlc"  # strides of "channels_last", but for an axis of one image
 BATCH_LAST = "batch_last"  # dense, but neither pixels nor channels lie next to each other
 

@@ -54,7 +54,9 @@ BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 @pytest.mark.parametrize("how", ["given", "replaced"])
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+@pytest.mark.parametrize(
+    "build", [pytest.param(BUILDERS[kind], id=kind, marks=[pytest.mark.slow] * (kind == "compiled")) for kind in BUILDERS]
+)
 def test_modules_of_ones_own(build: Callable[[int, int], nn.Module], how: str) -> None:
     """The loss and the modules' gradients are those of features that went through them before."""
     torch.manual_seed(1)

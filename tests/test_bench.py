@@ -32,12 +32,12 @@ def test_command(tmp_path: Path) -> None:
     assert 0.1 < results["copy_gb_per_s"] < 1e5
     assert f"copy: {results['copy_gb_per_s']:.1f} GB/s" in shown
     rows = {(r["contender"], r["mode"]): r for r in results["rows"]}
-    assert {c for c, _ in rows} == {"ours", "literal", "collapsed", "feature MSE"}
+    assert {c for c, _ in rows} == {"ours", "literal", "plain", "feature MSE"}
     for (contender, mode), row in rows.items():
         assert 0 < row["lower_ms"] <= row["median_ms"] <= row["upper_ms"]
         assert row["ideal_bytes"] == (3 if mode == "forward+backward" else 2) * 2 * 256 * 7 * 7 * 4
         assert f"{row['median_ms']:.3f}" in shown
-        if contender in ("ours", "collapsed"):
+        if contender in ("ours", "plain"):
             assert row["result_error"] < 1e-6
             assert row["gradient_error"] < 1e-6
     ours, literal = (rows[c, "forward+backward"]["peak_extra_bytes"] for c in ("ours", "literal"))
@@ -49,7 +49,7 @@ def test_command(tmp_path: Path) -> None:
 def test_stage_1(tmp_path: Path) -> None:
     run("-m", "bench", "tiny", "--stage", "1", "--device", "cpu", "--seconds", "0.02", "--out", str(tmp_path / "out.json"))
     rows = {(r["contender"], r["mode"]): r for r in json.loads((tmp_path / "out.json").read_text())["rows"]}
-    assert {c for c, _ in rows} == {"ours", "literal", "collapsed"}
+    assert {c for c, _ in rows} == {"ours", "literal", "plain"}
     for (contender, mode), row in rows.items():
         assert row["workload"] == "stage 1: tiny N2 fp32 nchw"
         assert 0 < row["lower_ms"] <= row["median_ms"] <= row["upper_ms"]
@@ -120,6 +120,7 @@ def results_of() -> dict:
     return {"device": "cpu", "threads": 2, "commit": "abc", "date": "2026-11-24T00:00", "copy_gb_per_s": 20.0, "rows": rows}
 
 
+@pytest.mark.slow
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = results_of()
@@ -146,8 +147,9 @@ def test_growth_changes_one_thing_at_a_time() -> None:
             assert found == kept | {curve: size}
 
 
+@pytest.mark.slow
 def test_compiled_contenders() -> None:
     runs, left_out = bench.chosen(2, torch.device("cpu"), compiled=True)
-    names = [f"{name}, {how}" for name in ("literal", "collapsed") for how in ("compiled", "max-autotune")]
-    assert list(runs) == ["ours", "literal", "collapsed", "feature MSE", *names]
+    names = [f"{name}, {how}" for name in ("literal", "plain") for how in ("compiled", "max-autotune")]
+    assert list(runs) == ["ours", "literal", "plain", "feature MSE", *names]
     assert list(left_out) == ["ours, impl=eager"]

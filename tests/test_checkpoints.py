@@ -116,26 +116,34 @@ def test_entries_of_other_dtypes_are_cast(dtype: torch.dtype) -> None:
 
 OWN = "2 levels of 4, 6 channels, 3 tokens, with mask weights, not standardised"
 STANDARDISED = OWN.replace("not ", "")
-UNLIKE: dict[str, tuple[Callable[[], MaskLearner], dict[str, Any], str, str]] = {
-    "standardised": (lambda: learned(standardize=True), {}, STANDARDISED, "channel_mean"),
-    "not_standardised": (learned, {"standardize": True}, OWN, "channel_mean"),
+UNLIKE: dict[str, tuple[Callable[[], MaskLearner], dict[str, Any], str, str, str]] = {
+    "standardised": (lambda: learned(standardize=True), {}, STANDARDISED, "standardize=", "channel_mean"),
+    "not_standardised": (learned, {"standardize": True}, OWN, "standardize=", "channel_mean"),
     "of_single_channels": (
         lambda: learned(standardize=True),
         {"standardize": "isotropic"},
         STANDARDISED,
+        "",
         ": expected one scale for all channels, got several: these are not standardize='isotropic'",
     ),
-    "single_channel": (lambda: trained([1], 1), {}, "1 level of 1 channel, 1 token, with mask weights, not standardised", ""),
-    "levels_of_the_same_channels": (lambda: trained([4, 4, 6], 3), {}, OWN.replace("2 levels of", "3 levels of 4,"), ""),
-    "levels_alike": (lambda: trained([2] * 5, 3), {}, "5 levels of 2 channels, 3 tokens", ""),
-    "unweighted": (lambda: learned(False), {}, OWN.replace("with mask", "no mask"), "prob.0.bias"),
+    "single_channel": (lambda: trained([1], 1), {}, "1 level of 1 channel, 1 token, with", "channels= and num_tokens=", ""),
+    "levels_of_the_same_channels": (
+        lambda: trained([4, 4, 6], 3),
+        {},
+        OWN.replace("2 levels of", "3 levels of 4,"),
+        "channels=",
+        "",
+    ),
+    "levels_alike": (lambda: trained([2] * 5, 3), {}, "5 levels of 2 channels, 3 tokens", "channels=", ""),
+    "unweighted": (lambda: learned(False), {}, OWN.replace("with mask", "no mask"), "weight_mask=", "prob.0.bias"),
 }
 
 
-@pytest.mark.parametrize(("make", "options", "holds", "line"), UNLIKE.values(), ids=UNLIKE)
+@pytest.mark.parametrize(("make", "options", "holds", "unlike", "line"), UNLIKE.values(), ids=UNLIKE)
 def test_tokens_of_other_options(
-    make: Callable[[], MaskLearner], options: dict[str, Any], holds: str, line: str, tmp_path: Path
+    make: Callable[[], MaskLearner], options: dict[str, Any], holds: str, unlike: str, line: str, tmp_path: Path
 ) -> None:
+    advice = f"Give the {unlike} that these tokens were learned with, or other tokens" if unlike else "Not all entries fit"
     expected = STANDARDISED if options else OWN
     path = tmp_path / "tokens.pt"
     make().save(path)
@@ -145,7 +153,7 @@ def test_tokens_of_other_options(
                 kind(CHANNELS, TOKENS, pretrained=source, **options)
             first, _, rest = str(caught.value).partition("\n")
             assert first.startswith(f"pretrained: {name} holds {holds}")
-            assert f"; expected {expected}. Give the options that these tokens were learned with, or other tokens" in first
+            assert first.endswith(f"; expected {expected}. {advice}")
             assert line in rest
 
 

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +38,16 @@ def test_demo_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         picture = image.imread(tmp_path / name)
         assert min(picture.shape[:2]) > 300
         assert picture[..., :3].std() > 0.1  # something is drawn
+
+
+@pytest.mark.slow
+def test_time_of_stage_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from examples import stage1_time
+
+    monkeypatch.setattr(stage1_time, "ROUNDS", 1)
+    threads = torch.get_num_threads()
+    stage1_time.main()
+    torch.set_num_threads(threads)
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == 3
+    assert all(float(row.split()[-1]) > 0 for row in rows)

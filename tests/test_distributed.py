@@ -47,6 +47,7 @@ def test_two_processes(mode: str, tmp_path: Path) -> None:
     assert f"{mode} equal" in run(2, tmp_path, "tests/programs/two_processes.py", mode)
 
 
+@pytest.mark.slow
 def test_dtensor_features() -> None:
     """They are told what to pass instead; their local parts are taken."""
     from torch.distributed.tensor import Shard, distribute_tensor

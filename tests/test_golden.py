@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, default_dtype, in_layout
+from helpers import default_dtype, in_layout
 
 from maskd_triton import MaskedDistillLoss, MaskModule
-from maskd_triton.checkpoints import load_masks
 
 DATA = Path(__file__).parent / "data"
 pytestmark = pytest.mark.usefixtures("large_tiles")
@@ -20,9 +19,7 @@ def parameters(data: np.lib.npyio.NpzFile) -> dict[str, torch.Tensor]:
     return {k.removeprefix("param:"): torch.tensor(data[k]) for k in data.files if k.startswith("param:")}
 
 
-def criterion_for(
-    data: np.lib.npyio.NpzFile, segmentation: bool, impl: str, dtype: torch.dtype, pretrained: bool = True
-) -> MaskedDistillLoss:
+def criterion_for(data: np.lib.npyio.NpzFile, segmentation: bool, impl: str, dtype: torch.dtype) -> MaskedDistillLoss:
     levels = sum(k.startswith("student_") for k in data.files)
     with default_dtype(dtype):
         return MaskedDistillLoss(
@@ -33,40 +30,22 @@ def criterion_for(
             custom_mask_warmup=0,
             loss_weight=0.5 if segmentation else float(data["loss_weight"]),
             eps=1e-5 if segmentation else 1e-12,
-            pretrained=parameters(data) if pretrained else None,
+            pretrained=parameters(data),
             impl=impl,
         )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
+# All pairs of dtypes and layouts are in the table of cases (test_numbers.py)
+PRECISE, ROUNDED = (torch.float64, 1e-10, "nchw"), (torch.float32, 2e-5, "channels_last")
+PRECISIONS = pytest.mark.parametrize(("dtype", "bound", "layout"), [PRECISE, ROUNDED], ids=["fp64-nchw", "fp32-channels_last"])
+
+
+@PRECISIONS
 @pytest.mark.parametrize("name", DISTILL)
 def test_distill(name: str, dtype: torch.dtype, bound: float, layout: str, target: tuple[str, str]) -> None:
     impl, device = target
     data = np.load(DATA / f"{name}.npz")
-    check_distill(data, criterion_for(data, name.startswith("segmentation"), impl, dtype).to(device), dtype, bound, layout)
-
-
-@pytest.mark.parametrize("entries", ["learner", "criterion"])
-@pytest.mark.parametrize("name", DISTILL)
-@pytest.mark.filterwarnings("ignore:MaskedDistillLoss without pretrained")
-def test_distill_of_a_criterion_moved_to_float64_before_it_is_loaded(name: str, entries: str) -> None:
-    """Made in float32, which its tables were never rounded to."""
-    data = np.load(DATA / f"{name}.npz")
-    segmentation = name.startswith("segmentation")
-    criterion = criterion_for(data, segmentation, "eager", torch.float32, pretrained=False).double()
-    if entries == "learner":
-        load_masks(criterion.mask_modules, parameters(data))
-    else:
-        other = criterion_for(data, segmentation, "eager", torch.float64)
-        criterion.load_state_dict(other.state_dict())
-    check_distill(data, criterion, torch.float64, 1e-10, "nchw")
-
-
-def check_distill(
-    data: np.lib.npyio.NpzFile, criterion: MaskedDistillLoss, dtype: torch.dtype, bound: float, layout: str
-) -> None:
-    device = criterion.warmup_step.device
+    criterion = criterion_for(data, name.startswith("segmentation"), impl, dtype).to(device)
     levels = range(len(criterion.channels))
     load = lambda key: in_layout(torch.tensor(data[key]).to(device, dtype), layout)  # noqa: E731
     student = [load(f"student_{i}").requires_grad_() for i in levels]
@@ -94,8 +73,7 @@ def test_masks_and_weights(name: str) -> None:
             np.testing.assert_allclose(module.weights(teacher).numpy(), data[f"mask_weights_{i}"], rtol=1e-10)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["fp64", "fp32"])
+@PRECISIONS
 @pytest.mark.parametrize("name", LEARN)
 def test_learn(name: str, dtype: torch.dtype, bound: float, layout: str, target: tuple[str, str]) -> None:
     impl, device = target

@@ -346,12 +346,13 @@ def meta_parameters(model: nn.Module) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "trace",
-    [*TRACES.values(), fake_tensors, fake_images, meta_parameters],
-    ids=[*TRACES, "fake tensors", "fake images", "meta parameters"],
+    [
+        *(pytest.param(trace, id=kind, marks=[pytest.mark.slow] * ("export" in kind)) for kind, trace in TRACES.items()),
+        *(fake_tensors, fake_images, meta_parameters),
+    ],
 )
 def test_a_trace_is_no_pass(trace: Callable[[nn.Module], Any]) -> None:
     """What an export leaves behind is never handed out as features; those of the pass before it still are."""
-    torch._dynamo.reset()
     student, teacher = seeded(Yolo), seeded(Yolo)
     with both_stages(student, teacher, "p3") as (features, learner):
         student(IMAGES)
@@ -572,6 +573,7 @@ def compiled_blocks(in_place: bool) -> Any:
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [True, False])
 def test_other_blocks_may_be_compiled(in_place: bool) -> None:
     torch._dynamo.reset()
@@ -591,6 +593,7 @@ def test_other_blocks_may_be_compiled(in_place: bool) -> None:
         assert torch.equal(norm.running_mean, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped", "function"])
 def test_code_that_was_compiled_before(how: str) -> None:
     """It does not see hooks: then no features come, and that is said."""

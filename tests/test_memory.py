@@ -79,7 +79,7 @@ def test_the_literal_formulas_would_fail() -> None:
     tokens, weighting = module.mask_token.detach(), tuple(p.detach() for p in module.weighting())
 
     def distill() -> object:
-        return torch.autograd.grad(reference.distill_loss([s], [t], [tokens], [weighting], custom_mask=True), s)
+        return torch.autograd.grad(reference.distill_loss([s], [t], [tokens], [weighting], custom_mask=True).sum(), s)
 
     def learn() -> object:
         y, dice = reference.masked_features_and_dice(t, module.mask_token, module.weighting())

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskd_triton import functional as F
 from tests.answers import criterion_of
 from tests.cases import case_of
 from tests.given import Given, given_by
@@ -23,13 +22,14 @@ ROOT = Path(__file__).parents[1]
 # From a level whose rows are aligned to levels whose rows are not; channels differ
 LEVELS = ((16, 4, 8), (16, 3, 5), (8, 1, 1), (24, 2, 4), (7, 3, 3), (8, 1, 16), (1, 5, 2))
 
+KINDS = pytest.mark.parametrize(("distance", "standardize"), [("squared", ""), ("smooth_l1", "channel"), ("cosine", "channel")])
+
 
 def pyramid(levels: int, **options: Any) -> Given:
     return given_by(case_of(levels=LEVELS[:levels], dtypes="fp32", **options))
 
 
-@pytest.mark.parametrize("standardize", ["", "channel"])
-@pytest.mark.parametrize("distance", F.DISTANCES)
+@KINDS
 def test_launches_and_what_is_kept(distance: str, standardize: str, target: Target, launches: list[str]) -> None:
     """The same launches whatever the distance; the backward pass reads features, masks, coefficients and, for the cosine, two
     scalars per pixel. Beside them little more than the losses of all levels and images is kept."""
@@ -56,8 +56,7 @@ def test_launches_and_what_is_kept(distance: str, standardize: str, target: Targ
     assert beside <= 2 * (3 + 2) * len(LEVELS)  # coefficients, weights and losses of images
 
 
-@pytest.mark.parametrize("standardize", ["", "channel"])
-@pytest.mark.parametrize("distance", F.DISTANCES)
+@KINDS
 def test_features_are_read_once_per_pass(distance: str, standardize: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every element of both, once forward and once backward, as the interpreter sees it; mask weights read the border again."""
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")

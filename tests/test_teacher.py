@@ -39,12 +39,13 @@ def compiled_in_place(net: nn.Module) -> nn.Module:
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda net: net, "compiled": compiled, "in place": compiled_in_place, "frozen twice": FrozenTeacher,
 }  # fmt: skip
+SLOW = {"compiled", "in place"}
+EVERY_KIND = pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_KIND
 @pytest.mark.parametrize("assigned", [False, True])
 def test_nothing_of_it_is_registered(kind: str, assigned: bool) -> None:
-    torch._dynamo.reset()
     net = network()
     model = holder(net if assigned else KINDS[kind](net))
     if assigned:
@@ -60,10 +61,9 @@ def test_nothing_of_it_is_registered(kind: str, assigned: bool) -> None:
     assert not model["teacher"](IMAGES).requires_grad
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_KIND
 def test_train_of_the_raw_model(kind: str) -> None:
     """A trainer that walks over all models: neither dropout nor batch statistics."""
-    torch._dynamo.reset()
     net = network()
     teacher = FrozenTeacher(KINDS[kind](net))
     want, before = teacher(IMAGES), copy.deepcopy(net.state_dict())
@@ -75,6 +75,7 @@ def test_train_of_the_raw_model(kind: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_inside_a_full_graph() -> None:
     torch._dynamo.reset()
     net = network()
@@ -240,6 +241,7 @@ def test_torchscript() -> None:
         assert not any(p.requires_grad for p in model["teacher"].model.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_models_wherever_a_model_is_taken() -> None:
     torch._dynamo.reset()
     run = runpy.run_path(str(Path(__file__).parent / "programs" / "compiled.py"))["main"]
