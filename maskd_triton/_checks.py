@@ -200,7 +200,8 @@ def features(x: Tensor, name: str, channels: int | None = None, hint: str = "") 
     if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"{name}: expected at least one channel and one pixel, got shape {list(shape)}")
     if channels is not None and shape[1] != channels:
-        if shape[3] == channels and "swap" not in hint:
+        square = shape[2] == shape[3]  # such a map has channels pixels a side by chance
+        if shape[3] == channels and not square and "swap" not in hint:
             hint = "; channels last, [N, H, W, C]? shapes.from_nhwc(x) makes it [N, C, H, W]"
         raise ValueError(f"{name}: expected {counted(channels, 'channel')}, got {shape[1]} (shape {list(shape)}){hint}")
 

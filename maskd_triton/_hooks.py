@@ -42,7 +42,8 @@ class Where:
     def __post_init__(self) -> None:
         names = [self.names] if isinstance(self.names, str) else list(self.names) if isinstance(self.names, Sequence) else []
         if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"names: expected dotted names of modules, got {self.names!r}")
+            got = f"a module, {type(self.names).__name__}" if isinstance(self.names, nn.Module) else repr(self.names)
+            raise TypeError(f"names: expected dotted names of modules, as in model.named_modules(), got {got}")
         object.__setattr__(self, "names", names)
         if not (self.output is None or isinstance(self.output, str) or check.integer(self.output) is not None):
             raise TypeError(f"output: expected one field, key or position, got {self.output!r}; name a module further inside")

@@ -213,19 +213,21 @@ def verdict(level: LevelDiagnostics, *, standardized: bool = False) -> str:
     """
     focus, found = level.focus.item(), collapsed(level)
     kind, figures, remedy = "selective", f"focus {focus:.2f}", ""
+    single = len(level.coverage) == 1
     emphasis = math.nan if level.emphasis is None else level.emphasis.item()
     if not math.isnan(emphasis):
         figures += f", emphasis {emphasis:.2f}"
     if focus < PLAIN:  # not NaN, of no image
         kind = "plain MSE"
-        if _untrained(level):
+        if _untrained(level) or (standardized and single):
             remedy = ". Learn longer, with no more weight decay than 1e-3"
         elif standardized:
             remedy = ". Learn with one token, and no more weight decay than 1e-3"
         else:
             remedy = ". Learn with standardize=True"
     elif emphasis < 1:
-        kind, remedy = "background", ". Learn with one token"
+        longer = ". Learn longer, and compare with a plain feature MSE"
+        kind, remedy = "background", longer if single else ". Learn with one token"
     return "; ".join([f"{kind}: {figures}", *found]) + remedy
 
 

@@ -230,7 +230,11 @@ class MaskLearner(Options):
             seen = f"expected {check.counted(len(self.channels))} of the teacher, got {len(self._dice)}"
             why = seen if self._dice else "no features seen yet in this block"
             hooks = self._attached
-            where = "run the teacher inside `with learner.attach(...)`" if hooks is None else hooks.not_run(hooks.missing())
+            where = (
+                "run the teacher inside `with learner.attach(...)`, and call dice_loss() in there, too"
+                if hooks is None
+                else hooks.not_run(hooks.missing())
+            )
             raise RuntimeError(f"dice_loss: {why}; {where}")
         check_alive(self._dice.values(), "dice_loss", "teacher")
         without = [i for i, dice in self._dice.items() if not dice.requires_grad and self._trains(i)]

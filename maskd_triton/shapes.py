@@ -155,7 +155,8 @@ def boxes_to_masks(
     x_0 \le (x + 0.5) W_0 / W_i < x_1 \text{ and } y_0 \le (y + 0.5) H_0 / H_i < y_1, \quad 0 \text{ otherwise}
     $$
 
-    A pixel of a level counts if its centre lies in a box. A box between the centres of a coarse level leaves its mask empty.
+    A pixel of a level counts if its centre lies in a box. A box between the centres of a coarse level leaves its mask empty. So
+    does a box whose ``x1`` is below ``x0``, without an error: convert COCO's ``(x, y, w, h)``, and boxes from 0 to 1, before.
 
     Args:
         boxes: ``[k, 4]`` of every image: ``(x0, y0, x1, y1)`` in pixels of the batch, of any real dtype; ``k`` may be 0.

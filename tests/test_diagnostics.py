@@ -258,7 +258,7 @@ VERDICTS: dict[str, tuple[Tensor, Tensor | None, bool, str]] = {
     "a_quarter": (pillars(0), None, False, "selective: focus 0.75"),
     "untrained": (masks_of(*[[0.01, -0.01] * 4] * 2), None, True, UNTRAINED + LONGER),
     "everywhere": (pillars(1), None, False, EVERYWHERE + STANDARDIZE),
-    "everywhere_although_standardised": (pillars(1), None, True, EVERYWHERE + ONE + DECAY),
+    "everywhere_although_standardised": (pillars(1), None, True, EVERYWHERE + LONGER),
     "different_and_flat_in_sum": (pillars(*[0] * 4), None, True, "plain MSE: focus 0.00" + ONE + DECAY),
     "one_rules": (pillars(*[0] * 4), weights_of(1, 0, 0, 0), True, "selective: focus 0.75; token 0 has all the weight"),
     "copies": (pillars(0, 0)[:, [0, 1, 0]], None, True, "selective: focus 0.55; tokens 0 and 2 are copies: Dice 1.00"),
@@ -273,12 +273,15 @@ def test_verdict(masks: Tensor, weights: Tensor | None, standardized: bool, line
 
 
 def test_verdict_where_objects_are_known() -> None:
-    masks = pillars(0)
-    for objects, line in (
-        (masks[:, 0], "selective: focus 0.75, emphasis 4.00"),
-        (1 - masks[:, 0], "background: focus 0.75, emphasis 0.00" + ONE),
+    masks, compare = pillars(0), ". Learn longer, and compare with a plain feature MSE"
+    both = pillars(0, 0)
+    both[:, 1] = 0
+    for given, objects, line in (
+        (masks, masks[:, 0], "selective: focus 0.75, emphasis 4.00"),
+        (masks, 1 - masks[:, 0], "background: focus 0.75, emphasis 0.00" + compare),  # it has one token already
+        (both, 1 - masks[:, 0], "background: focus 0.75, emphasis 0.00; token 1 is empty: coverage below 0.02" + ONE),
     ):
-        assert verdict(describe(masks, objects=objects)) == line
+        assert verdict(describe(given, objects=objects)) == line
 
 
 # --- MaskLearner.diagnostics ------------------------------------------------------------------------------------------

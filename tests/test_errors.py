@@ -40,6 +40,11 @@ def learn(features: Any = (X,), tokens: Any = (E,), *others: Any, **options: Any
     return F.masked_features_and_dice(features, tokens, *others, **options)
 
 
+def loss_of_square_maps(channels: int) -> Tensor:
+    """As many channels as pixels a side, so that the student's [N, C, H, W] could be [N, H, W, C] by its last size."""
+    return MaskedDistillLoss(4, None)(torch.zeros(2, channels, 4, 4), torch.zeros(2, 4, 4, 4), masks=torch.ones(2, 1, 4, 4))
+
+
 def keyed(levels: list[Tensor], *keys: Any) -> dict[Any, Tensor]:
     return dict(zip(keys, levels, strict=True))
 
@@ -85,6 +90,7 @@ CALLS: Wrong = [
     (lambda: call([S[0], None]), TypeError, "student[1]: expected a tensor, got NoneType"),
     (lambda: call(S, [T[0], T[0]]), ValueError, "teacher[1]: expected 3 channels, got 4 (shape [2, 4, 6, 5])"),
     (lambda: call([S[0][:, :2], S[1]]), ValueError, "student[0]: expected 4 channels, got 2 (shape [2, 2, 6, 5]); give student_channels="),
+    (lambda: loss_of_square_maps(2), ValueError, "student[0]: expected 4 channels, got 2 (shape [2, 2, 4, 4]); give student_channels="),
     (lambda: call([x.permute(0, 2, 3, 1) for x in S]), ValueError, "channels last, [N, H, W, C]? shapes.from_nhwc(x) makes it [N, C, H, W]"),
     (lambda: call(S, [x.permute(0, 2, 3, 1) for x in T]), ValueError, "teacher[0]: expected 4 channels, got 6 (shape [2, 6, 5, 4]); channels last"),
     (lambda: call(S, [x.flatten(2).mT for x in T]), ValueError, "teacher[0]: expected features [N, C, H, W], got shape [2, 30, 4]; tokens [N, L, C]? shapes.from_tokens(x, (H, W))"),

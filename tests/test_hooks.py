@@ -140,7 +140,8 @@ def test_parts_that_are_not_there(wrap: Any, output: Any, sentence: str) -> None
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
-        ({"names": []}, TypeError, "names: expected dotted names of modules, got []"),
+        ({"names": []}, TypeError, "names: expected dotted names of modules, as in model.named_modules(), got []"),
+        ({"names": nn.ReLU()}, TypeError, "as in model.named_modules(), got a module, ReLU"),
         ({"output": 1.5}, TypeError, "output: expected one field, key or position, got 1.5"),
         ({"output": ("a", 0)}, TypeError, "output: expected one field, key or position, got ('a', 0); name a module further"),
         ({"layout": "hwc"}, ValueError, "layout: expected one of 'nchw', 'nhwc', 'tokens'"),
