@@ -368,7 +368,9 @@ class MaskedDistillLoss(Options):
             if self.align is None:
                 check.features(s, f"student{label}", c, "; give student_channels= and the criterion aligns them")
             else:
-                check.features(s, f"student{label}", _in_channels(self.align[i]))
+                check.features(
+                    s, f"student{label}", _in_channels(self.align[i]), "; that is what student_channels= or align= said"
+                )
 
     def _warn_without_gradient(self, levels: Matched) -> None:
         if self._warned or all(s.requires_grad for s in levels.students):

@@ -108,7 +108,7 @@ CALLS: Wrong = [
     (lambda: call([with_grad(s) for s in S], [T[0], with_grad(T[1])]), ValueError, "teacher[1]: requires grad, but the loss is differentiable in the student only; compute the teacher under torch.no_grad()"),
     (lambda: call(T, [with_grad(s) for s in S]), ValueError, "teacher[0]: requires grad, but the loss is differentiable in the student only (did you swap student and teacher?)"),
     (lambda: narrow(T, [with_grad(x[:, :2]) for x in S]), ValueError, "teacher[0]: expected 4 channels, got 2 (shape [2, 2, 6, 5]); did you swap student and teacher?"),
-    (lambda: narrow([S[0][:, :3], S[1]]), ValueError, "student[0]: expected 2 channels, got 3"),
+    (lambda: narrow([S[0][:, :3], S[1]]), ValueError, "student[0]: expected 2 channels, got 3 (shape [2, 3, 6, 5]); that is what student_channels= or align= said"),
     (lambda: call(T, [with_grad(x[:, :2]) for x in S]), ValueError, "teacher[0]: expected 4 channels, got 2 (shape [2, 2, 6, 5]); did you swap student and teacher?"),
     (lambda: narrow(T, [with_grad(x[:, :2]) for x in S], resize="teacher"), ValueError, "teacher[0]: expected 4 channels, got 2 (shape [2, 2, 6, 5]); did you swap student and teacher?"),
     (lambda: narrow(T, [with_grad(x[:, :2]) for x in S], align=[nn.Sequential(nn.Conv2d(2, c, 1)) for c in (4, 3)]), ValueError, "teacher[0]: expected 4 channels, got 2 (shape [2, 2, 6, 5]); did you swap student and teacher?"),
