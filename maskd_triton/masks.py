@@ -409,6 +409,8 @@ class MaskLearner(Options):
         it is ``sqrt(mean(var))``. If torch.distributed is initialised, the statistics are those of all ranks' data: every rank
         runs the block, on batches of its own.
 
+        If you have cached the features, let an ``nn.Identity()`` be the teacher and ``""`` its name, and call it on them.
+
         Args:
             teacher: as for `attach`, and so are all others.
             names: as for `attach`.
