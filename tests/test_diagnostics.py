@@ -510,14 +510,14 @@ def test_gradient_ratio_of_compiled_parts() -> None:
 def test_losses_in_other_forms() -> None:
     """A stacked tensor, an array, tensors, numbers of numpy, or one number: the same weight."""
     for make in (list, torch.tensor, np.array, lambda x: list(torch.tensor(x)), lambda x: list(np.array(x)), lambda x: x[0]):
-        assert suggest_loss_weight(make([1.0, 2.0]), make([0.5, 1.0]), share=0.5) == 2
-        assert suggest_loss_weight(make([1.0, 2.0]), make([0.5, 1.0])) == pytest.approx(18)  # 9 parts of 10
+        assert suggest_loss_weight(make([1.0, 2.0]), make([0.5, 1.0])) == 2
+        assert suggest_loss_weight(make([1.0, 2.0]), make([0.5, 1.0]), share=0.9) == pytest.approx(18)  # 9 parts of 10
     s = torch.ones(1, 2, 3, 3, requires_grad=True)
     losses = torch.stack([s.sum(), 2 * s.sum()])
     assert suggest_loss_weight(losses, 4 * losses, [s, s], by="gradient", share=0.2) == 0.0625
     torch.set_warn_always(True)
     try:  # losses that still have their graphs: torch's warning would be an error here
-        assert suggest_loss_weight(list(losses), 4 * losses, share=0.5) == 0.25
+        assert suggest_loss_weight(list(losses), 4 * losses) == 0.25
     finally:
         torch.set_warn_always(False)
 
