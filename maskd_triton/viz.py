@@ -33,7 +33,7 @@ def plot_masks(
 
     Coverage is a mask's mean value over the image's pixels. Dice coefficients are means over the images given:
     ``2 G_ij / (G_ii + G_jj + 2e-12)`` with ``G_ij = sum_p m_i m_j``. A level takes a row per image and the Dice matrix at the
-    right, whose numbers are left out for more than 12 tokens.
+    right, whose numbers are left out for more than 12 tokens; a single token has no matrix.
 
     Args:
         images: ``[N, 3, H, W]``, in ``[0, 1]``, or normalised and given with ``mean`` and ``std``.
@@ -45,7 +45,7 @@ def plot_masks(
 
     Returns:
         A figure to ``savefig``, about 14 inches wide for 6 tokens. Its ``axes`` are, level by level, each image followed by its
-        masks, then the level's Dice matrix; the colour bar comes last.
+        masks, then the Dice matrix of a level with several tokens; the colour bar comes last.
 
     Tensors may have any float dtype and device.
 
@@ -72,13 +72,15 @@ def plot_masks(
         ) from error
     pictures = _pictures(images, mean, std)
     _check_levels(images, masks, weights, names)
-    n, columns = len(pictures), 1 + max(m.shape[1] for m in masks)
-    matrix = min(max(columns / 3, 2), 3)  # its width, in pictures
+    n, most = len(pictures), max(m.shape[1] for m in masks)
+    columns = 1 + most
+    matrix = [min(max(columns / 3, 2), 3)] if most > 1 else []  # its width, in pictures
     height = 0.8 + 1.5 * min(max(pictures.shape[1] / pictures.shape[2], 0.4), 3)  # of a row, in inches, with its titles
-    figure = Figure(figsize=(1.5 * (columns + matrix) + 1, height * n * len(masks) + 0.6), layout="constrained")
-    legend = "" if weights is None else "w: weight (bold: the image's largest), "
-    figure.suptitle(f"Receptive tokens. {legend}c: coverage (mean mask value)", fontsize=_FONT + 1)
-    grid = figure.add_gridspec(n * len(masks), columns + 1, width_ratios=[1] * columns + [matrix])
+    figure = Figure(figsize=(1.5 * (columns + sum(matrix)) + 1, height * n * len(masks) + 0.6), layout="constrained")
+    legend = [] if weights is None else ["w: weight (bold: the image's largest)"]
+    lines = ["Receptive tokens", *legend, "c: coverage (mean mask value)"]
+    figure.suptitle((", " if most > 1 else "\n").join(lines), fontsize=_FONT + 1)
+    grid = figure.add_gridspec(n * len(masks), columns + len(matrix), width_ratios=[1] * columns + matrix)
     for level, m in enumerate(masks):
         m = m.detach().cpu().to(acc_dtype(m.dtype))
         w = None if weights is None else weights[level].detach().cpu()
@@ -96,7 +98,8 @@ def plot_masks(
                 bold = w is not None and token == w[image].argmax()
                 title = f"token {token}\n{weight}c {mask.mean():.2f}"
                 axis.set_title(title, fontsize=_FONT, fontweight="bold" if bold else "normal")
-        _draw_dice(figure.add_subplot(grid[level * n : (level + 1) * n, -1]), describe(m).dice)
+        if m.shape[1] > 1:
+            _draw_dice(figure.add_subplot(grid[level * n : (level + 1) * n, -1]), describe(m).dice)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), "inferno"), ax=figure.axes, shrink=0.6, pad=0.01, aspect=30)
     bar.set_label("mask value", fontsize=_FONT)
     bar.ax.tick_params(labelsize=_FONT - 1)

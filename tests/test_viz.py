@@ -28,12 +28,13 @@ def drawn(n: int = 2, tokens: int = 3, sides: tuple[tuple[int, int], ...] = ((6,
 
 
 def parts(figure: Any, n: int, tokens: int, levels: int) -> tuple[list[list[Any]], list[Any], Any]:
-    """The axes: for each level and image the image and its masks; each level's Dice matrix; the colour bar."""
+    """The axes: for each level and image the image and its masks; the Dice matrix of each level, if there are several tokens;
+    the colour bar."""
     axes = iter(figure.axes)
     rows, dice = [], []
     for _ in range(levels):
         rows += [[next(axes) for _ in range(1 + tokens)] for _ in range(n)]
-        dice.append(next(axes))
+        dice += [next(axes)] if tokens > 1 else []
     bar = next(axes)
     assert not list(axes)
     return rows, dice, bar
@@ -68,6 +69,9 @@ def test_shows_images_masks_and_numbers(n: int, tokens: int) -> None:
             assert lefts == sorted(lefts)
             bold = [axis.title.get_fontweight() == "bold" for axis in tiles]
             assert bold == [t == weights[i].argmax() for t in range(tokens)]
+        if tokens == 1:
+            assert not dice
+            continue
         expected = describe(masks).dice
         np.testing.assert_array_equal(shown(dice[level]), expected)
         numbers = {text.get_position(): text.get_text() for text in dice[level].texts}
