@@ -78,7 +78,7 @@ def suggestions(lines: Sequence[Line], tried: dict[str, dict[float, float]], spr
         own = tried[line["loss"]]
         best = best_weight(own)
         good = [weight for weight in own if own[weight] >= own[best] - 2 * spread[line["loss"]]]
-        named = f"{line['by_loss']:.2g} | {line['by_gradient']:.2g}"
+        named = " | ".join(f"{float(f'{line[by]:.2g}'):g}" for by in ("by_loss", "by_gradient"))
         rows.append(f"| {line['loss']} | {best:g} | {min(good):g} to {max(good):g} | {named} |")
     return rows if lines else []
 
