@@ -27,7 +27,7 @@ class Teacher(Net):
         self.net, self.task, self.channels = net, task, [net.width]
 
     def features(self, images: Tensor) -> list[Tensor]:
-        return [features_of(self.net, images)]
+        return [features_of(self.net.features, images)]
 
     def loss(self, levels: list[Tensor], labels: Tensor) -> Tensor:
         return self.task.loss(self.net.head(levels[0]), labels)
