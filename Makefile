@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.digits --out demo_output $(ARGS)
 
 test: $(VENV)/test.stamp
-	@echo 'Every check: about 8 minutes on 2 free cores, longer on busy ones. `pytest -n auto -m "not slow"` answers in 80 seconds.'
+	@echo 'Every check: about 8 minutes on 2 free cores, longer on busy ones. `pytest -n auto -m "not slow"` answers in 60 seconds.'
 	rm -rf $(REPORTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
