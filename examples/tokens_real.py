@@ -8,13 +8,12 @@ from torch import Tensor
 from .real.data import CELLS
 from .real.models import Net as RealNet
 from .real.pictures import STREETS
-from .real.tasks import Split, Task, load_task
+from .real.tasks import Split, Task, load_task, objects_in
 from .real.training import evaluate, features_of, load_teacher
 from .tokens_study import Journal, Seen, Settings, Study
 from .tokens_teachers import Net
 
 CLASSES = {"camvid": STREETS[:-1], "bccd": CELLS}
-THINGS = {"camvid": ("pole", "sign", "car", "pedestrian", "bicyclist"), "bccd": CELLS}  # what counts as an object
 
 
 class Teacher(Net):
@@ -52,8 +51,6 @@ def real_study(name: str, folder: Path, teachers: Path, settings: Settings, out:
 
 
 def seen_by(teacher: Teacher, split: Split) -> Seen:
-    names = CLASSES[teacher.task.name]
-    things = [names.index(name) for name in THINGS[teacher.task.name]]
-    objects = split.masks[:, things].amax(1)
-    classes = dict(zip(names, split.masks.unbind(1), strict=True))
+    classes = dict(zip(CLASSES[teacher.task.name], split.masks.unbind(1), strict=True))
+    objects = objects_in(teacher.task, split)
     return Seen(split.images[:4] / 255, teacher.features(split.images), split.targets, objects, classes)

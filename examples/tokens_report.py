@@ -1,12 +1,13 @@
 """Tables and the picture of `examples.tokens`. `python -m examples.tokens_report` writes the tables into docs/tokens.md."""
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .intervals import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,8 +39,6 @@ PAIRS = (
     (ONE, "feature MSE x 3"),
     (SIX, "feature MSE x 3"),
 )
-# of a 95 % interval by Student's t, by the number of pairs less one
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def read(path: Path) -> list[Line]:
@@ -151,14 +150,6 @@ def paired(scores: dict[tuple[str, str], dict[int, float]], teacher: str, name: 
     """The difference over the seeds that both have."""
     own, other = scores.get((teacher, name), {}), scores.get((teacher, base), {})
     return interval([score - other[seed] for seed, score in own.items() if seed in other])
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % t interval; a mean alone of a single value."""
-    if len(values) < 2:
-        return f"{statistics.fmean(values):+.3f}" if values else ""
-    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):+.3f} ± {half:.3f}"
 
 
 def label(name: str) -> str:

@@ -11,6 +11,7 @@ pytest.importorskip("sklearn", reason="needs the demo extra")
 
 from examples import tokens, tokens_report, tokens_study
 from examples.digits_data import make_scenes
+from examples.intervals import interval
 from examples.tokens_teachers import Detector, boxes_of, focal, iou, objects_of, student_of, targets, teacher_of
 from maskd_triton import MaskModule
 from tests import test_real
@@ -124,7 +125,7 @@ def test_student_and_teacher_have_levels_of_the_same_size(kind: str) -> None:
 
 
 def test_interval() -> None:
-    assert tokens_report.interval([1.0, 2.0, 3.0, 4.0]) == "+2.500 ± 2.054"  # 3.182 * 1.291 / 2
+    assert interval([1.0, 2.0, 3.0, 4.0]) == "+2.500 ± 2.054"  # 3.182 * 1.291 / 2
 
 
 def test_masks_against_the_truth() -> None:

@@ -1,13 +1,11 @@
 """Tables of a study from its JSON lines. `python -m examples.real.report` writes those of bench/results into docs/real.md."""
 
-import math
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy.stats import t
-
+from ..intervals import interval
 from .losses import ALONE, LOSSES, MSE, PUBLISHED, RECOMMENDED
 from .study import Line, best_weight, read_lines, tried_weights
 
@@ -53,11 +51,7 @@ def by_seed(lines: Sequence[Line], split: str, metric: str) -> dict[str, dict[in
 
 def difference(own: dict[int, float], base: dict[int, float]) -> str:
     """Over the seeds that both have."""
-    pairs = [own[seed] - base[seed] for seed in own if seed in base]
-    if len(pairs) < 2:
-        return ""
-    half = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return f"{statistics.mean(pairs):+.3f} ± {half:.3f}"
+    return interval([own[seed] - base[seed] for seed in own if seed in base])
 
 
 def weights(tried: dict[str, dict[float, float]], metric: str) -> list[str]:
@@ -89,7 +83,7 @@ def masks(lines: Sequence[Line]) -> list[str]:
         "| tokens | task loss on val | unmasked | focus | emphasis | coverage | largest Dice | entropy of the weights |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for line in lines:
+    for line in {line["tokens"]: line for line in lines}.values():  # the latest of tokens that were learned again
         looks = f"{line['focus']:.2f} | {line['emphasis']:.2f}"
         coverage = f"{min(line['coverage']):.2f} to {max(line['coverage']):.2f}"
         dice = f"{line['dice']:.2f}" if len(line["coverage"]) > 1 else ""

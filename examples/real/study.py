@@ -18,7 +18,7 @@ from maskd_triton import MaskLearner
 
 from .losses import ALONE, LOSSES, Aligned, Masked, Tokens, make_criterion, tokens_of
 from .models import STUDENT_WIDTH, Net
-from .tasks import Task
+from .tasks import Task, objects_in
 from .training import (
     Tick,
     early_features,
@@ -161,7 +161,7 @@ class Study:
         with torch.no_grad():
             masked = self.task.loss(self.teacher.head(learner(val)), self.task.val.targets)
             plain = self.task.loss(self.teacher.head(val), self.task.val.targets)
-        level = learner.diagnostics(objects=self.task.val.masks[:, list(self.task.objects)].amax(1))[0]
+        level = learner.diagnostics(objects=objects_in(self.task, self.task.val))[0]
         self._add(
             key
             | {"cpu_seconds": round(seconds), "task_loss": round(masked.item(), 4), "unmasked": round(plain.item(), 4)}

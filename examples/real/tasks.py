@@ -105,3 +105,8 @@ def load_task(name: str, folder: Path, most: int | None = None) -> Task:
         most: images of each split; None: all.
     """
     return TASKS[name](folder, most)
+
+
+def objects_in(task: Task, split: Split) -> Tensor:
+    """``[N, h, w]``: how much of every cell of a split's level lies on objects."""
+    return split.masks[:, list(task.objects)].amax(1)
