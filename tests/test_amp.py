@@ -36,7 +36,8 @@ def test_align_under_autocast(dtype: torch.dtype, target: Target) -> None:
     assert (outside.double() - expected).abs() <= expected * torch.finfo(dtype).eps * 4
 
 
-def test_scaled_steps_equal_unscaled(target: Target) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaled_steps_equal_unscaled(dtype: torch.dtype, target: Target) -> None:
     """GradScaler: a scale of 65536 on the loss and back, overflow found in the student's gradient and the step skipped."""
     impl, device = target
     torch.manual_seed(SEED)
@@ -50,7 +51,7 @@ def test_scaled_steps_equal_unscaled(target: Target) -> None:
         scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=1000)
         for _ in range(3):
             images, teacher = torch.randn(2, 3, 5, 5, device=device), torch.randn(2, 4, 5, 5, device=device)
-            with torch.autocast(device, torch.float16):
+            with torch.autocast(device, dtype):
                 loss = criterion(student(images), teacher)
             optimizer.zero_grad()
             scaler.scale(loss).backward()

@@ -393,7 +393,8 @@ def test_compiled_and_checkpointed_calls_count_once(reentrant: bool, step: int) 
 # --- diagnostics ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("customised", "weighted"), [(True, True), (False, False)])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("customised", [True, False])
 def test_diagnostics(customised: bool, weighted: bool, target: Target) -> None:
     """What the masks and weights of the latest call were, and each level's share of the loss."""
     impl, device = target

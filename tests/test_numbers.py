@@ -164,7 +164,8 @@ def test_features_made_in_inference_mode(target: Target) -> None:
         assert torch.equal(criterion(given.student, teacher), criterion(given.student, given.teacher))
 
 
-def test_autocast_changes_nothing(target: Target) -> None:
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype, target: Target) -> None:
     """Sums stay in float32 where the criterion is called inside an autocast region."""
     module = module_of(target)
     given = given_by(case_of(dtypes="fp32")).on(target[1])
@@ -175,7 +176,7 @@ def test_autocast_changes_nothing(target: Target) -> None:
         return [criterion(given.student, given.teacher), *module(given.teacher[0]), masks, F.dice_loss(masks)]
 
     want = results()
-    with torch.autocast(target[1], torch.bfloat16):
+    with torch.autocast(target[1], dtype):
         got = results()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 

@@ -127,6 +127,7 @@ class Failing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_device_anywhere(target: Target) -> None:
     """Whichever operation of a step fails, the error arrives as it is; a failed call is no step of the warm-up, and the next is
     as if nothing had happened."""
@@ -136,7 +137,7 @@ def test_an_error_of_the_device_anywhere(target: Target) -> None:
     want = step(criterion, device=device)
     with Failing(10**6, RuntimeError()) as whole:
         step(criterion, device=device)
-    operations, tries = 10**6 - whole.left, 12 if impl == "eager" else 4  # Triton's interpreter takes its time
+    operations, tries = 10**6 - whole.left, 30 if impl == "eager" else 6  # Triton's interpreter takes its time
     for i in range(tries):
         criterion.warmup_step.zero_()
         student, error, loss = [x.requires_grad_() for x in maps(device=device, seed=1)], ERRORS[i % len(ERRORS)](), None
