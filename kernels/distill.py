@@ -27,10 +27,10 @@ from .tiles import (
     load_masks,
     load_rows,
     load_valid,
+    mask_of,
     pick,
     pick_int,
     reconstructed,
-    sigmoid,
     smooth_l1,
     tile_of,
     tile_offsets,
@@ -90,9 +90,9 @@ def _forward_tile(
         scores = join_split(logits, TP, T_SPLIT, BLOCK_P)
         if STANDARD:
             scores += tl.load(raw_bias_ptr + token, mask=real, other=0.0).to(ACC)[:, None]
-        m = sigmoid(scores)
+        m = mask_of(scores)
     if CUSTOM:
-        followed = m * sigmoid(join_split(own, TP, S_SPLIT, BLOCK_P))
+        followed = m * mask_of(join_split(own, TP, S_SPLIT, BLOCK_P))
         if CHOSEN:
             m = tl.where(tl.load(customised_ptr) != 0, followed, m)
         else:

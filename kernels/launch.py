@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .tiles import CHANNELS, PIXELS, sigmoid
+from .tiles import CHANNELS, PIXELS, mask_of
 from .tuning import Config
 
-INTERPRETED = not isinstance(sigmoid, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(mask_of, triton.runtime.JITFunction)
 PLANS = 128  # looks that a pass remembers
 
 

@@ -29,10 +29,10 @@ from .tiles import (
     load_rows,
     load_valid,
     mask_gradient,
+    mask_of,
     pick,
     pick_int,
     pick_row,
-    sigmoid,
     tile_of,
     tile_offsets,
 )
@@ -88,7 +88,7 @@ def mask_kernel(
     counted = inside
     if VALID:
         counted = load_valid(pick(valid_ptrs, level, LEVELS), n, p, P)
-    m = tl.where(counted[None, :], sigmoid(scores), 0.0)
+    m = tl.where(counted[None, :], mask_of(scores), 0.0)
     mask_at = pick(mask_ptrs, level, LEVELS) + n * T * P + token[:, None].to(tl.int64) * P + p[None, :]
     tl.store(mask_at, m, mask=real[:, None] & inside[None, :])
     gram_ptr = pick(gram_ptrs, level, LEVELS) + program.to(tl.int64) * T * T

@@ -146,8 +146,15 @@ def smooth_l1(x, beta):
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+def mask_of(logits):
+    """The mask's formula, a sigmoid; `mask_slope` is its derivative."""
+    return 1.0 / (1.0 + tl.exp(-logits))
+
+
+@triton.jit
+def mask_slope(m):
+    """The derivative of `mask_of` for the logits, by the mask's own value."""
+    return m * (1.0 - m)
 
 
 @triton.jit
@@ -158,11 +165,11 @@ def pick_row(x, i, ROWS: tl.constexpr):
 
 @triton.jit
 def mask_gradient(m, gx, dice, weight_ptr, pair_ptr, T: tl.constexpr, TP: tl.constexpr):
-    """Gradient [TP, BLOCK_P] of the mask logits: ``dm = weight * gx + dice * pair @ m``, ``dl = dm m (1 - m)``."""
+    """Gradient [TP, BLOCK_P] of the mask logits: ``dm = weight * gx + dice * pair @ m``, times the slope."""
     token = tl.arange(0, TP)
     real = token < T
     dm = tl.load(weight_ptr + token, mask=real, other=0.0)[:, None] * gx[None, :]
     for j in range(T):
         column = tl.load(pair_ptr + j * T + token, mask=real, other=0.0) * dice
         dm += column[:, None] * pick_row(m, j, TP)[None, :]
-    return dm * m * (1.0 - m)
+    return dm * mask_slope(m)
