@@ -24,7 +24,9 @@ PAGES = {
 }
 SOURCES = {site: repository for repository, site in PAGES.items()}
 SHOWN = {".py": "python", ".cff": "yaml"}  # as a page with highlighted code, not as a download
-CODE_OR_LINK = re.compile(r"(?P<code>^```.*?^```|`[^`\n]+`)|\]\((?!https?:|#)(?P<link>[^)#\s]+)", re.M | re.S)
+CODE_OR_LINK = re.compile(
+    r"(?P<code>^```.*?^```|`[^`\n]+`)|(?P<before>\]\(|src=\")(?!https?:|#)(?P<link>[^)#\s\"]+)", re.M | re.S
+)
 
 
 def place(path: str) -> str:
@@ -94,7 +96,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def moved(match: re.Match[str]) -> str:
         if match["code"] or match["link"].startswith("quickstart-"):
             return match[0]
-        return "](" + posixpath.relpath(place(target(site, match["link"])), posixpath.dirname(site) or ".")
+        return match["before"] + posixpath.relpath(place(target(site, match["link"])), posixpath.dirname(site) or ".")
 
     return CODE_OR_LINK.sub(moved, markdown)
 

@@ -33,7 +33,7 @@ from .training import (
 
 PACKAGES = ("torch", "numpy", "pillow", "pycocotools")
 TUNING_SEED = 100  # none of the seeds that are reported
-WEIGHTS = [m * 10**e for e in range(-3, 6) for m in (1, 3)]  # candidates
+WEIGHTS = [float(f"{m}e{e}") for e in range(-3, 6) for m in (1, 3)]  # candidates
 FIRST = slice(WEIGHTS.index(10), WEIGHTS.index(300) + 1)  # these are tried; more follow while the best is at an end
 
 
