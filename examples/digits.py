@@ -41,8 +41,8 @@ TUNING_SEEDS = (100, 101)  # none of the seeds that are reported
 @dataclass(frozen=True)
 class Settings:
     scenes: tuple[int, int, int] = (3000, 400, 600)  # train, validation, test
-    teacher_steps: int = 500
-    token_steps: int = 200
+    teacher_steps: int = 300
+    token_steps: int = 100
     student_steps: int = 250
     seeds: int = 3
 
@@ -133,7 +133,7 @@ def prepare(scenes: dict[str, Scenes], teacher: PyramidNet, settings: Settings) 
         learner, stage1 = learn_tokens(teacher, train, settings.token_steps, bar.update)
     levels = teacher_features(teacher, train)
     with torch.no_grad():
-        learner(levels)
+        learner([level[:400] for level in levels])
     print(report.masks_table(learner.diagnostics()))  # warns of masks that are a plain MSE
     return Study(**scenes, teacher=teacher, levels=levels, learner=learner), stage1
 

@@ -86,7 +86,7 @@ def learn_tokens(
     torch.manual_seed(seed)
     learner = MaskLearner(teacher.neck_channels, NUM_TOKENS, standardize=True).to(train.images.device)
     with learner.calibrate(teacher, "neck"):
-        for images in train.images.split(200):
+        for images in train.images[:600].split(200):
             teacher(images)
     optimizer = torch.optim.Adam(learner.parameters(), TOKEN_LR, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
@@ -132,7 +132,7 @@ def train_student(study: Study, variant: str, loss_weight: float, seed: int, ste
         if criterion is not None:
             loss = loss + criterion(features, [level[batch] for level in study.levels])
         take_step(loss, optimizer, schedule)
-        if 10 * step // steps > 10 * (step - 1) // steps:  # after every tenth of the steps
+        if 5 * step // steps > 5 * (step - 1) // steps:  # after every fifth of the steps
             curve.append((step, mean_iou(student, study.validation)))
         tick()
     return StudentRun(variant, seed, mean_iou(student, study.test), curve, found(student, study.test.images[:SHOWN]))

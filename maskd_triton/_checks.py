@@ -283,19 +283,22 @@ def tables(given: Any, maps: Sequence[Tensor], constant: bool) -> None:
     t = len(given.tokens[0]) if given.tokens else 0
     # in stage 1 the first bias says whether the weighting is one of standardised features
     standard = bool(given.statistics) if constant else any(getattr(x, "ndim", 0) == 2 for x in given.pool_bias[:1])
-    present = [field for field in zip(given._fields, given, strict=True) if field[1]]
-    for i, x in enumerate(maps):
-        c, device = x.shape[1], x.device
-        shapes = {
-            "tokens": (t, c), "pool_rows": (9, t, c), "pool_bias": (5, t) if standard else (t,),
-            "teacher_tokens": (t, c), "token_bias": (t,), "statistics": (2, c),
-        }  # fmt: skip
-        for name, levels in present:
-            table, shape = levels[i], shapes[name]
-            if not isinstance(table, Tensor) or table.shape != shape or table.device != device or table.dtype not in _DTYPES:
-                parameter(table, f"{_ARGUMENTS.get(name, name)} of level {i}", shape, device)  # says which
-            if constant:
-                frozen(table, f"{_ARGUMENTS.get(name, name)} of level {i}")
+    leading: dict[str, tuple[int, ...]] = {  # sizes; but for biases, channels follow
+        "tokens": (t,), "pool_rows": (9, t), "pool_bias": (5, t) if standard else (t,),
+        "teacher_tokens": (t,), "token_bias": (t,), "statistics": (2,),
+    }  # fmt: skip
+    fits = [(x.shape[1:2], x.device) for x in maps]
+    for name, levels in zip(given._fields, given, strict=True):
+        if not levels:
+            continue
+        sizes, bias = leading[name], name in ("pool_bias", "token_bias")
+        for i, (table, (channels, device)) in enumerate(zip(levels, fits, strict=True)):
+            shape = sizes if bias else (*sizes, *channels)
+            fit = isinstance(table, Tensor) and table.shape == shape and table.device == device and table.dtype in _DTYPES
+            if not fit or (constant and table.requires_grad):
+                label = f"{_ARGUMENTS.get(name, name)} of level {i}"
+                parameter(table, label, shape, device)  # says which
+                frozen(table, label)
 
 
 _ARGUMENTS = {  # what users call what the tables hold
