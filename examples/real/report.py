@@ -8,6 +8,7 @@ from pathlib import Path
 from ..intervals import interval
 from .losses import ALONE, LOSSES, MSE, PUBLISHED, RECOMMENDED
 from .study import Line, best_weight, read_lines, tried_weights
+from .training import SHARES
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "real.md"
@@ -67,13 +68,14 @@ def weights(tried: dict[str, dict[float, float]], metric: str) -> list[str]:
 
 def suggestions(lines: Sequence[Line], tried: dict[str, dict[float, float]], spread: dict[str, float]) -> list[str]:
     """What `suggest_loss_weight` names, beside the best weight on val and those within two of the seeds' deviations of it."""
-    rows = ["| loss weight | best on val | as good | by losses | by gradients |", "|---|---|---|---|---|"]
+    named = (f"by {name}, share {share:g}" for name, share in zip(("losses", "gradients"), SHARES.values(), strict=True))
+    rows = [f"| loss weight | best on val | as good | {' | '.join(named)} |", "|---|---|---|---|---|"]
     for line in lines:
         own = tried[line["loss"]]
         best = best_weight(own)
         good = [weight for weight in own if own[weight] >= own[best] - 2 * spread[line["loss"]]]
-        named = " | ".join(f"{float(f'{line[by]:.2g}'):g}" for by in ("by_loss", "by_gradient"))
-        rows.append(f"| {line['loss']} | {best:g} | {min(good):g} to {max(good):g} | {named} |")
+        cells = " | ".join(f"{float(f'{line[by]:.2g}'):g}" for by in ("by_loss", "by_gradient"))
+        rows.append(f"| {line['loss']} | {best:g} | {min(good):g} to {max(good):g} | {cells} |")
     return rows if lines else []
 
 

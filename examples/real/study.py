@@ -20,6 +20,7 @@ from .losses import ALONE, LOSSES, Aligned, Masked, Tokens, make_criterion, toke
 from .models import STUDENT_WIDTH, Net
 from .tasks import Task, objects_in
 from .training import (
+    SHARES,
     Tick,
     early_features,
     evaluate,
@@ -96,7 +97,7 @@ class Study:
     def suggestion(self, loss: str) -> Line:
         """The weights that `suggest_loss_weight` names after a few steps with a weight of 1."""
         steps, seed = self.settings.suggestion_steps, TUNING_SEED
-        key = {"run": "suggested weights", "loss": loss, "steps": steps}
+        key = {"run": "suggested weights", "loss": loss, "steps": steps, "shares": SHARES}
         found = self._found(key)
         if found:
             return found

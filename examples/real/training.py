@@ -18,7 +18,7 @@ BATCH = 8
 LR = 1e-3
 WEIGHT_DECAY = 0.01
 TOKEN_LR = 1e-2
-SHARE = 0.9  # of the suggested weights
+SHARES = {"loss": 0.9, "gradient": 0.75}  # of the suggested weights; docs/real.md says why
 
 Tick = Callable[[], object]  # called once per training step
 
@@ -109,8 +109,9 @@ def suggest(
         levels.append(student.late_features(early[batch].float()))
         losses.append(task.loss(student.head(levels[-1]), task.train.targets[batch]))
         distillations.append(criterion(levels[-1], features[batch].float(), task.train.masks[batch]))
-    by_gradient = suggest_loss_weight(losses, distillations, levels, by="gradient", share=SHARE)
-    return {"by_loss": suggest_loss_weight(losses, distillations, share=SHARE), "by_gradient": by_gradient}
+    by_loss = suggest_loss_weight(losses, distillations, share=SHARES["loss"])
+    by_gradient = suggest_loss_weight(losses, distillations, levels, by="gradient", share=SHARES["gradient"])
+    return {"by_loss": by_loss, "by_gradient": by_gradient}
 
 
 @torch.no_grad()
