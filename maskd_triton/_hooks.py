@@ -99,6 +99,11 @@ class Where:
             if height * width != tokens:
                 expected = f"{self.prefix_tokens} + {height} * {width} tokens (prefix_tokens, grid)"
                 raise ValueError(f"{name}: expected {expected}, got {x.shape[1]}")
+            if images is not None and height != width and images[0] * height == images[1] * width:
+                raise ValueError(
+                    f"{name}: grid=({height}, {width}) does not fit images of {images[0]}x{images[1]} pixels; rows come "
+                    f"first, so for square patches give grid=({width}, {height})"
+                )
             return height, width
         if images is None:
             raise ValueError(f"{name}: no images [N, C, H, W] among the arguments of the model's call; give grid=(h, w)")
@@ -167,7 +172,7 @@ class Hooked:
     Attributes:
         modules: those that ``where`` names.
         inside: a pass is running. A module that runs outside of one was called by itself.
-        images: height and width of the images of the pass, where a grid of tokens needs them.
+        images: height and width of the images of the pass, which a grid of tokens is compared with or made of.
         arguments: of the model's call, until ``valid`` has read the valid ``pixels`` in them.
     """
 
@@ -218,7 +223,7 @@ class Hooked:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins."""
         self.inside, self.images = True, None
-        if self.where.layout == "tokens" and self.where.grid is None:
+        if self.where.layout == "tokens":
             self.images = _image_size([*args, *kwargs.values()])
         if self.read is not None:
             self.arguments = args, kwargs

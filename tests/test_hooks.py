@@ -283,6 +283,17 @@ def test_grids_that_are_not_found(images: tuple[int, int], tokens: int, sentence
     assert sentence in str(caught.value)
 
 
+def test_rows_and_columns_of_a_grid_that_were_swapped() -> None:
+    """Where the patches of the images would be square the other way round; other patches may have any shape."""
+    where: dict[str, Any] = {"layout": "tokens", "grid": (6, 4)}
+    x = torch.zeros(1, 24, 8)
+    with pytest.raises(ValueError, match=r"grid=\(6, 4\) does not fit images of 32x48 pixels; .* give grid=\(4, 6\)"):
+        capture.call(Given(), "block", x, torch.zeros(1, 3, 32, 48), **where)
+    for images in ((48, 32), (48, 48), (24, 60)):
+        _, (level,) = capture.call(Given(), "block", x, torch.zeros(1, 3, *images), **where)
+        assert level.shape == (1, 8, 6, 4)
+
+
 # What is no pass
 
 
