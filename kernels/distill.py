@@ -22,7 +22,6 @@ from .._records import Distilled, DistillKept, DistillOptions
 from . import launch, tuning
 from .tiles import (
     add_projection,
-    find_level,
     join_split,
     load_masks,
     load_rows,
@@ -30,6 +29,7 @@ from .tiles import (
     mask_of,
     pick,
     pick_int,
+    place,
     reconstructed,
     smooth_l1,
     tile_of,
@@ -201,12 +201,8 @@ def forward_kernel(
     S_FAST: tl.constexpr, T_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    part_ptr += program.to(tl.int64) * 3 * T
-    level = find_level(program, first, LEVELS)
-    program -= pick_int(first, level, LEVELS)
-    C = pick_int(Cs, level, LEVELS) * C_UNIT
-    P = pick_int(Ps, level, LEVELS) * P_UNIT
+    part_ptr += tl.program_id(0).to(tl.int64) * 3 * T
+    program, level, C, P = place(first, Cs, Ps, LEVELS, C_UNIT, P_UNIT)
     W = pick_int(Ws, level, LEVELS)
     pool_ptr = pick(pool_ptrs, level, LEVELS)
     t_row = pick_int(t_rows, level, LEVELS)
@@ -328,12 +324,8 @@ def backward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """grad_student = upstream * slope * sum_t coefficient * m^POWER; the slopes are those of `_records.Distilled`."""
-    program = tl.program_id(0)
-    level = find_level(program, first, LEVELS)
-    program -= pick_int(first, level, LEVELS)
+    program, level, C, P = place(first, Cs, Ps, LEVELS, C_UNIT, P_UNIT)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
-    C = pick_int(Cs, level, LEVELS) * C_UNIT
-    P = pick_int(Ps, level, LEVELS) * P_UNIT
     s_row, t_row, g_row = pick_int(s_rows, level, LEVELS), pick_int(t_rows, level, LEVELS), pick_int(g_rows, level, LEVELS)
     n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
     mask = (c < C)[:, None] & (p < P)[None, :]

@@ -23,7 +23,6 @@ from .._records import LearnKept, LearnOptions, LearnTables
 from . import launch, tuning
 from .tiles import (
     add_projection,
-    find_level,
     join_split,
     load_masks,
     load_rows,
@@ -33,6 +32,7 @@ from .tiles import (
     pick,
     pick_int,
     pick_row,
+    place,
     tile_of,
     tile_offsets,
 )
@@ -59,12 +59,8 @@ def mask_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Masks and sums of BLOCK_P pixels, and y where not WEIGHTED."""
-    program = tl.program_id(0)
-    level = find_level(program, first, LEVELS)
-    program -= pick_int(first, level, LEVELS)
+    program, level, C, P = place(first, Cs, Ps, LEVELS, C_UNIT, P_UNIT)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
-    C = pick_int(Cs, level, LEVELS) * C_UNIT
-    P = pick_int(Ps, level, LEVELS) * P_UNIT
     n = (program // tl.cdiv(P, BLOCK_P)).to(tl.int64)
     p = program % tl.cdiv(P, BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
@@ -128,12 +124,8 @@ def gate_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """y = x * sum_t weight * mask."""
-    program = tl.program_id(0)
-    level = find_level(program, first, LEVELS)
-    program -= pick_int(first, level, LEVELS)
+    program, level, C, P = place(first, Cs, Ps, LEVELS, C_UNIT, P_UNIT)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
-    C = pick_int(Cs, level, LEVELS) * C_UNIT
-    P = pick_int(Ps, level, LEVELS) * P_UNIT
     n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
     mask = (c < C)[:, None] & (p < P)[None, :]
     x_ptr = pick(x_ptrs, level, LEVELS) + n * pick_int(x_ns, level, LEVELS) * ALIGN
@@ -174,12 +166,8 @@ def token_gradient_kernel(
     FAST: tl.constexpr, G_FAST: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    level = find_level(program, first, LEVELS)
-    program -= pick_int(first, level, LEVELS)
+    program, level, C, P = place(first, Cs, Ps, LEVELS, C_UNIT, P_UNIT)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
-    C = pick_int(Cs, level, LEVELS) * C_UNIT
-    P = pick_int(Ps, level, LEVELS) * P_UNIT
     n = (program // tl.cdiv(P, BLOCK_P)).to(tl.int64)
     p = program % tl.cdiv(P, BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = p < P
@@ -255,12 +243,8 @@ def feature_gradient_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx = g * sum_t weight * mask + sum_t dl * token + the path through the mask weights."""
-    program = tl.program_id(0)
-    level = find_level(program, first, LEVELS)
-    program -= pick_int(first, level, LEVELS)
+    program, level, C, P = place(first, Cs, Ps, LEVELS, C_UNIT, P_UNIT)
     index = pick_int(indices, level, LEVELS).to(tl.int64)
-    C = pick_int(Cs, level, LEVELS) * C_UNIT
-    P = pick_int(Ps, level, LEVELS) * P_UNIT
     n, c, p = tile_of(program, C, P, BLOCK_C, BLOCK_P)
     mask = (c < C)[:, None] & (p < P)[None, :]
     g_ptr = pick(g_ptrs, level, LEVELS) + n * pick_int(g_ns, level, LEVELS) * ALIGN

@@ -47,6 +47,15 @@ def find_level(program, first, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def place(first, Cs, Ps, LEVELS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr):
+    """Where this program is: its number within its level, that level, and the level's channels and pixels."""
+    program = tl.program_id(0)
+    level = find_level(program, first, LEVELS)
+    program -= pick_int(first, level, LEVELS)
+    return program, level, pick_int(Cs, level, LEVELS) * C_UNIT, pick_int(Ps, level, LEVELS) * P_UNIT
+
+
+@triton.jit
 def tile_of(program, C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """Image, channels and pixels of a program of a level whose tiles are walked along pixels, channels, images."""
     tiles = tl.cdiv(P, BLOCK_P)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import gpu_visit, measure, plots
+from bench import gpu_visit, measure, official, plots
 from bench import workloads as workloads_module
 
 ROOT = Path(__file__).parents[1]
@@ -153,3 +154,46 @@ def test_compiled_contenders() -> None:
     names = [f"{name}, {how}" for name in ("literal", "plain") for how in ("compiled", "max-autotune")]
     assert list(runs) == ["ours", "literal", "plain", "feature MSE", *names]
     assert list(left_out) == ["ours, impl=eager"]
+
+
+THEIRS = """
+from mmcv.runner.checkpoint import _load_checkpoint
+from ..builder import LOSSES
+
+import torch
+from torch import nn
+
+
+class Level(nn.Module):
+    def __init__(self, channels, num_tokens):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(num_tokens, channels))
+        self.prob = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, num_tokens, 1)
+        )
+
+
+@LOSSES.register_module()
+class MasKDLoss(nn.Module):
+    def __init__(self, channels, num_tokens, custom_mask_warmup):
+        super().__init__()
+        self.mask_modules = nn.ModuleList(Level(c, num_tokens) for c in channels)
+
+    def forward(self, students, teachers):
+        return sum((s - t).square().mean() for s, t in zip(students, teachers))
+"""
+
+
+def test_official(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a file of ours that has the form of theirs: every contender is timed, and another loss is seen."""
+    path = tmp_path / official.FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(THEIRS)
+    threads = torch.get_num_threads()
+    official.main([str(tmp_path), "--workload", "tiny", "--rounds", "1"])
+    torch.set_num_threads(threads)
+    lines = dict(re.findall(r"^(\w.*?) +\d+ ms .* by (\S+)$", capsys.readouterr().out, re.M))
+    assert set(lines) == {"ours", "official", "official, tokens frozen", "literal"}
+    assert float(lines["ours"]) < 1e-5 < float(lines["official"])
+    with pytest.raises(SystemExit, match="give a clone"):
+        official.main([str(tmp_path / "other")])
