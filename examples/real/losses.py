@@ -13,7 +13,7 @@ TEMPERATURE = 4.0  # of CWD, as published for feature maps
 
 @dataclass(frozen=True)
 class Tokens:
-    """How tokens are learned, and how a student uses them."""
+    """How tokens are learned, or that they are random, and how a student uses them."""
 
     name: str
     num_tokens: int = 6
@@ -21,10 +21,12 @@ class Tokens:
     standardize: bool = False
     weight_decay: float = 1e-3
     custom_mask: bool = True
+    random: bool = False
 
 
 RECOMMENDED = Tokens("one token", num_tokens=1, weight_mask=False, standardize=True)  # docs/tokens.md
 PUBLISHED = {"camvid": Tokens("published", num_tokens=8, weight_mask=False, custom_mask=False), "bccd": Tokens("published")}
+RANDOM = Tokens("random", num_tokens=6, weight_mask=False, standardize=True, random=True)
 CUSTOM_MASKS_AFTER = 0.25  # share of the student's steps
 
 
@@ -91,11 +93,11 @@ class Masked(nn.Module):
 
 
 ALONE, MSE, MASKD = "student alone", "feature MSE", "MasKD"
-LOSSES = (ALONE, MSE, MASKD, "true masks", "MasKD as published", "CWD")  # in the order in which they are run
+LOSSES = (ALONE, MSE, MASKD, "true masks", "MasKD as published", "CWD", "random tokens")  # in the order in which they are run
 
 
 def tokens_of(loss: str, task: str) -> Tokens:
-    return PUBLISHED[task] if loss == "MasKD as published" else RECOMMENDED
+    return {"MasKD as published": PUBLISHED[task], "random tokens": RANDOM}.get(loss, RECOMMENDED)
 
 
 def make_criterion(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..intervals import interval
-from .losses import ALONE, LOSSES, MSE, PUBLISHED, RECOMMENDED
+from .losses import ALONE, LOSSES, MSE, PUBLISHED, RANDOM, RECOMMENDED
 from .study import Line, best_weight, read_lines, tried_weights
 from .training import SHARES
 
@@ -26,7 +26,7 @@ def tables(path: Path) -> str:
     parts.append(weights(tried, names[0]))
     spread = {loss: statistics.stdev(own.values()) for loss, own in by_seed(reported, "val", names[0]).items() if len(own) > 1}
     parts.append(suggestions([line for line in lines if line["run"] == "suggested weights"], tried, spread))
-    used = {tokens.name for tokens in (RECOMMENDED, *PUBLISHED.values())}
+    used = {tokens.name for tokens in (RECOMMENDED, *PUBLISHED.values(), RANDOM)}
     parts.append(masks([line for line in lines if line["run"] == "tokens" and line["tokens"] in used]))
     return "\n\n".join("\n".join(part) for part in parts if part)
 

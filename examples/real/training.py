@@ -54,7 +54,7 @@ def early_features(task: Task, pretrained: bool = True) -> Tensor:
 def learn_tokens(
     task: Task, teacher: Net, features: Tensor, tokens: Tokens, steps: int, tick: Tick, seed: int = 0
 ) -> MaskLearner:
-    """Stage 1 on cached features of the train split, so that only the teacher's head runs."""
+    """Stage 1 on cached features of the train split, so that only the teacher's head runs. Random tokens stay as they are."""
     torch.manual_seed(seed)
     learner = MaskLearner(teacher.width, tokens.num_tokens, tokens.weight_mask, standardize=tokens.standardize)
     if tokens.standardize:
@@ -62,6 +62,11 @@ def learn_tokens(
         with learner.calibrate(level, ""):
             for some in features.split(50):
                 level(some.float())
+    if tokens.random:
+        torch.nn.init.normal_(
+            learner.mask_modules[0].mask_token, std=2 / teacher.width**0.5
+        )  # masks are neither 0.5 nor 0 or 1
+        return learner
     optimizer = torch.optim.Adam(learner.parameters(), TOKEN_LR, weight_decay=tokens.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-6)
     teacher.requires_grad_(False)
