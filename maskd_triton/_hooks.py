@@ -55,13 +55,13 @@ class Where:
         if self.grid is not None:
             pair(self.grid, "grid")
 
-    def find(self, result: Any, label: str) -> Unpacked:
+    def find(self, result: Any, label: str, keys: Sequence[Any] | None = None) -> Unpacked:
         """The levels in what a module returned; ``rebuild`` gives the whole result with others in their place."""
         if self.output is not None:
-            found = unpack(_part(result, self.output, label), label)
+            found = unpack(_part(result, self.output, label), label, keys)
             return found._replace(rebuild=lambda levels: with_part(result, self.output, found.rebuild(levels)))
         try:
-            return unpack(result, label)
+            return unpack(result, label, keys)
         except TypeError as error:
             if is_record(result) or isinstance(result, Sequence | Mapping):
                 raise TypeError(f"{error} (output= names the part that holds the levels)") from None
@@ -99,6 +99,11 @@ class Where:
             if height * width != tokens:
                 expected = f"{self.prefix_tokens} + {height} * {width} tokens (prefix_tokens, grid)"
                 raise ValueError(f"{name}: expected {expected}, got {x.shape[1]}")
+            if images is not None and height != width and images[0] * height == images[1] * width:
+                raise ValueError(
+                    f"{name}: grid=({height}, {width}) does not fit images of {images[0]}x{images[1]} pixels; rows come "
+                    f"first, so for square patches give grid=({width}, {height})"
+                )
             return height, width
         if images is None:
             raise ValueError(f"{name}: no images [N, C, H, W] among the arguments of the model's call; give grid=(h, w)")
@@ -166,8 +171,9 @@ class Hooked:
 
     Attributes:
         modules: those that ``where`` names.
+        keys: of each module, the keys that a mapping of levels must have; None: any.
         inside: a pass is running. A module that runs outside of one was called by itself.
-        images: height and width of the images of the pass, where a grid of tokens needs them.
+        images: height and width of the images of the pass, which a grid of tokens is compared with or made of.
         arguments: of the model's call, until ``valid`` has read the valid ``pixels`` in them.
     """
 
@@ -181,6 +187,7 @@ class Hooked:
         self._check_script("", self.root)
         self.modules = [self._module(name) for name in where.names]
         self.labels = [f"output of the {role}'s {name!r}" for name in where.names]
+        self.keys: Sequence[Sequence[Any] | None] = [None] * len(self.modules)
         self.read = None if valid is None else _reader(valid, self.root)
         self.arguments: tuple[Any, Any] | None = None
         self.pixels: Any = None
@@ -218,7 +225,7 @@ class Hooked:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins."""
         self.inside, self.images = True, None
-        if self.where.layout == "tokens" and self.where.grid is None:
+        if self.where.layout == "tokens":
             self.images = _image_size([*args, *kwargs.values()])
         if self.read is not None:
             self.arguments = args, kwargs
@@ -268,7 +275,7 @@ class Hooked:
         task, traced = self.context
         if tracing() and not traced:  # then nobody knows what an output is
             return None
-        found = self.where.find(result, self.labels[i])
+        found = self.where.find(result, self.labels[i], self.keys[i])
         if tracing(found.tensors) != traced:
             return None
         return self.act(i, found, graph_task() != task)

@@ -29,16 +29,16 @@ class Unpacked(NamedTuple):
     rebuild: Callable[[Sequence[Tensor]], Any]
 
 
-def unpack(features: Any, name: str, expected: Sequence[Any] | None = None) -> Unpacked:
+def unpack(features: Any, name: str, names: Sequence[Any] | None = None) -> Unpacked:
     """The levels of ``features``: a tensor, a sequence, a mapping, or a transformers backbone's output.
 
-    Each level may be a NestedTensor or an ImageList. A mapping's levels come in the order of the keys ``expected`` of it;
+    Each level may be a NestedTensor or an ImageList. A mapping's levels come in the order of ``names``, which must be its keys;
     None: in its own order.
     """
     held = getattr(features, FIELD, features) if is_record(features) else features
     keys: list[Any] | None = None
     if isinstance(held, Mapping):
-        keys = list(held if expected is None else expected)
+        keys = list(held if names is None else names)
         if set(keys) != set(held):
             raise ValueError(f"{name}: expected the levels {keys}, got {list(held)}")
         entries = [held[key] for key in keys]
@@ -128,14 +128,16 @@ class Matched(NamedTuple):
         return labels(len(self.teachers), self.keys)
 
 
-def match(student: Levels, teacher: Levels) -> Matched:
-    """TypeError or ValueError unless both have the same levels, and both or neither are mappings.
+def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None) -> Matched:
+    """TypeError or ValueError unless both have the same levels.
 
-    Levels come in the order of the teacher's. The student's mapping is matched by key.
+    With ``names``, levels come in that order, and each side may be a mapping or a sequence. Without, both or neither are
+    mappings: levels come in the order of the teacher's, and the student's are matched by key.
     """
-    teachers = unpack(teacher, "teacher")
-    students = unpack(student, "student", teachers.keys)
-    if (students.keys is None) != (teachers.keys is None):
+    teachers = unpack(teacher, "teacher", names)
+    keys = teachers.keys if names is None else list(names)
+    students = unpack(student, "student", keys)
+    if names is None and (students.keys is None) != (keys is None):
         raise TypeError(
             "student and teacher: expected both or neither to be a mapping of levels, "
             f"got {type(student).__name__} and {type(teacher).__name__}; make the mapping a sequence in the order of the other"
@@ -144,7 +146,7 @@ def match(student: Levels, teacher: Levels) -> Matched:
         raise ValueError(
             f"student and teacher: expected as many levels in both, got {len(students.tensors)} and {len(teachers.tensors)}"
         )
-    return Matched(students.tensors, teachers.tensors, teachers.keys)
+    return Matched(students.tensors, teachers.tensors, keys)
 
 
 def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
@@ -152,14 +154,16 @@ def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
     return [f"[{key!r}]" for key in (keys or range(levels))]
 
 
+def named(channels: Any) -> tuple[list[int], list[Any] | None]:
+    """``channels=`` as one int per level, and the names of the levels, if it is a mapping."""
+    if isinstance(channels, Mapping):
+        return per_level(list(channels.values()), "channels"), list(channels)
+    return per_level(channels, "channels"), None
+
+
 def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
     """``value`` as one positive int per level; an int is repeated ``levels`` times (None: it means one level)."""
     value = check.listed(value)
-    if isinstance(value, Mapping):
-        raise TypeError(
-            f"{name}: expected a positive int or one per level, got a mapping; give list({name}.values()), in the order of the "
-            "teacher's levels"
-        )
     if isinstance(value, Sequence) and not isinstance(value, str):
         found = [check.positive_int(v, f"{name}[{i}]") for i, v in enumerate(value)]
     else:
@@ -169,6 +173,18 @@ def per_level(value: Any, name: str, levels: int | None = None) -> list[int]:
     if levels is not None and len(found) != levels:
         raise ValueError(f"{name}: expected one value {check.for_each(levels)}, got {value!r}")
     return found
+
+
+def in_order(value: Any, name: str, names: Sequence[Any] | None, levels: int) -> list[Any]:
+    """One entry for each of the levels: a sequence as it is, a mapping in the order of ``names``."""
+    if isinstance(value, Mapping):
+        if names is None:
+            raise TypeError(f"{name}: a mapping by level, but the levels have no names; give a sequence in their order")
+        if set(value) != set(names):
+            raise ValueError(f"{name}: expected the levels {list(names)}, got {list(value)}")
+        return [value[key] for key in names]
+    check.per_level(value, name, levels)
+    return list(value)
 
 
 def valid_of_levels(valid: Any, levels: Sequence[Tensor], name: str = "valid") -> list[Tensor]:

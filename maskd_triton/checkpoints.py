@@ -219,6 +219,11 @@ def _read(path: Path) -> Any:
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
+        if pickled := re.search(r"GLOBAL maskd_triton\.\w+\.(\w+)", str(error.__context__ or error)):
+            raise ValueError(
+                f"pretrained: {path} holds a whole {pickled[1]}, which weights_only=True refuses to load; write the tokens "
+                "with learner.save(path), or, if you trust this file, pass torch.load(path, weights_only=False)"
+            ) from error
         raise ValueError(
             f"pretrained: {path} cannot be loaded with weights_only=True: {error.__context__ or error!r}. It is damaged, no "
             "checkpoint of torch, or holds more than tensors, such as numpy arrays and numbers. If you trust it, load it once "

@@ -76,8 +76,9 @@ def masked_distill_loss(
             (torchvision's ``ImageList``). Other pixels count neither in sums nor areas nor mask weights, whatever they hold,
             NaN included: the result is that of cropping every image. An image without a valid pixel contributes 0.
             None: all pixels.
-        masks: boxes, score maps or attention, ``[N, T, H_i, W_i]`` of each level, bool or of any float dtype and at least 0.
-            They replace the masks of ``tokens``, which must be None, and are not customised.
+        masks: boxes, score maps or attention, ``[N, T, H_i, W_i]`` of each level, bool or of any float dtype and at least 0,
+            which is not checked, as that would wait for the device. They replace the masks of ``tokens``, which must be None,
+            and are not customised.
         mask_weights: ``[N, T]`` of each level, in place of ``weighting``; None with ``masks``: ``1 / T``.
         mask_power: power of the mask in front of the distance: 2 as published, or 1.
         distance: between the features of a pixel. ``"squared"``, as published: ``mean_c (s - t)^2``. ``"smooth_l1"``:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from . import functional
 from ._eager import resized_valid
-from ._levels import Levels, Matched, labels, match, per_level, unpack, valid_of_levels
+from ._levels import Levels, Matched, in_order, labels, match, named, per_level, unpack, valid_of_levels
 from ._ops import customised
 from ._options import Check, Options
 from ._records import DistillOptions, DistillTables, Latest
@@ -41,7 +41,9 @@ class MaskedDistillLoss(Options):
     goes through ``m``. Huang et al., ICLR 2023, arXiv 2205.14589.
 
     Args:
-        channels: channels of the teacher's features, one per level; an int means a single level.
+        channels: channels of the teacher's features, one per level; an int means a single level. A mapping ``{name: C}`` names
+            the levels: a mapping of features, ``masks=``, ``student_channels`` or ``align`` must then have these names, in any
+            order. State dicts number the levels in all cases.
         num_tokens: T, receptive tokens per level, at most 32; None: no tokens, ``masks=`` come with every call.
         student_channels: channels of the student's features, if they are to be aligned. The criterion then has a biased 1x1
             convolution per level, ``align.{i}``, among its parameters, which you train with the student. None: no align;
@@ -78,9 +80,9 @@ class MaskedDistillLoss(Options):
 
     Shape:
         ``student`` and ``teacher`` are levels ``[N, C_i, H_i, W_i]``: a tensor, a sequence in the order of ``channels``, or a
-        mapping. Levels of a mapping come in the order of the *teacher's*; the student's are matched by key. ``valid`` is
-        ``[N, H0, W0]``. The result is a float32 scalar (float64 for float64 features), or ``[levels]`` for
-        ``reduction="none"``. Features are summed in float32.
+        mapping. The levels of a mapping are those of ``channels`` in the order of the *teacher's* mapping, unless ``channels``
+        names them; the student's are matched by key. ``valid`` is ``[N, H0, W0]``. The result is a float32 scalar (float64 for
+        float64 features), or ``[levels]`` for ``reduction="none"``. Features are summed in float32.
 
     Options may be assigned later (``criterion.eps = 1e-5``) and are checked as in the constructor. ``channels``,
     ``num_tokens``, ``weight_mask`` and ``standardize`` are fixed. Tokens and mask weighting are frozen. ``mask_modules`` holds
@@ -125,16 +127,16 @@ class MaskedDistillLoss(Options):
         "resize": check.resize,
         "impl": check.impl,
     }
-    FIXED = frozenset(("channels", "num_tokens", "weight_mask", "standardize"))
+    FIXED = frozenset(("channels", "names", "num_tokens", "weight_mask", "standardize"))
     USED_UP = frozenset(("student_channels", "pretrained"))
 
     def __init__(
         self,
-        channels: int | Sequence[int],
+        channels: int | Sequence[int] | Mapping[Any, int],
         num_tokens: int | None = 6,
         *,
-        student_channels: int | Sequence[int] | None = None,
-        align: nn.Module | Sequence[nn.Module] | None = None,
+        student_channels: int | Sequence[int] | Mapping[Any, int] | None = None,
+        align: nn.Module | Sequence[nn.Module] | Mapping[Any, nn.Module] | None = None,
         weight_mask: bool = True,
         standardize: bool | str = False,
         custom_mask: bool = True,
@@ -149,7 +151,7 @@ class MaskedDistillLoss(Options):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.channels = per_level(channels, "channels")
+        self.channels, self.names = named(channels)
         self.num_tokens = None if num_tokens is None else check.num_tokens(num_tokens)
         self.weight_mask = weight_mask
         self.standardize = standardize
@@ -193,16 +195,21 @@ class MaskedDistillLoss(Options):
         """The modules of ``align=`` in the order of the levels."""
         if align is None:
             return None
-        if isinstance(align, nn.Module):
+        if isinstance(align, nn.ModuleDict):
+            align = dict(align.items())
+        elif isinstance(align, nn.Module):
             align = list(align) if isinstance(align, nn.ModuleList) else [align]
-        check.per_level(align, "align", len(self.channels))
-        for i, module in enumerate(align):
+        modules = in_order(align, "align", self.names, len(self.channels))
+        for i, module in enumerate(modules):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"align[{i}]: expected an nn.Module, got {type(module).__name__}")
-        return nn.ModuleList(align)
+        return nn.ModuleList(modules)
 
-    def _convolutions(self, student_channels: int | Sequence[int]) -> list[nn.Module]:
-        narrow = per_level(student_channels, "student_channels", len(self.channels))
+    def _convolutions(self, student_channels: Any) -> list[nn.Module]:
+        levels = len(self.channels)
+        if isinstance(student_channels, Mapping):
+            student_channels = in_order(student_channels, "student_channels", self.names, levels)
+        narrow = per_level(student_channels, "student_channels", levels)
         return [nn.Conv2d(s, c, 1) for s, c in zip(narrow, self.channels, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,7 +266,7 @@ class MaskedDistillLoss(Options):
         """
         if masks is None and self.num_tokens is None:
             raise ValueError("masks: expected masks with every call, because num_tokens=None")
-        levels = match(student, teacher)
+        levels = match(student, teacher, self.names)
         check.level_count(levels.teachers, "teacher", self.channels)
         counts, compiling = self.training and advance, torch.compiler.is_compiling()
         # activation checkpointing repeats a call, and a trace computes nothing: neither counts, nor is kept
@@ -314,7 +321,7 @@ class MaskedDistillLoss(Options):
         """
         if self.num_tokens is None:
             raise RuntimeError("masks: this criterion has no tokens (num_tokens=None)")
-        levels = unpack(features, "features")
+        levels = unpack(features, "features", self.names)
         check.levels(levels.tensors, "features", labels(len(levels.tensors), levels.keys), self.channels)
         with torch.no_grad():
             return levels.rebuild([level.masks(x) for level, x in zip(self._levels, levels.tensors, strict=True)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _checks as check
 from ._eager import acc_dtype
 from ._hooks import Hooked, Output, Valid, Where, check_alive, frozen
-from ._levels import Levels, Unpacked, labels, per_level, unpack, valid_of_levels
+from ._levels import Levels, Unpacked, labels, named, unpack, valid_of_levels
 from ._options import Check, Options
 from ._records import LearnTables, Seen
 from ._statistics import ChannelStatistics
@@ -134,7 +134,8 @@ class MaskLearner(Options):
     It masks the teacher's features (`attach`), and the teacher must solve its task on them. `dice_loss` makes the masks differ.
 
     Args:
-        channels: channels of each level, in the order in which the teacher gives them; an int for a single level.
+        channels: channels of each level, an int for a single level, or a mapping ``{name: C}``, which names the levels: then
+            mappings of features must have these names, in any order.
         num_tokens: T, receptive tokens per level, at most 32.
         weight_mask: learn a weight of every mask for each image; False adds the masks up.
         standardize: compute masks and weights from the teacher's standardised features, with statistics that `calibrate`
@@ -168,14 +169,14 @@ class MaskLearner(Options):
     """
 
     CHECKS: ClassVar[dict[str, Check]] = {"weight_mask": check.flag, "standardize": check.standardize, "impl": check.impl}
-    FIXED = frozenset(("channels", "weight_mask", "standardize"))
+    FIXED = frozenset(("channels", "names", "weight_mask", "standardize"))
     USED_UP = frozenset(("num_tokens", "pretrained"))
 
     mask_modules: nn.ModuleList
 
     def __init__(
         self,
-        channels: int | Sequence[int],
+        channels: int | Sequence[int] | Mapping[Any, int],
         num_tokens: int = 6,
         weight_mask: bool = True,
         *,
@@ -184,7 +185,7 @@ class MaskLearner(Options):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        self.channels = per_level(channels, "channels")
+        self.channels, self.names = named(channels)
         self.weight_mask = weight_mask
         self.standardize = standardize
         self.impl = impl
@@ -203,7 +204,7 @@ class MaskLearner(Options):
         return super().__getstate__() | {"_dice": {}, "_seen": {}, "_attached": None}
 
     def forward(self, features: Levels, valid: Any = None) -> Levels:
-        found = unpack(features, "features")
+        found = unpack(features, "features", self.names)
         check.levels(found.tensors, "features", labels(len(found.tensors), found.keys), self.channels)
         masked, dice, seen = _learn(self._levels, found.tensors, valid, self.impl)
         if not tracing(found.tensors):
@@ -216,7 +217,7 @@ class MaskLearner(Options):
         own = keys if keys and len(keys) == len(self.channels) else range(len(self.channels))
         for i, level in enumerate(seen):
             self._dice[first + i] = dice[i]
-            self._seen[own[first + i]] = level
+            self._seen[(self.names or own)[first + i]] = level
 
     def dice_loss(self) -> Tensor:
         """Sum over levels of the Dice losses of the latest pass.
@@ -240,7 +241,7 @@ class MaskLearner(Options):
         if without and self._attached is not None:
             raise RuntimeError(
                 "dice_loss: the teacher ran without gradients in this attach block, so the tokens of levels "
-                f"{without} get none: under torch.no_grad() or inference_mode(), "
+                f"{[self.names[i] if self.names else i for i in without]} get none: under torch.no_grad() or inference_mode(), "
                 "or in a reentrant activation checkpoint (use_reentrant=False). To evaluate, call dice_loss() under "
                 "torch.no_grad(), too"
             )
@@ -454,8 +455,8 @@ class MaskLearner(Options):
                 level.gather(module.channels, module.channel_mean.device)
         missing = hooks.missing()
         why = hooks.not_run(missing) if missing else "no image has a valid pixel"
-        for i, level in enumerate(statistics.values()):
-            level.check(f"calibrate: level {i}", why)
+        for name, level in zip(self.names or range(len(statistics)), statistics.values(), strict=True):
+            level.check(f"calibrate: level {name!r}", why)
         for module, level in statistics.items():
             module.channel_mean.copy_(level.mean)
             module.channel_std.copy_({"channel": level.std, "isotropic": level.scale}[str(self.standardize)]())
@@ -508,6 +509,8 @@ class _Attached(Hooked):
             raise ValueError(
                 f"{caller}: {check.counted(levels)} cannot be divided among {modules} modules, {list(where.names)}"
             )
+        if learner.names is not None:
+            self.keys = [learner.names[i : i + self.each] for i in range(0, levels, self.each)]
         self.shapes: list[list[torch.Size]] = [[] for _ in self.modules]
         self.ran, self.taught = False, False  # whether tokens could learn from any call
         self.unrepeated, self.repeated = 0, False

@@ -58,6 +58,14 @@ class FrozenTeacher(nn.Module):
         else:
             raise TypeError(f"model: expected an nn.Module, got {type(value).__name__}")
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if hasattr(self.__dict__.get("model"), name):
+                raise AttributeError(f"{error}; its model has, as .model.{name}", name=name, obj=self) from None
+            raise
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if any(getattr(module, "training", False) for module in self.model.modules()):  # frozen TorchScript has none
             self.model.eval()

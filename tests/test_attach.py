@@ -71,6 +71,29 @@ def test_mappings_of_single_levels() -> None:
         assert list(learner.diagnostics()) == [0, 1]
 
 
+def test_mappings_of_named_levels() -> None:
+    """Every module's levels by the names that are its own."""
+
+    class Neck(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {name: x for name in self.names}
+
+    teacher = nn.ModuleDict({"fine": Neck(), "coarse": Neck()})
+    teacher["fine"].names, teacher["coarse"].names = ("p4", "p3"), ("p6", "p5")
+    teacher.forward = lambda x: [teacher[name](x) for name in teacher]
+    learner = MaskLearner({"p3": 3, "p4": 3, "p5": 3, "p6": 3}, 2)
+    with learner.attach(teacher, ["fine", "coarse"]):
+        fine, coarse = teacher(IMAGES)
+    for module, x in zip(learner.mask_modules, (fine["p3"], fine["p4"], coarse["p5"], coarse["p6"]), strict=True):
+        assert torch.equal(x, module(IMAGES)[0])
+    teacher["coarse"].names = ("p3", "p4")
+    with (
+        pytest.raises(ValueError, match=r"'coarse': expected the levels \['p5', 'p6'\]"),
+        learner.attach(teacher, list(teacher)),
+    ):
+        teacher(IMAGES)
+
+
 WRONG: list[tuple[list[int], Any, type[Exception], str]] = [
     ([4], "tower", ValueError, "output of the teacher's 'tower': expected 1 level, got 2 in one pass"),
     ([4, 4, 4], "tower", ValueError, "output of the teacher's 'tower': expected 3 levels, got 2 in one pass"),

@@ -164,33 +164,39 @@ def taken(student: nn.Module, teacher: nn.Module, names: Any) -> tuple[Any, Any]
         return features.take()
 
 
-def with_masks(student: Any, teacher: Any) -> Tensor:
+NAMED = MaskedDistillLoss({"p3": 4, "p4": 4}, None)
+UNNAMED = MaskedDistillLoss([4, 4], None)
+
+
+def with_masks(criterion: MaskedDistillLoss, student: Any, teacher: Any) -> Tensor:
     """Another mask for either place: the loss tells the order."""
-    criterion = MaskedDistillLoss([4, 4], None)
     masks = [torch.linspace(0, 1, 12).expand(2, 1, 8, 12), torch.linspace(3, 1, 12).expand(2, 1, 8, 12)]
     return criterion(student, teacher, masks=masks)
 
 
+@pytest.mark.parametrize("criterion", [NAMED, UNNAMED], ids=["named", "unnamed"])
 @pytest.mark.parametrize("orders", ["p4 p3, p3 p4", "p3 p4, p4 p3", "p4 p3, p4 p3"])
-def test_keys_are_kept(orders: str) -> None:
+def test_keys_are_kept(orders: str, criterion: MaskedDistillLoss) -> None:
     """The criterion of what was taken is that of what the necks returned."""
     of_student, of_teacher = (order.split() for order in orders.split(", "))
     student, teacher = seeded(lambda: Pyramid(Neck(*of_student))), Pyramid(Neck(*of_teacher))
     students, teachers = taken(student, teacher, "necks.0")
     assert list(students) == list(teachers) == of_teacher
-    want = with_masks(student.necks[0](IMAGES), {k: x.detach() for k, x in teacher.necks[0](IMAGES).items()})
-    torch.testing.assert_close(with_masks(students, teachers), want)
+    want = with_masks(criterion, student.necks[0](IMAGES), {k: x.detach() for k, x in teacher.necks[0](IMAGES).items()})
+    torch.testing.assert_close(with_masks(criterion, students, teachers), want)
     _, levels = capture.call(student, "necks.0", IMAGES)
     assert list(levels) == of_student
     assert torch.equal(levels["p4"], students["p4"])
 
 
 def test_a_mapping_and_a_sequence() -> None:
-    """As where they are given to the criterion directly: their order is not known."""
+    """As where they are given to the criterion directly: names give both an order; without them it is not known."""
     student, teacher = seeded(lambda: Pyramid(Neck("p3", "p4", listed=True))), Pyramid(Neck("p4", "p3"))
     students, teachers = taken(student, teacher, "necks.0")
     with pytest.raises(TypeError, match="both or neither to be a mapping of levels, got list and dict"):
-        with_masks(students, teachers)
+        with_masks(UNNAMED, students, teachers)
+    want = with_masks(NAMED, list(student.necks[0](IMAGES)), {k: x.detach() for k, x in teacher.necks[0](IMAGES).items()})
+    torch.testing.assert_close(with_masks(NAMED, students, teachers), want)
 
 
 def test_keys_of_several_modules_and_calls() -> None:

@@ -121,6 +121,31 @@ def test_levels_are_those_of_the_teachers_mapping() -> None:
     assert torch.equal(got, first(S, T, masks=masks, mask_weights=weights, reduction="none"))
 
 
+def test_channels_that_name_the_levels() -> None:
+    """Every mapping has these keys, in any order; modules and state dicts are numbered."""
+    named, options = {"p3": 5, "p4": 5}, {"pretrained": PROBLEM.learner}
+    want = PROBLEM.criterion()(S, T, reduction="none")
+    criterion = MaskedDistillLoss(named, 3, **options)
+    for student, teacher in (
+        (keyed(S), keyed(T, TURNED)), (keyed(S, TURNED), keyed(T)), (S, keyed(T, TURNED)), (keyed(S, TURNED), T)
+    ):  # fmt: skip
+        assert torch.equal(criterion(student, teacher, reduction="none"), want)
+        assert list(criterion.diagnostics()) == list(KEYS)
+    assert criterion.channels == [5, 5]
+    assert criterion.state_dict().keys() == PROBLEM.criterion().state_dict().keys()
+    for given in (keyed(S, ("p3",)), keyed(S) | {"p5": S[0]}):
+        with pytest.raises(ValueError, match=r"student: expected the levels \['p3', 'p4'\], got"):
+            criterion(given, T)
+    modules, narrow = [nn.Conv2d(2, 5, 1) for _ in KEYS], [s[:, :2] for s in S]
+    want = PROBLEM.criterion(align=modules)(narrow, T)
+    for align in (keyed(modules, TURNED), nn.ModuleDict(keyed(modules, TURNED)), modules):
+        aligned = MaskedDistillLoss(named, 3, align=align, **options)
+        assert isinstance(aligned.align, nn.ModuleList)
+        assert torch.equal(aligned(keyed(narrow, TURNED), keyed(T)), want)
+    wide = MaskedDistillLoss(named, 3, student_channels={"p4": 2, "p3": 7}, **options)
+    assert [conv.in_channels for conv in wide.align] == [7, 2]
+
+
 def test_bool_masks() -> None:
     criterion, masks = MaskedDistillLoss([5, 5], None), [m > 0.5 for m in PROBLEM.masks]
     assert torch.equal(criterion(S, T, masks=masks), criterion(S, T, masks=[m.float() for m in masks]))

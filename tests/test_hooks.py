@@ -283,6 +283,17 @@ def test_grids_that_are_not_found(images: tuple[int, int], tokens: int, sentence
     assert sentence in str(caught.value)
 
 
+def test_rows_and_columns_of_a_grid_that_were_swapped() -> None:
+    """Where the patches of the images would be square the other way round; other patches may have any shape."""
+    where: dict[str, Any] = {"layout": "tokens", "grid": (6, 4)}
+    x = torch.zeros(1, 24, 8)
+    with pytest.raises(ValueError, match=r"grid=\(6, 4\) does not fit images of 32x48 pixels; .* give grid=\(4, 6\)"):
+        capture.call(Given(), "block", x, torch.zeros(1, 3, 32, 48), **where)
+    for images in ((48, 32), (48, 48), (24, 60)):
+        _, (level,) = capture.call(Given(), "block", x, torch.zeros(1, 3, *images), **where)
+        assert level.shape == (1, 8, 6, 4)
+
+
 # What is no pass
 
 
@@ -652,15 +663,23 @@ def test_compiled_inside_the_block(fullgraph: bool) -> None:
         torch.testing.assert_close(teacher(IMAGES), learner(plain.detach(), valid))
 
 
-def test_levels_of_a_mapping() -> None:
-    """They keep their keys and are in the order in which the teacher gives them; state dicts are numbered."""
+def test_levels_of_a_pyramid_that_a_mapping_names() -> None:
+    """Named levels: a mapping must have these names, in any order; state dicts are numbered."""
     teacher = seeded(lambda: Holder(lambda x: {"p4": avg_pool2d(x[:, :3], 2), "p3": x}))
-    learner = MaskLearner([3, 4], num_tokens=3)
+    learner = MaskLearner({"p3": 4, "p4": 3}, num_tokens=3)
+    assert {name.split(".")[1] for name in learner.state_dict()} == {"0", "1"}
     with learner.attach(teacher, "body"):
         masked = teacher(IMAGES)
-        assert list(learner.diagnostics()) == list(masked) == ["p4", "p3"]
+        assert set(learner.diagnostics()) == {"p3", "p4"}
+    assert list(masked) == ["p4", "p3"]
     plain = teacher(IMAGES)
-    for i, name in enumerate(plain):
+    for i, name in enumerate(("p3", "p4")):
         assert torch.equal(masked[name], learner.mask_modules[i](plain[name])[0])
-    criterion = MaskedDistillLoss([3, 4], 3, pretrained=learner)
+    criterion = MaskedDistillLoss({"p3": 4, "p4": 3}, 3, pretrained=learner)
     criterion({name: x.detach().requires_grad_() for name, x in masked.items()}, {n: x.detach() for n, x in plain.items()})
+    other = Holder(lambda x: {"p3": x, "p5": x})
+    with (
+        learner.attach(other, "body"),
+        pytest.raises(ValueError, match=r"expected the levels \['p3', 'p4'\], got \['p3', 'p5'\]"),
+    ):
+        other(IMAGES)

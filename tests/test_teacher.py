@@ -254,3 +254,14 @@ def test_wrong_model() -> None:
     teacher = FrozenTeacher(network())
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got function"):
         teacher.model = lambda x: x
+
+
+def test_a_part_of_the_model_is_asked_for_by_its_way() -> None:
+    teacher = FrozenTeacher(nn.ModuleDict({"neck": nn.Conv2d(3, 4, 1)}))
+    with pytest.raises(
+        AttributeError, match=r"'FrozenTeacher' object has no attribute 'neck'; its model has, as \.model\.neck"
+    ):
+        teacher.neck  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        teacher.nothing  # noqa: B018
+    assert not hasattr(teacher, "neck")
