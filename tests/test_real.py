@@ -228,6 +228,7 @@ def test_the_page_has_the_tables_of_its_files() -> None:
     scores = dict(re.findall(r"^\| ([\w ]+) \| (0\.\d{3}) ± ", tables(RESULTS / "real-camvid.jsonl"), re.M))
     told = (
         f"alone {scores['student alone']}, feature MSE {scores['feature MSE']}, CWD {scores['CWD']}, MasKD {scores['MasKD']} "
-        f"and, with masks made of the labels, {scores['true masks']}; MasKD as published, on raw features, {scores['MasKD as published']}"
+        f"and, with masks made of the labels, {scores['true masks']}; "
+        f"MasKD as published, on raw features, {scores['MasKD as published']}"
     )
     assert told in " ".join((DOCS.parent / "README.md").read_text().split())
