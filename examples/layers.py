@@ -27,9 +27,11 @@ from .digits_training import STUDENT_LR, TOKEN_LR, WEIGHT_DECAY, batches, train_
 from .intervals import interval
 from .optimising import adamw, take_step
 
-ALONE = "student alone"
+Runs = dict[str, dict[str, float]]  # scores on validation and test
+
+ALONE, NECK = "student alone", "neck, three levels"
 LAYERS: dict[str, str | list[str]] = {
-    "neck, three levels": "neck",
+    NECK: "neck",
     "neck, finest level alone": "neck.smooth.0",
     "backbone, three stages": "backbone",
     "backbone, last stage alone": "backbone.stages.2",
@@ -54,7 +56,7 @@ class Settings:
 class Study:
     def __init__(self, settings: Settings, file: Path) -> None:
         self.settings, self.file = settings, file
-        self.runs: dict[str, dict[str, float]] = json.loads(file.read_text())["runs"] if file.exists() else {}
+        self.runs: Runs = json.loads(file.read_text())["runs"] if file.exists() else {}
         self.scenes = {split: make_scenes(split, n) for split, n in zip(SPLITS, settings.scenes, strict=True)}
         self.teacher = captured(train_teacher(self.scenes["train"], settings.teacher_steps, lambda: None))
 
@@ -71,7 +73,7 @@ class Study:
         for weight in tries:
             self.run(layer, weight, TUNING_SEED, stage1)
             bar.update()
-        weight = self.weight(layer)
+        weight = best_weight(self.runs, layer)
         for seed in range(self.settings.seeds):
             self.run(layer, weight, seed, stage1)
             bar.update()
@@ -85,30 +87,33 @@ class Study:
             self.runs[key] = {split: mean_iou(student, self.scenes[split]) for split in ("validation", "test")}
             self.write()
 
-    def weight(self, layer: str) -> float:
-        """The best on validation of those that were tried."""
-        tried = {w: self.runs.get(f"{layer}, weight {w:g}, seed {TUNING_SEED}") for w in (0, *WEIGHTS)}
-        return max((w for w, run in tried.items() if run), key=lambda w: tried[w]["validation"])  # type: ignore[index]
-
-    def scores(self, layer: str) -> list[float]:
-        """Of the students at the best weight, on test."""
-        weight = self.weight(layer)
-        return [self.runs[f"{layer}, weight {weight:g}, seed {seed}"]["test"] for seed in range(self.settings.seeds)]
-
     def write(self) -> None:
         teacher = {split: mean_iou(self.teacher, self.scenes[split]) for split in ("validation", "test")}
         everything: dict[str, Any] = {"settings": vars(self.settings), "teacher": teacher, "runs": self.runs}
         self.file.write_text(json.dumps(everything | environment.describe(torch.device("cpu")), indent=1) + "\n")
 
-    def table(self) -> str:
-        lines = ["| layer | weight | test mIoU | minus student alone | minus the neck |", "|---|---|---|---|---|"]
-        alone, neck = self.scores(ALONE), self.scores("neck, three levels")
-        for layer in (ALONE, *LAYERS):
-            own = self.scores(layer)
-            on_both = " | ".join("" if own == other else interval(differences(own, other)) for other in (alone, neck))
-            shown = f"{statistics.mean(own):.3f} ± {statistics.stdev(own):.3f}"
-            lines.append(f"| {layer} | {self.weight(layer):g} | {shown} | {on_both} |")
-        return "\n".join(lines)
+
+def best_weight(runs: Runs, layer: str) -> float:
+    """The best on validation of those that were tried."""
+    tried = {w: runs.get(f"{layer}, weight {w:g}, seed {TUNING_SEED}") for w in (0, *WEIGHTS)}
+    return max((w for w, run in tried.items() if run), key=lambda w: tried[w]["validation"])  # type: ignore[index]
+
+
+def scores(runs: Runs, layer: str, seeds: int) -> list[float]:
+    """Of the students at the best weight, on test."""
+    weight = best_weight(runs, layer)
+    return [runs[f"{layer}, weight {weight:g}, seed {seed}"]["test"] for seed in range(seeds)]
+
+
+def table(runs: Runs, seeds: int) -> str:
+    lines = ["| layer | weight | test mIoU | minus student alone | minus the neck |", "|---|---|---|---|---|"]
+    alone, neck = scores(runs, ALONE, seeds), scores(runs, NECK, seeds)
+    for layer in (ALONE, *LAYERS):
+        own = scores(runs, layer, seeds)
+        on_both = " | ".join("" if own == other else interval(differences(own, other)) for other in (alone, neck))
+        shown = f"{statistics.mean(own):.3f} ± {statistics.stdev(own):.3f}"
+        lines.append(f"| {layer} | {best_weight(runs, layer):g} | {shown} | {on_both} |")
+    return "\n".join(lines)
 
 
 def differences(own: list[float], other: list[float]) -> list[float]:
@@ -177,7 +182,7 @@ def main(argv: Sequence[str] | None = None, settings: Settings | None = None) ->
     parser.add_argument("--out", type=Path, default=FILE, help="the file of results")
     study = Study(settings or Settings(), parser.parse_args(argv).out)
     study.all_layers()
-    print(study.table())
+    print(table(study.runs, study.settings.seeds))
 
 
 if __name__ == "__main__":
