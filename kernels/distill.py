@@ -392,7 +392,7 @@ def forward(student: Sequence[Tensor], teacher: Sequence[Tensor], options: Disti
 
 
 class _Variant(NamedTuple):
-    """What a forward pass depends on beside what its tensors look like."""
+    """Everything that a forward pass depends on, except the form of its tensors."""
 
     num_tokens: int
     weighted: bool
@@ -455,7 +455,7 @@ def _forward_numbers(
 
 
 def _partials_of(height: int, width: int, weighted: bool, config: tuning.Config) -> int:
-    """What `_partials` counts."""
+    """The numbers that `_partials` counts."""
     border = 2 * (tuning.ceil_div(width, config.block_p) + tuning.ceil_div(height, config.block_p)) + 4
     return tuning.ceil_div(height * width, config.block_p) + (border if weighted else 0)
 

@@ -1,4 +1,4 @@
-"""What every launcher needs to know about its tensors: device, layout, alignment, and how levels reach a kernel.
+"""Device, layout and alignment of tensors, which every launcher needs to know, and how levels reach a kernel.
 
 Everything about a launch but the addresses follows from what its tensors look like (`looks`), so each pass makes it once for
 each look, in a function under ``functools.lru_cache``. The tables of a pyramid are arguments by value: nothing is copied to the
@@ -38,7 +38,7 @@ def device_of(x: Tensor) -> torch.cuda.device:
 
 
 class Numbers(NamedTuple):
-    """What a launch takes beside tensors: how many programs, tables of the levels, constants."""
+    """Arguments of a launch that are no tensors: the number of programs, tables of the levels, constants."""
 
     programs: int
     tables: Sequence[Any]
@@ -59,12 +59,12 @@ Looks = Sequence[Look]  # of the levels of one sequence of feature maps
 
 
 def looks(tensors: Iterable[Tensor]) -> Looks:
-    """All that a launch depends on of feature maps."""
+    """The properties of feature maps that a launch depends on."""
     return tuple([(x.shape, x.stride(), x.dtype) for x in tensors])
 
 
 def dtypes(*tensors: Iterable[Tensor]) -> tuple[tuple[torch.dtype, ...], ...]:
-    """All that a launch depends on of parameters."""
+    """The properties of parameters that a launch depends on."""
     return tuple([tuple([x.dtype for x in each]) for each in tensors])
 
 
@@ -240,7 +240,7 @@ def numbers(group: Group, counts: Sequence[int], which: Sequence[int], *others: 
 
 
 def acc_type(dtype: torch.dtype) -> tl.dtype:
-    """What sums are taken in."""
+    """The dtype of sums."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 

@@ -285,7 +285,7 @@ def feature_gradient_kernel(
 
 
 class _Variant(NamedTuple):
-    """What a pass depends on beside what its tensors look like."""
+    """Everything that a pass depends on, except the form of its tensors."""
 
     num_tokens: int
     weighted: bool

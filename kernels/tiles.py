@@ -1,4 +1,4 @@
-"""What one tile computes: its place in the pyramid, addressing in any layout, receptive-token projections, masks.
+"""The work on one tile: its place in the pyramid, addressing in any layout, receptive-token projections, masks.
 
 A launch covers all levels of a pyramid. What differs from level to level (addresses, lengths, strides) comes as a tuple with an
 entry per level, or as the entry itself where there is one level; a program finds its level and picks its own. A tile is
@@ -48,7 +48,7 @@ def find_level(program, first, LEVELS: tl.constexpr):
 
 @triton.jit
 def place(first, Cs, Ps, LEVELS: tl.constexpr, C_UNIT: tl.constexpr, P_UNIT: tl.constexpr):
-    """Where this program is: its number within its level, that level, and the level's channels and pixels."""
+    """Find this program's number within its level, that level, and the level's channels and pixels."""
     program = tl.program_id(0)
     level = find_level(program, first, LEVELS)
     program -= pick_int(first, level, LEVELS)
@@ -138,7 +138,7 @@ def join_split(acc, TP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr
 
 @triton.jit
 def reconstructed(t, affine_ptr, c, C, STANDARD: tl.constexpr, ACC: tl.constexpr):
-    """What the student reconstructs: ``t [BLOCK_C, BLOCK_P]`` in ACC, or ``(t - mean) / std``."""
+    """The student's target: ``t [BLOCK_C, BLOCK_P]`` in ACC, or ``(t - mean) / std``."""
     value = t.to(ACC)
     if STANDARD:
         mean = tl.load(affine_ptr + c, mask=c < C, other=0.0).to(ACC)

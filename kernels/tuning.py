@@ -46,7 +46,7 @@ class Config:
 
 
 class Key(NamedTuple):
-    """What a configuration may depend on.
+    """The properties that a configuration may depend on.
 
     Attributes:
         kernel: one of `READING` and `WRITING`.
@@ -128,7 +128,7 @@ def config(key: Key, device: torch.device) -> Config:
 
 
 def gpu_name(device: torch.device) -> str:
-    """What the files of a device are called after."""
+    """The name of a device in its files' names."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -162,13 +162,13 @@ def default(key: Key) -> Config:
 
 
 def user_file(gpu: str) -> Path:
-    """Where configurations tuned on this machine are kept."""
+    """The folder of configurations that were tuned on this machine."""
     folder = os.environ.get(FOLDER) or Path.home() / ".config" / "maskd_triton"
     return Path(folder, _file_name(gpu))
 
 
 def shipped_file(gpu: str) -> Path:
-    """Where configurations that come with the package are kept."""
+    """The folder of configurations that come with the package."""
     return Path(__file__).parent / "configs" / _file_name(gpu)
 
 

@@ -105,7 +105,7 @@ def positive(value: Any, name: str) -> float:
 
 
 def loss_weight(value: Any, name: str = "loss_weight") -> float | Tensor:
-    """A number of at least 0; or a scalar tensor as it is: its value is not looked at, which would wait for its device."""
+    """A number of at least 0, or a scalar tensor, whose value is not checked, as that would wait for its device."""
     if not isinstance(value, Tensor):
         return number(value, name, 0, MOST_FLOAT)
     if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
@@ -143,7 +143,7 @@ def standardize(value: Any, name: str = "standardize") -> str | bool:
 
 
 def listed(value: Any) -> Any:
-    """An array or tensor with a dimension as a list (of lists); anything else as it is. Waits for a tensor's device."""
+    """An array or tensor with a dimension as a list (of lists); other values unchanged. Waits for a tensor's device."""
     return value.tolist() if getattr(value, "ndim", 0) and hasattr(value, "tolist") else value
 
 
@@ -207,7 +207,7 @@ def features(x: Tensor, name: str, channels: int | None = None, hint: str = "") 
 
 
 def dense(x: Tensor, name: str) -> None:
-    """TypeError or ValueError unless the numbers of ``x`` lie in memory as they are."""
+    """TypeError or ValueError unless the memory of ``x`` holds its numbers."""
     if x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it, and give valid=")
     if x.layout is not torch.strided:
@@ -339,7 +339,7 @@ def pair(s: Tensor, t: Tensor, names: tuple[str, str], channels: int | None, fir
 
 
 def swapped(s: Any, t: Any, channels: int) -> str:
-    """A question, where the teacher's features look like a student's and these like a teacher's of so many channels."""
+    """Ask whether student and teacher were swapped, where the channels of both suggest it."""
     if not (isinstance(s, Tensor) and isinstance(t, Tensor) and s.dim() == t.dim() == 4):
         return ""
     by_gradient = t.requires_grad and not s.requires_grad
@@ -382,5 +382,5 @@ def valid(x: Tensor, name: str, batch: int, device: torch.device) -> None:
     if x.is_floating_point() or x.is_complex():
         raise TypeError(f"{name}: expected a bool or integer tensor, non-zero where valid, got {x.dtype}; pass {name} != 0")
     if x.dim() != 3 or x.shape[0] != batch or 0 in x.shape[1:]:
-        raise ValueError(f"{name}: expected shape [{batch}, H0, W0], that of the padded images, got {list(x.shape)}")
+        raise ValueError(f"{name}: expected shape [{batch}, H0, W0], the size of the padded images, got {list(x.shape)}")
     on_device(x, name, device)

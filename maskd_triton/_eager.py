@@ -112,7 +112,7 @@ def compose_weighting(w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor) -> tuple[T
 
 
 class Standardization(NamedTuple):
-    """What raw features of one level need so that they are masked and compared as if they were standardised.
+    """Tables of one level with which raw features are masked and compared as if they were standardised.
 
     `compose_standardization` makes it.
 

@@ -132,7 +132,7 @@ def _square_patches(images: tuple[int, int], tokens: int) -> tuple[int, int] | N
 
 
 def _part(result: Any, key: Output, label: str) -> Any:
-    """What ``result`` holds in a field, under a key or at a position; ValueError that lists what it holds."""
+    """Get a field, key or position of ``result``; a ValueError lists those that there are."""
     found, sequence = None, isinstance(result, Sequence)
     if isinstance(result, Mapping) and not is_record(result):
         found = result.get(key)
@@ -216,7 +216,7 @@ class Hooked:
         self.context = graph_task(), tracing(*values)
 
     def act(self, i: int, found: Unpacked, repeated: bool) -> Any:
-        """What the i-th module returns in place of the levels that were ``found`` in its output; None: these.
+        """Give what the i-th module returns in place of the levels that were ``found`` in its output; None: these.
 
         ``repeated``: a checkpoint recomputes the call in the backward pass.
         """
@@ -317,7 +317,7 @@ def check_alive(tensors: Iterable[Tensor], caller: str, role: str) -> None:
 
 
 def looked_through(module: nn.Module) -> nn.Module:
-    """What a `FrozenTeacher` holds, or torch.compile wraps; other modules as they are."""
+    """Unwrap a `FrozenTeacher` or a compiled module; other modules are returned unchanged."""
     inner = module.model if isinstance(module, FrozenTeacher) else compiled(module)
     return module if inner is None else looked_through(inner)
 

@@ -124,7 +124,7 @@ class Matched(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """Which level it is in an error, like ``"[0]"`` or ``"['p3']"``."""
+        """Name the level for an error, like ``"[0]"`` or ``"['p3']"``."""
         return labels(len(self.teachers), self.keys)
 
 
@@ -150,7 +150,7 @@ def match(student: Levels, teacher: Levels, names: Sequence[Any] | None = None) 
 
 
 def labels(levels: int, keys: Sequence[Any] | None) -> list[str]:
-    """How to name each level in an error: its key in a mapping, its position otherwise."""
+    """Name each level for errors, by its key in a mapping and by its position otherwise."""
     return [f"[{key!r}]" for key in (keys or range(levels))]
 
 

@@ -226,7 +226,7 @@ _PlainDistill = _with_context(_Distill)
 
 
 def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
-    """What `_Distill` gives, as a record."""
+    """Name the tensors that `_Distill` gives."""
     per_image, weights, coefficients = outputs[:3]
     return Distilled(per_image, weights, coefficients, outputs[3 : 3 + levels], outputs[3 + levels :])
 
@@ -301,7 +301,7 @@ def _contiguous_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     "Tensor[] sums, bool need_features) -> Tensor[]",
 )
 def learn_backward_operator(features: list[Tensor], *args: Any) -> list[Tensor]:
-    """What `_learn_backward` gives, of flat arguments."""
+    """Call `_learn_backward` with flat arguments."""
     *options, grad_masked, grad_dice, used_weights, grams, masks, sums, need_features = args
     kept = LearnKept(used_weights, grams, masks, sums)
     return _learn_backward(features, _learn_options(*options), grad_masked, grad_dice, kept, need_features)
@@ -365,7 +365,7 @@ _PlainLearn = _with_context(_Learn)
 
 
 def learn(features: Sequence[Tensor], options: LearnOptions) -> tuple[list[Tensor], Tensor, list[Tensor], Sequence[Tensor]]:
-    """As `_eager.learn`, but differentiable once."""
+    """Do what `_eager.learn` does, but differentiable once."""
     tables, weights, valid, heights = options
     lists = features, *tables, weights
     lengths, tensors = tuple(map(len, lists)), list(itertools.chain(*lists))

@@ -16,7 +16,7 @@ def _new(like: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 class DistillTables(NamedTuple):
-    """What kernels of stage 2 read beside features: of every level a tensor, or none where the loss does without.
+    """Tables that kernels of stage 2 read beside features: a tensor per level, or none where the loss does without.
 
     Attributes:
         tokens: ``[T, C]``, for the student.
@@ -42,12 +42,12 @@ class LearnTables(NamedTuple):
 
 
 class DistillOptions(NamedTuple):
-    """All that stage 2 depends on, but for the features.
+    """Everything that stage 2 depends on, except the features.
 
     Attributes:
         tables: see there.
         valid: bytes ``[N, P_i]`` of every level, pixels that count; none: all.
-        masks: ``[N, T, P_i]`` of every level in place of those of the tokens; none: those of the tokens.
+        masks: ``[N, T, P_i]`` of every level in place of the tokens' masks; none: the tokens' masks.
         weights: ``[levels, N, T]`` in place of the weighting.
         customised: bool scalar on the features' device, whether masks follow the student in this call; None: they do.
         custom_mask: False: masks never follow the student.
@@ -113,7 +113,7 @@ class Distilled(NamedTuple):
 
 
 class DistillKept(NamedTuple):
-    """All that the gradient of stage 2 depends on, but for the features; see `Distilled` and `DistillOptions`."""
+    """Everything that the gradient of stage 2 depends on, except the features; see `Distilled` and `DistillOptions`."""
 
     coefficients: Tensor
     masks: Tensors
@@ -126,7 +126,7 @@ class DistillKept(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the diagnostics of one level are made of, without gradient.
+    """Masks and weights of one level, without gradient, of which diagnostics are made.
 
     Attributes:
         masks: ``[N, T, H, W]``.
@@ -140,7 +140,7 @@ class Seen(NamedTuple):
 
 
 class Latest(NamedTuple):
-    """What the latest call of stage 2 leaves for diagnostics: no features.
+    """What diagnostics need of the latest call of stage 2, without its features.
 
     Attributes:
         outputs: without gradient; the losses have their weight.
@@ -171,7 +171,7 @@ class Latest(NamedTuple):
 
 
 class LearnOptions(NamedTuple):
-    """All that stage 1 depends on, but for the features.
+    """Everything that stage 1 depends on, except the features.
 
     Attributes:
         tables: see there.
@@ -187,7 +187,7 @@ class LearnOptions(NamedTuple):
 
 
 class LearnKept(NamedTuple):
-    """What stage 1 keeps for its backward pass and for diagnostics.
+    """Tensors that stage 1 keeps for its backward pass and for diagnostics.
 
     Attributes:
         weights: mask weights ``[levels, N, T]``.

@@ -37,7 +37,7 @@ class ChannelStatistics:
         self.pixels = total
 
     def gather(self, channels: int, device: torch.device) -> None:
-        """Those of all ranks, in every rank."""
+        """Add up the statistics of all ranks, in every rank."""
         own = torch.zeros(3, channels, dtype=torch.float64, device=device)
         if self.pixels:
             own[0], own[1], own[2] = self.pixels, self.mean, self.squares

@@ -61,10 +61,10 @@ def tracing(*values: Any) -> bool:
 
 
 def version(x: Tensor) -> int | None:
-    """How often ``x`` has been written to, None where torch does not count; it has no public way to ask."""
+    """Count how often ``x`` has been written to; None where torch does not count. Torch has no public way to ask."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def compiled(module: nn.Module) -> nn.Module | None:
-    """What ``torch.compile(module)`` wraps, whose submodules go by their own names; None for other modules."""
+    """Unwrap ``torch.compile(module)``, whose submodules go by their own names; None for other modules."""
     return module._modules["_orig_mod"] if "_orig_mod" in module._modules else None  # TorchScript's have no get()

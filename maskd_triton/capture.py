@@ -1,4 +1,4 @@
-"""Features of named modules, without changing the models: the levels of the student, and those of the teacher."""
+"""Features of named modules of a student and a teacher, without changes to the models."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,9 +38,9 @@ class FeatureCapture:
     Each of the last four may be a mapping ``{"student": ..., "teacher": ...}`` where the two differ.
 
     A module may return a tensor, or a sequence or mapping of levels, also inside of NestedTensors and ImageLists. Levels of a
-    sequence keep their order. Those of a mapping keep their keys: they come in the order of the teacher's mapping, and the
+    sequence keep their order. Levels of a mapping keep their keys. They come in the order of the teacher's mapping, and the
     student's are matched by key. So ``criterion(*features.take())`` is the criterion of what the modules returned. Inside the
-    ``with`` block every pass of the models leaves its levels here. `take` hands over those of the latest pass and keeps
+    ``with`` block every pass of the models leaves its levels here. `take` hands over the levels of the latest pass and keeps
     nothing, so no features stay alive after the step. Copies of a model that are made in the block (EMA), recomputations of
     activation checkpoints and traces (``torch.export``, fake or meta tensors) leave nothing here. If both are one model
     (self-distillation), passes with gradients are the student's, and those under ``torch.no_grad()`` the teacher's.
@@ -91,7 +91,7 @@ class FeatureCapture:
         self._warned = False
 
     def _new_recorders(self) -> list["_Recorder"]:
-        """Of the modules that the names mean now: the models may have changed."""
+        """Make recorders for the modules that the names mean now; the models may have changed."""
         student, teacher = (_Recorder("capture", *side) for side in self._sides)
         if not set(student.modules).isdisjoint(teacher.modules):
             student.only, teacher.only = True, False
@@ -211,7 +211,7 @@ class _Level(NamedTuple):
 
 @dataclass
 class _Taken:
-    """What a module gave in the latest pass, and how often it was called by itself, outside of one."""
+    """The levels that a module gave in the latest pass, and how often it was called outside of one."""
 
     levels: list[_Level] = field(default_factory=list)
     direct: int = 0
@@ -258,7 +258,7 @@ class _Recorder(Hooked):
             taken.levels.append(_Level(i, key, level.clone() if written is None else level, written))  # a copy stays as it is
 
     def forget(self) -> list[_Taken]:
-        """What the latest pass has left; nothing of it is kept."""
+        """Hand over the levels of the latest pass, and keep none of them."""
         taken, self.taken = self.taken, [_Taken() for _ in self.modules]
         return taken
 
@@ -313,7 +313,7 @@ def _held(levels: list[_Level]) -> Features:
 
 
 def _in_order(students: list[_Level], teachers: list[_Level]) -> list[_Level]:
-    """The student's levels in the order of the teacher's: those of a mapping are matched by key, others keep their order."""
+    """Put the student's levels into the teacher's order. Levels of a mapping are matched by key, others keep their order."""
     of, goal = dict(zip(_labels(students), students, strict=True)), _labels(teachers)
     if of.keys() == set(goal):
         return [of[label] for label in goal]
@@ -327,7 +327,7 @@ def _in_order(students: list[_Level], teachers: list[_Level]) -> list[_Level]:
 
 
 def _labels(levels: list[_Level]) -> list[tuple[int, tuple[Any, ...], int]]:
-    """What each is called in its model: a module that runs several times gives several of one key."""
+    """Label each level; a module that runs several times gives several levels of one key."""
     seen: Counter[tuple[int, tuple[Any, ...]]] = Counter()
     labels = []
     for level in levels:
@@ -338,7 +338,7 @@ def _labels(levels: list[_Level]) -> list[tuple[int, tuple[Any, ...], int]]:
 
 
 def _has_effect(layer: nn.Module) -> bool:
-    """Not a dropout of rate 0, nor an instance norm that keeps no statistics."""
+    """False for a dropout of rate 0, and for an instance norm that keeps no statistics."""
     rate = next((getattr(layer, name) for name in ("p", "drop_prob", "dropout") if hasattr(layer, name)), 1)
     return rate != 0 and ("InstanceNorm" not in type(layer).__name__ or getattr(layer, "track_running_stats", True))
 

@@ -1,4 +1,4 @@
-"""Learned tokens in files: writes our layout, and reads ours and those of three other implementations."""
+"""Learned tokens in files. Reads our layout and the layouts of three other implementations, and writes ours."""
 
 import os
 import pickle
@@ -58,7 +58,7 @@ def mask_state(source: Source) -> dict[str, Tensor]:
 
 
 def _place(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where mask entries are looked for: the first mapping with some, of the state dict and those known to be in it."""
+    """Find the mapping with mask entries: the state dict, or the first of the known mappings in it."""
     inner = (state[key] for key in _NESTED if isinstance(state.get(key), Mapping))
     return next((place for place in (state, *inner) if any(_mask_entries(place))), state)
 
@@ -87,7 +87,7 @@ def _found(place: Mapping[str, Any], state: Mapping[str, Any], origin: str) -> d
 def load_masks(modules: nn.ModuleList, source: Source) -> None:
     """Copy the tokens and mask weights of ``source`` into ``modules``.
 
-    A criterion's modules compose their tables from a learner's entries, or copy those of another criterion. Warns
+    A criterion's modules compose their tables from a learner's entries, or copy the tables of another criterion. Warns
     (UserWarning) about tokens that are no larger than as initialised.
 
     Args:
@@ -138,7 +138,7 @@ def load_masks(modules: nn.ModuleList, source: Source) -> None:
 
 
 def _contents(found: Mapping[str, Tensor]) -> dict[str, str]:
-    """What `mask_state` gave, by the option that says so: ``"2 levels of 4, 6 channels"``, ``"3 tokens"``, ..."""
+    """Describe what `mask_state` gave, by the option that says so: ``"2 levels of 4, 6 channels"``, ``"3 tokens"``, ..."""
     levels = list(_by_level(found).values())
     tokens = [level.get("mask_token", torch.empty(0)) for level in levels]
     num_tokens, channels = zip(*(x.shape if x.dim() == 2 else "??" for x in tokens), strict=True)
@@ -167,7 +167,7 @@ def _by_level(found: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 def _mask_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """What belongs to masks, by the names of `mask_state`."""
+    """Find the entries that belong to masks, by the names of `mask_state`."""
     for key, value in state.items():
         if not isinstance(key, str):
             continue
@@ -178,13 +178,13 @@ def _mask_entries(state: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _elsewhere(held: Any, looked_at: Any = None) -> str:
-    """For an error: where else in the containers of a source there are mask entries."""
+    """Say, for an error, where else in the containers of a source there are mask entries."""
     places = list(_inner_keys(held, "", {id(held), id(looked_at)}))
     return f"; there are mask entries under {', '.join(places)}: pass what it holds there" if places else ""
 
 
 def _inner_keys(held: Any, path: str, seen: set[int]) -> Iterator[str]:
-    """Where containers and modules inside of ``held`` have mask entries: ``['model']['ema']``; no container twice."""
+    """Find the places inside of ``held`` with mask entries, such as ``['model']['ema']``; no container is visited twice."""
     for key, inner in held.items() if isinstance(held, Mapping) else enumerate(held) if isinstance(held, list | tuple) else ():
         if not isinstance(inner, Mapping | list | tuple | nn.Module) or id(inner) in seen:
             continue
@@ -310,7 +310,7 @@ def save_masks(modules: nn.ModuleList, path: str | os.PathLike[str]) -> None:
 
 
 def _warn_if_untrained(found: Mapping[str, Tensor], name: str) -> None:
-    """Of what `mask_state` gives; a criterion's tables were asked about when they were composed."""
+    """Warn of what `mask_state` gives; a criterion's tables were asked about when they were composed."""
     small = [
         i for i, level in _by_level(found).items() if not COMPOSED & level.keys() and as_small_as_drawn(level["mask_token"])
     ]

@@ -70,11 +70,11 @@ def masked_distill_loss(
         weighting: ``(rows [9, T, C_i], bias)`` of each level from `compose_weighting` (with ``standardize``, from
             `compose_standardization`), which give the softmax weights ``w``; None weighs all tokens ``1 / T``.
         standardize: of each level, from `compose_standardization`: the student reconstructs ``(t - mean) / std`` of every
-            channel instead of ``t``, and masks and weights see the same. None: the features as they are.
+            channel instead of ``t``, and masks and weights see the same. None: the features are not standardised.
         valid: the pixels that count in a padded batch: bool or integer ``[N, H0, W0]`` (transformers' ``pixel_mask``) at the
             images' size, down-sampled to each level (nearest neighbour); or an object with ``tensors`` and ``image_sizes``
             (torchvision's ``ImageList``). Other pixels count neither in sums nor areas nor mask weights, whatever they hold,
-            NaN included: the result is that of cropping every image. An image without a valid pixel contributes 0.
+            NaN included: the result is the same as for cropped images. An image without a valid pixel contributes 0.
             None: all pixels.
         masks: boxes, score maps or attention, ``[N, T, H_i, W_i]`` of each level, bool or of any float dtype and at least 0,
             which is not checked, as that would wait for the device. They replace the masks of ``tokens``, which must be None,
@@ -326,7 +326,7 @@ def masked_features_and_dice(
         weighting: ``(rows, bias)`` of each level from `compose_weighting`, which give the weights ``w``; None sums the
             masks without weights.
         token_bias: ``b [T]`` of each level; None: zeros, as published. With tokens, biases and weighting from
-            `compose_standardization`, masks and weights are those of standardised features.
+            `compose_standardization`, masks and weights are computed from standardised features.
         valid: the pixels that count in a padded batch, as in `masked_distill_loss`: others are masked to 0 and count
             neither in the Dice sums nor in the mask weights. None: all pixels.
         impl: ``"auto"`` (Triton for CUDA tensors, eager for others), ``"triton"`` or ``"eager"``.

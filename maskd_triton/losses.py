@@ -217,7 +217,7 @@ class MaskedDistillLoss(Options):
         return super().__getstate__() | {"_latest": None, "_align_watch": _AlignWatch()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedDistillLoss":
-        """``to_empty`` leaves the number of calls as it is."""
+        """``to_empty`` does not change the number of calls."""
         before = self.warmup_step
         super()._apply(fn, recurse)
         if self.warmup_step is not before and not (self.warmup_step.is_meta or before.is_meta):
@@ -414,14 +414,14 @@ def _without_padding(levels: Sequence[Tensor], valid: Any) -> list[Tensor]:
 
 
 def _in_channels(module: nn.Module) -> int | None:
-    """Of the convolution that it is, or begins with; None: unknown."""
+    """Input channels of the convolution that it is, or begins with; None: unknown."""
     while isinstance(module, nn.Sequential) and len(module):
         module = module[0]
     return (module.in_channels or None) if isinstance(module, nn.Conv2d) else None
 
 
 def _aligned(module: nn.Module, x: Tensor, channels: int, label: str) -> Tensor:
-    """The module called as it is; half features may have left the autocast region that their student ran in."""
+    """Call the module. Half features may have left the autocast region that their student ran in."""
     half = x.dtype.itemsize == 2 and torch.amp.is_autocast_available(x.device.type)
     weight = getattr(module, "weight", None)
     if not half and isinstance(weight, Tensor) and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -457,7 +457,7 @@ def _resized(levels: Sequence[Tensor], like: Sequence[Tensor], valid: Any) -> tu
 class _AlignWatch:
     """Warns once of a level's align that gets gradients, but that no optimizer moves.
 
-    Its values are compared, because fused optimizers leave the versions as they are, once and on the device: the answer is read
+    Its values are compared, because fused optimizers do not change the versions, once and on the device: the answer is read
     when it has arrived, so nothing waits.
     """
 

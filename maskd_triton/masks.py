@@ -213,7 +213,7 @@ class MaskLearner(Options):
         return found.rebuild(masked)
 
     def _keep(self, first: int, dice: Tensor, seen: Sequence[Seen], keys: Sequence[Any] | None) -> None:
-        """What `dice_loss` and `diagnostics` need of the levels from ``first`` on."""
+        """Keep what `dice_loss` and `diagnostics` need of the levels from ``first`` on."""
         own = keys if keys and len(keys) == len(self.channels) else range(len(self.channels))
         for i, level in enumerate(seen):
             self._dice[first + i] = dice[i]
@@ -288,7 +288,7 @@ class MaskLearner(Options):
         return LevelReports(levels, standardized=bool(self.standardize))
 
     def _warn_of(self, levels: Mapping[Any, LevelDiagnostics], untrained: bool) -> None:
-        """Of levels on which stage 2 would be a plain MSE, each once; of untrained ones only if so asked."""
+        """Warn of each level on which stage 2 would be a plain MSE, once; of untrained levels only if asked to."""
         for name, level in levels.items():
             if name not in self._warned and is_plain(level, untrained=untrained):
                 self._warned.add(name)
@@ -298,7 +298,7 @@ class MaskLearner(Options):
         """Write the tokens for ``pretrained=``. It warns as `diagnostics` does, and if the tokens have learned nothing.
 
         Args:
-            path: the file; formats and errors are those of `maskd_triton.checkpoints.save_masks`.
+            path: the file; formats and errors as in `maskd_triton.checkpoints.save_masks`.
 
         Examples:
             >>> import os, tempfile
@@ -406,8 +406,8 @@ class MaskLearner(Options):
         Run the teacher on some batches inside the block, as with `attach`; a few hundred images are plenty. Nothing is
         masked and no gradient is kept. At the end of the block the statistics replace earlier ones, unless the block raised.
         ``channel_std`` is ``sqrt(var + 1e-5 mean(var))``, which keeps channels that never change finite; for ``"isotropic"``
-        it is ``sqrt(mean(var))``. If torch.distributed is initialised, the statistics are those of all ranks' data: every rank
-        runs the block, on batches of its own.
+        it is ``sqrt(mean(var))``. If torch.distributed is initialised, the statistics cover the data of all ranks, so every
+        rank runs the block, on batches of its own.
 
         If you have cached the features, let an ``nn.Identity()`` be the teacher and ``""`` its name, and call it on them.
 
@@ -549,7 +549,7 @@ class _Attached(Hooked):
         return found.rebuild([self.where.restored(y, x) for y, x in zip(masked, found.tensors, strict=True)])
 
     def _maps(self, found: Unpacked, first: int, label: str) -> list[Tensor]:
-        """What a call gave as features ``[N, C, H, W]`` of the learner's levels from ``first`` on."""
+        """Check what a call gave, as features ``[N, C, H, W]`` of the learner's levels from ``first`` on."""
         maps = []
         for i, (x, key) in enumerate(zip(found.tensors, labels(len(found.tensors), found.keys), strict=True)):
             channels, name = self.learner.channels[first + i], f"{label}{key}"
@@ -558,7 +558,7 @@ class _Attached(Hooked):
         return maps
 
     def _next_place(self, i: int, shapes: list[torch.Size]) -> int:
-        """Which of the i-th module's levels this call gives, the first if it gives several."""
+        """Find which of the i-th module's levels this call gives, the first if it gives several."""
         before = self.shapes[i]
         if not self.inside and len(before) == self.each:
             before.clear()  # a call of the module itself begins anew where the levels are complete
@@ -568,7 +568,7 @@ class _Attached(Hooked):
         return len(before) - len(shapes)
 
     def _place_of_repeated(self, i: int, shapes: list[torch.Size]) -> int:
-        """The same for a call that backward() recomputes, known by its shapes: the order is not that of the pass."""
+        """Find it for a call that backward() recomputes, by its shapes, because the order differs from the pass."""
         self.repeated, count = True, len(shapes)
         several = count < self.each
         if self.unrepeated > 1 and (several or self.read is not None):

@@ -1,6 +1,6 @@
 """The paper's formulas, word for word, kept for tests and benchmarks.
 
-Every formula is written as it is printed: ``[N, T, C, H, W]`` tensors are built and the 3x3 convolution is run, all in the
+Every formula is written as printed: ``[N, T, C, H, W]`` tensors are built and the 3x3 convolution is run, all in the
 dtype of the features (give float64 for a ground truth, a low precision to measure what rounding alone costs). Gradients
 come from plain autograd. Nothing else in the package may use this module.
 """
@@ -65,7 +65,7 @@ def mask_weights(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, vali
 
 
 def weight_logits(x: Tensor, w3: Tensor, b3: Tensor, w1: Tensor, b1: Tensor, valid: Tensor | None = None) -> Tensor:
-    """``[N, T]``, those of `mask_weights`."""
+    """``[N, T]``, of which `mask_weights` takes the softmax."""
     w3, b3, w1, b1 = (p.to(x.dtype) for p in (w3, b3, w1, b1))
     if valid is None:
         pooled = adaptive_avg_pool2d(conv2d(x, w3, b3, padding=1), 1)
@@ -135,7 +135,7 @@ def distill_loss(
 
     ``A[n, t] = sum_{c, p} (m (s - t))^2``, ``B[n, t] = sum_p m``; ``m = sigmoid(E t)``, with ``custom_mask`` times
     ``stopgrad(sigmoid(E s))``; ``w`` is 1 / T without ``weighting``. ``student``, ``teacher``: ``[N, C_i, H_i, W_i]``,
-    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: ``custom_mask``, and those of
+    ``tokens``: ``[T, C_i]``, one entry per level. An empty batch gives 0. ``options``: ``custom_mask``, and the options of
     `masked_distance`. What is not the paper's:
 
     - ``standardize``: mean and std of every level's channels; ``t`` is standardised before anything else.
@@ -230,7 +230,7 @@ def masked_features_and_dice(
 ) -> tuple[Tensor, Tensor]:
     """Stage 1: ``y = sum_t w[n, t] m[n, t] x[n]`` (without ``weighting``: an unnormalised sum) and the Dice loss of ``m``.
 
-    ``m`` and ``w`` are those of the standardised features, where ``standardize`` gives mean and std. ``valid [N, H0, W0]``:
+    Where ``standardize`` gives mean and std, ``m`` and ``w`` are computed from standardised features. ``valid [N, H0, W0]``:
     every image is cut to the box around its valid pixels; ``y`` is 0 elsewhere, and the Dice losses are averaged.
     """
     if valid is None:

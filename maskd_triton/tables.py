@@ -38,7 +38,7 @@ def of_levels(levels: Sequence[Tables]) -> DistillTables:
 def compose(level: Mapping[str, Tensor], dtype: torch.dtype) -> Tables:
     """The tables of one level's published entries (`MaskLevel.published_shapes`), composed in ``dtype``.
 
-    Tokens, which nothing is composed of, stay as they are. Differentiable."""
+    Tokens are not composed with anything. Differentiable."""
     weighting = None
     if CONVOLUTIONS[0] in level:
         weighting = compose_weighting(*(level[name].to(dtype) for name in CONVOLUTIONS))
@@ -61,12 +61,12 @@ TOKEN_STD = 0.01  # a `MaskModule` draws its tokens from N(0, TOKEN_STD^2)
 
 
 def as_small_as_drawn(tokens: Tensor) -> bool:
-    """Whether the root mean square of tokens is at most that of a draw: 4 of its deviations above `TOKEN_STD`."""
+    """Whether the root mean square of tokens is at most that of fresh tokens: 4 of its deviations above `TOKEN_STD`."""
     return bool(tokens.float().square().mean().sqrt() <= TOKEN_STD * (1 + 4 / math.sqrt(2 * tokens.numel())))
 
 
 def buffer_dtype() -> torch.dtype:
-    """Of new statistics and tables: the default dtype, but at least float32."""
+    """Dtype of new statistics and tables: the default dtype, but at least float32."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
@@ -76,7 +76,7 @@ def is_narrow(x: Tensor) -> bool:
 
 
 def fault(name: str, x: Any, isotropic: bool = False) -> str:
-    """What is wrong with the values of a level's entry, of `MaskModule` or `LevelTables`; "" where nothing is.
+    """Say what is wrong with the values of a level's entry, of `MaskModule` or `LevelTables`; "" where nothing is.
 
     ``isotropic``: whether deviations must be one scale for all channels."""
     if not isinstance(x, Tensor):
@@ -86,7 +86,7 @@ def fault(name: str, x: Any, isotropic: bool = False) -> str:
     if tracing():  # fake tensors have no values to look at
         return ""
     cast = name in ("channel_mean", "channel_std", "statistics") and is_narrow(x)
-    hint = f"; {x.dtype} does not hold statistics: save them as they are, without a cast" if cast else ""
+    hint = f"; {x.dtype} does not hold statistics: save them without a cast" if cast else ""
     if not torch.isfinite(x.float()).all():
         return f"expected finite values{hint}"
     if name == "pixels_seen" and not (x > 0).all():
@@ -234,7 +234,7 @@ class LevelTables(MaskLevel):
         weight_mask: whether there are mask weights.
         standardize: ``"channel"`` (or True) or ``"isotropic"`` for tables of standardised features.
 
-    Buffers, in the default dtype (at least float32), until they are loaded those of tokens of 0: ``mask_token [T, C]``
+    Buffers, in the default dtype (at least float32), until they are loaded, for tokens of 0: ``mask_token [T, C]``
     (``E``, which the student's masks use); with mask weights ``pool_rows [9, T, C]`` and ``pool_bias [T]`` (``[5, T]`` with
     ``standardize``); with ``standardize`` also ``teacher_tokens [T, C]`` (``E'``), ``token_bias [T]`` and
     ``statistics [2, C]`` (mean, 1 / std).

@@ -111,7 +111,7 @@ class FrozenTeacher(nn.Module):
 
 
 def _converted(fn: Any, x: Tensor) -> Tensor:
-    """``fn(x)``, with the values of ``x`` also where ``fn`` only allocates, as that of ``to_empty`` does."""
+    """Apply ``fn``; where it only allocates, as for ``to_empty``, the values of ``x`` are kept."""
     new = fn(x)
     if new.is_meta:
         return x

@@ -51,3 +51,20 @@ def test_time_of_stage_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     rows = capsys.readouterr().out.splitlines()[1:]
     assert len(rows) == 3
     assert all(float(row.split()[-1]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:MaskLearner, level", "ignore:pretrained")
+def test_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every layer is captured in both models; what a file holds is not run again."""
+    from examples import layers
+
+    fewer = layers.Settings(scenes=(64, 32, 32), teacher_steps=2, token_steps=2, student_steps=2, seeds=2)
+    monkeypatch.setattr(layers, "WEIGHTS", (10,))
+    layers.main(["--out", str(tmp_path / "layers.json")], fewer)
+    rows = re.findall(r"^\| (.+?) \| \d+ \| 0\.\d+ ± 0\.\d+ \|", capsys.readouterr().out, re.M)
+    assert rows == [layers.ALONE, *layers.LAYERS]
+    runs = json.loads((tmp_path / "layers.json").read_text())["runs"]
+    assert len(runs) == 3 * len(rows)
+    monkeypatch.setattr(layers, "train_student", None)
+    layers.main(["--out", str(tmp_path / "layers.json")], fewer)

@@ -67,8 +67,8 @@ class Study:
         self.early = early_features(task, pretrained)
         self.learners: dict[Tokens, MaskLearner] = {}
 
-    def run(self) -> None:
-        for loss in LOSSES:
+    def run(self, losses: Sequence[str] = LOSSES) -> None:
+        for loss in losses:
             weight = 0.0 if loss == ALONE else self.tune(loss)
             for seed in range(self.settings.seeds):
                 self.student(loss, weight, seed, ("val", "test"))
