@@ -33,8 +33,8 @@ from .digits_training import (
 )
 
 # Best of TRIES on the validation split, the same tries for both losses: python -m examples.digits --tune
-LOSS_WEIGHTS = {"student alone": 0.0, "plain feature MSE": 3.0, "MasKD": 10.0}
-TRIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+LOSS_WEIGHTS = {"student alone": 0.0, "plain feature MSE": 1.0, "MasKD": 1.0}
+TRIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 TUNING_SEEDS = (100, 101)  # none of the seeds that are reported
 
 
