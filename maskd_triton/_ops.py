@@ -6,7 +6,6 @@ configuration are those of eager mode. Otherwise its function is called as it is
 
 import functools
 import importlib
-import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -60,12 +59,6 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("maskd_triton: the losses can be differentiated once only, their gradients have no derivative")
 
 
-def bound_once(forward: Any) -> Any:
-    """Spare torch 20 us a call, in which it would work out the signature of a ``forward(*inputs)``."""
-    forward.__signature__ = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
-    return forward
-
-
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -85,10 +78,27 @@ def once_differentiable(backward: Backward) -> Backward:
     return wrapper
 
 
-def _apply(function: type[torch.autograd.Function], wanted: Iterable[Tensor], *args: Any) -> Any:
+def _with_context(function: type[torch.autograd.Function]) -> Any:
+    """The same with a ``forward`` that takes the context: a call takes 20 us less, but torch.func and dynamo refuse it."""
+
+    class WithContext(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function.forward(*inputs)
+            function.setup_context(ctx, inputs, output)
+            return output
+
+        backward = function.backward
+
+    return WithContext
+
+
+def _apply(function: Any, plain: Any, wanted: Iterable[Tensor], *args: Any) -> Any:
     """``function.apply``, also in compiled code: dynamo takes the first argument of a ``forward`` that has no gradient for a
-    context."""
-    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in wanted)):
+    context. ``plain``: `_with_context` of it."""
+    if not torch.compiler.is_compiling():
+        return (function if in_transforms() else plain).apply(*args)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in wanted)):
         return function.forward(*args)
     return function.apply(*args)
 
@@ -183,7 +193,6 @@ class _Distill(torch.autograd.Function):
     """The losses ``[levels, N]``, and the other outputs of a `Distilled`, which have no gradient."""
 
     @staticmethod
-    @bound_once
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         impl, teacher, options, *student = inputs
         if torch.compiler.is_compiling():
@@ -213,6 +222,9 @@ class _Distill(torch.autograd.Function):
         return None, None, None, *backward(student, teacher, ctx.impl, grad, coefficients, *kept, *ctx.options)
 
 
+_PlainDistill = _with_context(_Distill)
+
+
 def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
     """Name the tensors that `_Distill` gives."""
     per_image, weights, coefficients = outputs[:3]
@@ -221,7 +233,7 @@ def _distilled(outputs: Sequence[Tensor], levels: int) -> Distilled:
 
 def distill(student: Sequence[Tensor], teacher: Sequence[Tensor], options: DistillOptions, impl: str) -> Distilled:
     """Stage 2: losses per level and image, differentiable in ``student``, and what they are made of, without gradient."""
-    return _distilled(_apply(_Distill, student, impl, list(teacher), options, *student), len(student))
+    return _distilled(_apply(_Distill, _PlainDistill, student, impl, list(teacher), options, *student), len(student))
 
 
 # Stage 1 on Triton; in plain torch it needs no gradient of its own (`_eager.learn`)
@@ -305,7 +317,6 @@ class _Learn(torch.autograd.Function):
     """Masked features and Dice losses; a `LearnKept`, which has no gradient, follows."""
 
     @staticmethod
-    @bound_once
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         lengths, valid, heights, *tensors = inputs
         features, *tables, weights = in_lists(tensors, lengths)
@@ -350,12 +361,15 @@ class _Learn(torch.autograd.Function):
         return None, None, None, *to_features, *results[:parameters]
 
 
+_PlainLearn = _with_context(_Learn)
+
+
 def learn(features: Sequence[Tensor], options: LearnOptions) -> tuple[list[Tensor], Tensor, list[Tensor], Sequence[Tensor]]:
     """Do what `_eager.learn` does, but differentiable once."""
     tables, weights, valid, heights = options
     lists = features, *tables, weights
     lengths, tensors = tuple(map(len, lists)), list(itertools.chain(*lists))
-    outputs = _apply(_Learn, tensors, lengths, list(valid), list(heights), *tensors)
+    outputs = _apply(_Learn, _PlainLearn, tensors, lengths, list(valid), list(heights), *tensors)
     levels = len(features)
     masked, (dice, used_weights, _), masks = in_lists(outputs, (levels, 3, levels))
     return masked, dice, masks, list(used_weights)

@@ -135,6 +135,7 @@ def masked_distill_loss(
     tables = DistillTables(statistics=of_tokens[2])
     if tokens is not None:
         tables = DistillTables(tokens, *_by_part(weighting, "weighting", 2, "compose_weighting"), *of_tokens)
+    check.tables(tables, teachers, constant=True)
     options = DistillOptions(
         tables=tables,
         valid=_levels.valid_of_levels(valid, teachers),
@@ -169,7 +170,8 @@ def distill(
 ) -> tuple[Tensor, Latest]:
     """The one door of stage 2: checks what differs from call to call, and gives the loss.
 
-    ``options``: checked by the caller, without given masks and weights. ``channels``: of every level; none: any.
+    ``options``: checked by the caller with its tables, without given masks and weights. ``channels``: of every level; none:
+    any.
     Returns the loss, and what ``diagnostics()`` reads, without gradient.
     """
     check.choice(reduction, "reduction", REDUCTIONS)
@@ -177,7 +179,6 @@ def distill(
     for i, (s, t, label) in enumerate(zip(students, teachers, labels, strict=True)):
         names = f"student{label}", f"teacher{label}"
         check.pair(s, t, names, channels[i] if channels else None, students[0], f"student{labels[0]}")
-    check.tables(options.tables, teachers, constant=True)
     weighted = bool(options.tables.pool_rows) or mask_weights is not None
     impl = resolve_impl(impl, students[0].device)
     outputs = _ops.distill(students, teachers, _with_given(levels, options, masks, mask_weights), impl)

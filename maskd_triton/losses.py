@@ -274,7 +274,7 @@ class MaskedDistillLoss(Options):
         prepared, pixels = self._prepared(levels, valid)
         custom = self.custom_mask and masks is None
         options = DistillOptions(
-            tables=self._tables(masks is None, mask_weights is None),
+            tables=self._tables(levels.students[0].device, masks is None, mask_weights is None),
             valid=pixels,
             custom_mask=custom,
             customised=customised(self.warmup_step, self.custom_mask_warmup, counts) if custom else None,
@@ -399,9 +399,9 @@ class MaskedDistillLoss(Options):
             pixels = valid_of_levels(valid, teachers)
         return levels._replace(students=students, teachers=teachers), pixels
 
-    def _tables(self, with_tokens: bool, weighted: bool) -> DistillTables:
-        """Every level's: with given masks the statistics alone, which the target needs."""
-        tables = of_levels([level.tables() for level in self._levels])
+    def _tables(self, device: torch.device, with_tokens: bool, weighted: bool) -> DistillTables:
+        """Every level's, for features on ``device``: with given masks the statistics alone, which the target needs."""
+        tables = of_levels([level.tables(device=device) for level in self._levels])
         if not with_tokens:
             return DistillTables(statistics=tables.statistics)
         return tables if weighted else tables._replace(pool_rows=(), pool_bias=())

@@ -157,10 +157,23 @@ class MaskLevel(Options):
         found = {key: fault(name, state[key], self.standardize == "isotropic") for key, name in entries.items()}
         return [f"{key}: {what}" for key, what in found.items() if what]
 
-    def check_buffers(self) -> None:
-        """TypeError where a wrapper has written half-precision numbers into the buffers."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get("_buffers", {}).get(name)
+        if isinstance(old, Tensor) and isinstance(value, Tensor) and value.shape != old.shape:
+            raise ValueError(f"{name}: expected shape {list(old.shape)}, got {list(value.shape)}")
+        super().__setattr__(name, value)
+
+    def check_buffers(self, device: torch.device | None = None) -> None:
+        """TypeError where a wrapper has written half-precision numbers into the buffers; ValueError for buffers that require
+        grad or are on another device than the features (None: any)."""
         for name, x in self._buffers.items():
-            if x is not None and is_narrow(x):
+            if x is None:
+                continue
+            if x.requires_grad:
+                check.frozen(x, name)
+            if device is not None and x.device != device:
+                check.on_device(x, f"the criterion's {name}", device)
+            if x.dtype is not torch.float32 and is_narrow(x):
                 raise TypeError(
                     f"{type(self).__name__}.{name}: expected float32 or float64, got {x.dtype}: an assignment or a wrapper has "
                     "cast the buffers (as FSDP's MixedPrecision(buffer_dtype=...) does) and they have lost digits; pass "
@@ -263,13 +276,17 @@ class LevelTables(MaskLevel):
             if standardize:
                 self.statistics[1].fill_(1)
 
-    def tables(self, dtype: torch.dtype | None = None) -> Tables:
+    def tables(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tables:
         """The buffers as the operators take them.
 
         Args:
-            dtype: ignored; `MaskModule.tables`, which has the same arguments, needs it.
+            dtype: ignored; `MaskModule.tables` needs it.
+            device: of the features that they are for; None: any.
+
+        Raises:
+            ValueError: buffers on another device.
         """
-        self.check_buffers()
+        self.check_buffers(device)
         buffers: Any = self._buffers  # in every step; nn.Module's own way to an attribute takes longer
         return Tables(buffers["mask_token"], *map(buffers.get, Tables._fields[1:]))
 

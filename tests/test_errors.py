@@ -45,6 +45,12 @@ def loss_of_square_maps(channels: int) -> Tensor:
     return MaskedDistillLoss(4, None)(torch.zeros(2, channels, 4, 4), torch.zeros(2, 4, 4, 4), masks=torch.ones(2, 1, 4, 4))
 
 
+def with_tokens(tokens: Tensor) -> Tensor:
+    criterion = PROBLEM.criterion()
+    criterion.mask_modules[0].mask_token = tokens
+    return criterion(S, T)
+
+
 def keyed(levels: list[Tensor], *keys: Any) -> dict[Any, Tensor]:
     return dict(zip(keys, levels, strict=True))
 
@@ -104,6 +110,7 @@ CALLS: Wrong = [
     (lambda: call(S, [T[0].long(), T[1]]), TypeError, "teacher[0]: expected float16, bfloat16, float32 or float64 features, got torch.int64"),
     (lambda: call([x.double() for x in S]), TypeError, "expected all features to be float64 or none, got torch.float32 and torch.float64"),
     (lambda: call(S, [T[0].to("meta"), T[1]]), ValueError, "teacher[0]: expected the device of student[0], cpu, got meta"),
+    (lambda: call([s.to("meta") for s in S], [t.to("meta") for t in T]), ValueError, "the criterion's mask_token: expected the device of the features, meta, got cpu"),
     (lambda: call(keyed([S[0], S[1][..., :1]], "p3", "p4"), keyed(T, "p3", "p4")), ValueError, "student['p4']: expected the shape of teacher['p4'], [2, 3, 3, 2]"),
     (lambda: call([with_grad(s) for s in S], [T[0], with_grad(T[1])]), ValueError, "teacher[1]: requires grad, but the loss is differentiable in the student only; compute the teacher under torch.no_grad()"),
     (lambda: call(T, [with_grad(s) for s in S]), ValueError, "teacher[0]: requires grad, but the loss is differentiable in the student only (did you swap student and teacher?)"),
@@ -118,6 +125,8 @@ CALLS: Wrong = [
     (lambda: narrow(S, align=[nn.Conv2d(4, 7, 1), nn.Identity()]), ValueError, "align[0]: expected an output [N, 4, H, W], got shape [2, 7, 6, 5]"),
     (lambda: narrow(S, align=[nn.Flatten()] * 2), ValueError, "align[0]: expected an output [N, 4, H, W], got shape [2, 120]"),
     (lambda: narrow([s.double() for s in S], student_channels=[4, 3]), TypeError, "align[0]: its parameters are torch.float32, the student's features torch.float64; cast one of them"),
+    (lambda: with_tokens(torch.zeros(5, 4)), ValueError, "mask_token: expected shape [6, 4], got [5, 4]"),
+    (lambda: with_tokens(with_grad(torch.zeros(6, 4))), ValueError, "mask_token: requires grad, but is frozen in stage 2; pass it detached"),
     (lambda: call(reduction="mean"), ValueError, "reduction: expected one of 'sum', 'none', got 'mean'"),
     (lambda: call(valid=torch.ones(2, 6, 5)), TypeError, "valid: expected a bool or integer tensor, non-zero where valid, got torch.float32"),
     (lambda: call(valid=torch.ones(6, 5).bool()), ValueError, "valid: expected shape [2, H0, W0], the size of the padded images, got [6, 5]"),

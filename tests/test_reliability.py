@@ -161,7 +161,6 @@ def test_threads_that_call_one_criterion(target: Target) -> None:
     criterion = criterion_of(impl, custom_mask_warmup=0).to(device)
     sizes = [(1 + i // 3, 1 + i % 3) for i in range(9)]
     want = [step(criterion, size, device) for size in sizes]
-    steps = int(criterion.warmup_step)
 
     def work(i: int) -> bool:
         own = [(i + 5 * k) % len(sizes) for k in range(20)]
@@ -174,7 +173,6 @@ def test_threads_that_call_one_criterion(target: Target) -> None:
             assert all(threads.map(work, range(4)))
     finally:
         sys.setswitchinterval(before)
-    assert int(criterion.warmup_step) == steps + 4 * 20
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
