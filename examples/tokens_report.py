@@ -38,6 +38,9 @@ PAIRS = (
     ("channel: weight decay 0.1", SIX),
     (ONE, "feature MSE x 3"),
     (SIX, "feature MSE x 3"),
+    (f"{ONE}, seed 1", f"{SIX}, seed 1"),
+    (f"{ONE}, seed 1", RANDOM),
+    (f"{SIX}, seed 1", RANDOM),
 )
 
 
