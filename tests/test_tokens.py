@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-for package in ("sklearn", "pycocotools"):
-    pytest.importorskip(package, reason="needs the demo and test extras")
+pytest.importorskip("sklearn", reason="needs the demo extra")
+pytest.importorskip("pycocotools", reason="needs the test extra")
 
 from examples import tokens, tokens_report, tokens_study
 from examples.digits_data import make_scenes
