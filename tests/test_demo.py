@@ -53,6 +53,16 @@ def test_time_of_stage_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert all(float(row.split()[-1]) > 0 for row in rows)
 
 
+def test_the_page_has_the_table_of_layers() -> None:
+    from examples import layers
+
+    results = json.loads(layers.FILE.read_text())
+    assert results["settings"] == layers.Settings().__dict__ | {"scenes": list(layers.Settings().scenes)}
+    page = (layers.FILE.parents[2] / "docs/demo.md").read_text()
+    assert f"<!-- layers -->\n\n{layers.table(results['runs'], results['settings']['seeds'])}\n\n<!-- end -->" in page
+    assert f"test mIoU {results['teacher']['test']:.3f})" in page
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MaskLearner, level", "ignore:pretrained")
 def test_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
