@@ -38,6 +38,9 @@ PAIRS = (
     ("channel: weight decay 0.1", SIX),
     (ONE, "feature MSE x 3"),
     (SIX, "feature MSE x 3"),
+    (f"{ONE}, seed 1", f"{SIX}, seed 1"),
+    (f"{ONE}, seed 1", RANDOM),
+    (f"{SIX}, seed 1", RANDOM),
 )
 
 
@@ -79,13 +82,14 @@ def students_table(lines: Sequence[Line]) -> list[str]:
     scores = scores_of(lines)
     names = list(dict.fromkeys(line["name"] for line in lines if line["run"] == "student"))
     metrics = {line["teacher"]: line["metric"] for line in lines if line["run"] == "student"}
-    columns = [f"{teacher}: {metric}" for teacher, metric in metrics.items()]
-    means = [f"{statistics.mean(scores[teacher, MSE].values()):.3f}" for teacher in metrics]
+    teachers = teachers_of(lines, "student")
+    columns = [f"{teacher}: {metrics[teacher]}" for teacher in teachers]
+    means = [f"{statistics.mean(scores[teacher, MSE].values()):.3f}" for teacher in teachers]
     rows = [f"| minus feature MSE | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     rows.append(f"| feature MSE itself | {' | '.join(means)} |")
     for name in names:
         if name != MSE:
-            rows.append(f"| {label(name)} | {' | '.join(paired(scores, teacher, name, MSE) for teacher in metrics)} |")
+            rows.append(f"| {label(name)} | {' | '.join(paired(scores, teacher, name, MSE) for teacher in teachers)} |")
     return rows
 
 
@@ -127,8 +131,10 @@ def tokens_table(lines: Sequence[Line], teacher: str) -> list[str]:
     return rows
 
 
-def teachers_of(lines: Iterable[Line], run: str) -> list[str]:
-    return list(dict.fromkeys(line["teacher"] for line in lines if line["run"] == run))
+def teachers_of(lines: Sequence[Line], run: str) -> list[str]:
+    """Those with runs of this kind, in the order of their tokens."""
+    having = {line["teacher"] for line in lines if line["run"] == run}
+    return [name for name in dict.fromkeys(line["teacher"] for line in lines if line["run"] == "tokens") if name in having]
 
 
 def about(lines: Iterable[Line], teacher: str, name: str, figure: str) -> str:

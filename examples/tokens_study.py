@@ -102,7 +102,7 @@ class Study:
         if name not in self.tokens:
             path = self.out / f"{self.kind}, {name.replace(':', ',')}.pt"
             way = WAYS[name]
-            torch.manual_seed(0)
+            torch.manual_seed(way.seed)
             learner = MaskLearner(self.teacher.channels, way.num_tokens, way.weighted, standardize=way.standardize)
             if path.exists():
                 learner.load_state_dict(torch.load(path, weights_only=True))
@@ -123,7 +123,7 @@ class Study:
         steps = self.settings.token_steps if way.steps is None else way.steps
         optimizer = optimizer_of(modules, way)
         schedule = schedule_of(optimizer, way, max(steps, 1))
-        for batch in batches(len(levels[0]), steps, seed=0):
+        for batch in batches(len(levels[0]), steps, way.seed):
             part = batch[:TOKEN_BATCH]
             seen = [x[part].float() for x in levels]
             loss = self.teacher.loss(learner(seen), self.train.targets[part]) + learner.dice_loss()

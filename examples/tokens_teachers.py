@@ -9,8 +9,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot, pixel
 from .digits_data import NUM_CLASSES, SIZE, Scenes
 from .digits_models import Backbone, Pyramid, PyramidNet, conv_bn_relu, make_student, make_teacher
 from .digits_tasks import mean_iou, task_loss
+from .real.centres import average_precision
+from .real.data import Objects
 
 QUARTER = SIZE // 2  # every digit lies in one quarter of a scene
+DETECTIONS = 50  # candidates in a scene
 
 
 class Net(nn.Module):
@@ -100,9 +103,9 @@ class ViT(Net):
 class Detector(Net):
     """One head on every level of a pyramid gives classes (focal loss) and boxes (IoU loss), without anchors, as FCOS does.
 
-    All levels learn all digits, which have about one size. The score is the loss of the test scenes, negated."""
+    All levels learn all digits, which have about one size."""
 
-    metric = "minus the loss"
+    metric = "mAP"
 
     def __init__(self, widths: tuple[int, int, int], width: int) -> None:
         super().__init__()
@@ -130,9 +133,25 @@ class Detector(Net):
     def score(self, scenes: Scenes) -> float:
         training = self.training
         self.eval()
-        loss = float(self.loss(self.features(scenes.images), scenes.labels))
+        rows = self.detections(scenes.images)
         self.train(training)
-        return -loss
+        return average_precision(rows, truth(scenes.labels), NUM_CLASSES - 1)["mAP"]
+
+    def detections(self, images: Tensor) -> list[Tensor]:
+        """Rows ``[k, 6]`` of every image: box (left, top, right, bottom), score and class. Where boxes of a class overlap by an
+        IoU above .5, the best one stays."""
+        boxes, scores = [], []
+        for x in self.features(images):
+            tower = self.tower(x)
+            y, x = torch.meshgrid(*[centres_of(n) for n in tower.shape[2:]], indexing="ij")
+            top, left, bottom, right = (8 * softplus(self.reg(tower))).unbind(1)
+            boxes.append(torch.stack([x - left, y - top, x + right, y + bottom], -1).flatten(1, 2))
+            scores.append(self.cls(tower).sigmoid().movedim(1, 3).flatten(1, 2))
+        best, where = torch.cat(scores, 1).flatten(1).topk(DETECTIONS)
+        kinds = where % (NUM_CLASSES - 1)
+        places = (where // (NUM_CLASSES - 1))[..., None].expand(-1, -1, 4)
+        rows = torch.cat([torch.cat(boxes, 1).gather(1, places), best[..., None], kinds[..., None]], 2)
+        return [own[alone] for own, alone in zip(rows, without_copies(rows), strict=True)]
 
 
 def boxes_of(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +182,7 @@ def targets(classes: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor, 
     """Of a level of ``size`` by ``size`` places: classes ``[N, 10, h, w]``, distances to the box's sides ``[N, h, w, 4]`` in
     units of 8 pixels, and where there is a digit ``[N, h, w]``: near the middle of its box."""
     stride = SIZE / size
-    centre = (torch.arange(size) + 0.5) * stride
+    centre = centres_of(size)
     y, x = centre[:, None].expand(size, size), centre.expand(size, size)
     kinds = torch.zeros(len(classes), NUM_CLASSES - 1, size, size)
     sides, hit = torch.zeros(len(classes), size, size, 4), torch.zeros(len(classes), size, size, dtype=torch.bool)
@@ -174,6 +193,31 @@ def targets(classes: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor, 
         kinds = torch.where(here[:, None], one_hot((kind - 1).clamp(min=0), NUM_CLASSES - 1)[:, :, None, None].float(), kinds)
         sides, hit = torch.where(here[..., None], to_sides, sides), hit | here
     return kinds, sides, hit
+
+
+def centres_of(size: int) -> Tensor:
+    """Of a level's ``size`` places along a side, in pixels."""
+    return (torch.arange(size) + 0.5) * (SIZE / size)
+
+
+def truth(labels: Tensor) -> list[Objects]:
+    """The digits of every scene."""
+    classes, boxes = boxes_of(labels)
+    pairs = zip(classes, boxes[..., [1, 0, 3, 2]].float(), strict=True)
+    return [Objects(box[kind > 0], kind[kind > 0] - 1) for kind, box in pairs]
+
+
+def without_copies(rows: Tensor) -> Tensor:
+    """``[N, k]``: whether a row of `Detector.detections`, best first, overlaps with no better one of its class that stays."""
+    boxes = rows[..., :4] + 10 * SIZE * rows[..., 5:]  # those of different classes lie apart
+    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+    both, areas = (high - low).clamp(min=0).prod(3), (boxes[..., 2:] - boxes[..., :2]).prod(2)
+    copies = both > 0.5 * (areas[:, :, None] + areas[:, None] - both)
+    stays = torch.ones_like(areas, dtype=torch.bool)
+    for i in range(rows.shape[1]):
+        stays[:, i + 1 :] &= ~(stays[:, i, None] & copies[:, i, i + 1 :])
+    return stays
 
 
 def focal(logits: Tensor, target: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ class Tokens:
         sgd: SGD of rate .1 and momentum .9 in place of Adam.
         poly: the rate falls by a polynomial of power .9 in place of a cosine.
         steps: None: those of the settings; 0: as initialised.
+        seed: of the tokens' start and of the batches.
     """
 
     standardize: bool | str = False
@@ -28,6 +29,7 @@ class Tokens:
     sgd: bool = False
     poly: bool = False
     steps: int | None = None
+    seed: int = 0
 
 
 def ways(standardize: bool | str) -> dict[str, Tokens]:
@@ -54,6 +56,9 @@ WAYS = {
     "channel: weighting smaller at the start": Tokens("channel", scale=0.01),
     "isotropic: as published": Tokens("isotropic"),
     "isotropic: one token": Tokens("isotropic", num_tokens=1),
+    "raw: as published, seed 1": Tokens(seed=1),
+    "channel: as published, seed 1": Tokens("channel", seed=1),
+    "channel: one token, seed 1": Tokens("channel", num_tokens=1, seed=1),
 }
 LEFT_OUT = {  # by the detector, whose head takes long
     "raw: weight decay 0.1",

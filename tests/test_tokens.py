@@ -1,6 +1,7 @@
 """The study of tokens: it runs and goes on where it stopped, its teachers are what they say, and its page has its figures."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,24 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="needs the demo extra")
+pytest.importorskip("pycocotools", reason="needs the test extra")
 
 from examples import tokens, tokens_report, tokens_study
 from examples.digits_data import make_scenes
 from examples.intervals import interval
-from examples.tokens_teachers import Detector, boxes_of, focal, iou, objects_of, student_of, targets, teacher_of
+from examples.real.centres import average_precision
+from examples.tokens_teachers import (
+    Detector,
+    boxes_of,
+    focal,
+    iou,
+    objects_of,
+    student_of,
+    targets,
+    teacher_of,
+    truth,
+    without_copies,
+)
 from maskd_triton import MaskModule
 from tests import test_real
 
@@ -23,8 +37,7 @@ RESULTS = ROOT / "bench/results/cpu-tokens.jsonl"
 
 @pytest.mark.slow
 def test_a_small_run_and_a_second_one(tmp_path: Path, camvid: Path, bccd: Path) -> None:
-    for package in ("matplotlib", "pycocotools"):
-        pytest.importorskip(package, reason="needs the demo and test extras")
+    pytest.importorskip("matplotlib", reason="needs the demo extra")
     from examples.real.models import make_teacher
 
     for name, outputs in (("camvid", 11), ("bccd", 7)):
@@ -56,7 +69,6 @@ def test_a_small_run_and_a_second_one(tmp_path: Path, camvid: Path, bccd: Path) 
 
 
 def test_a_teacher_that_is_missing(tmp_path: Path, camvid: Path) -> None:
-    pytest.importorskip("pycocotools", reason="needs the test extra")
     from examples.tokens_real import real_study
 
     journal = tokens.Journal(tmp_path / "runs.jsonl")
@@ -140,6 +152,40 @@ def test_detector_learns_boxes_on_every_level() -> None:
     net, scenes = Detector((4, 4, 4), 4), make_scenes("train", 2)
     net.loss(net.features(scenes.images), scenes.labels).backward()
     assert all(conv.weight.grad.abs().max() > 0 for conv in net.neck.smooth)
+
+
+def test_detections_of_the_detector() -> None:
+    """Boxes around their places, each class by itself, without copies."""
+    net, scenes = Detector((4, 4, 4), 4).eval(), make_scenes("train", 2)
+    for conv in (net.cls, net.reg):
+        torch.nn.init.zeros_(conv.weight)
+    torch.nn.init.constant_(net.reg.bias, math.log(math.e - 1))  # 8 pixels to each side
+    with torch.no_grad():
+        net.cls.bias[3] = 5
+        rows = net.detections(scenes.images)[0]
+    assert rows[:, 5].eq(3).all()
+    assert rows[:, 4].eq(torch.tensor(5.0).sigmoid()).all()
+    torch.testing.assert_close(rows[:, 2:4] - rows[:, :2], torch.full((len(rows), 2), 16.0))
+    assert rows[0, :2].tolist() in [[x - 8, y - 8] for x in range(1, 40, 2) for y in range(1, 40, 2)]
+    assert 1 < len(rows) < 25  # of 50 candidates
+    assert without_copies(rows[None]).all()
+
+
+def test_average_precision_of_the_truth() -> None:
+    """It is 1, also with worse copies, which are left out, and less if every box is moved."""
+    labels = make_scenes("test", 4).labels
+    objects = truth(labels)
+    assert [len(x.boxes) for x in objects] == [int((boxes_of(labels)[0][n] > 0).sum()) for n in range(4)]
+    found = []
+    for x in objects:
+        sure = torch.cat([x.boxes, torch.full((len(x.boxes), 1), 0.9), x.classes[:, None]], 1)
+        copies = sure + torch.tensor([1.0, 0, 1, 0, -0.4, 0])
+        both = torch.cat([sure, copies])
+        found.append(both[without_copies(both[None])[0]])
+        assert torch.equal(found[-1], sure)
+    assert average_precision(found, objects, 10)["mAP"] == pytest.approx(1)
+    moved = [rows + torch.tensor([4.0, 0, 4, 0, 0, 0]) for rows in found]
+    assert average_precision(moved, objects, 10)["mAP"] < 0.5
 
 
 def page() -> tuple[str, list[dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Detection without anchors: heatmaps of centres, and distances to the sides of boxes (as TTFNet, arXiv 1909.00700)."""
 
 import io
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 
 import torch
@@ -78,21 +79,20 @@ def detections(outputs: Tensor) -> Tensor:
     return torch.cat([boxes, best[..., None], (where // scores[0, 0].numel())[..., None]], 2)
 
 
-def average_precision(outputs: Tensor, objects: list[Objects]) -> dict[str, float]:
-    """COCO's mAP at IoU .5:.95 and at .5, by pycocotools."""
+def average_precision(rows: Iterable[Tensor], objects: Sequence[Objects], classes: int = CLASSES) -> dict[str, float]:
+    """COCO's mAP at IoU .5:.95 and at .5, by pycocotools. ``rows [k, 6]`` of an image are as `detections` gives them."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ModuleNotFoundError as error:
         raise SystemExit(f"mAP needs the package pycocotools: {EXTRA}") from error
     truth, found = COCO(), COCO()
-    images, categories = [{"id": i} for i in range(len(objects))], [{"id": i} for i in range(CLASSES)]
+    images, categories = [{"id": i} for i in range(len(objects))], [{"id": i} for i in range(classes)]
     truth.dataset = {
         "images": images,
         "categories": categories,
         "annotations": annotations([(x.boxes, x.classes) for x in objects]),
     }
-    rows = detections(outputs)
     found.dataset = {
         "images": images,
         "categories": categories,

@@ -89,7 +89,7 @@ class BCCD:
         return centres.loss(outputs, targets)
 
     def scores(self, outputs: Tensor, objects: list[Objects]) -> dict[str, float]:
-        return centres.average_precision(outputs, objects)
+        return centres.average_precision(centres.detections(outputs), objects)
 
 
 Task = CamVid | BCCD
