@@ -1,4 +1,4 @@
-# make demo: set up, train and distil on real images, about 5 minutes on 2 idle cores; make demo ARGS=--quick takes 2.
+# make demo: set up, train and distil on real images, about 4 minutes on 2 idle cores; make demo ARGS=--quick takes 2.
 # make test: set up and run every check, 8 minutes on 2 free cores.
 # make docs: the site, into build/site, without a network.
 # make grid: the kernels' tests on other versions of torch, too; makes environments of 12 GB. make coverage: which lines tests run.

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = {"student_steps": args.steps, "seeds": args.seeds}
     settings = replace(settings, **{name: value for name, value in asked.items() if value is not None})
     if not args.quick:
-        print("A full run; --quick takes a third of the time, with one seed (make demo ARGS=--quick)")
+        print("A full run; --quick takes half the time, with one seed (make demo ARGS=--quick)")
     device = torch.device(args.device)
     scenes, teacher = teach(settings, device)
     study, stage1 = prepare(scenes, teacher, settings)
