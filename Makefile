@@ -1,5 +1,5 @@
 # make demo: set up, train and distil on real images, about 4 minutes on 2 idle cores; make demo ARGS=--quick takes 2.
-# make test: set up and run every check, 8 minutes on 2 free cores.
+# make test: set up and run every check, 12 minutes on 2 free cores, 8 once Triton has cached its kernels.
 # make docs: the site, into build/site, without a network.
 # make grid: the kernels' tests on other versions of torch, too; makes environments of 12 GB. make coverage: which lines tests run.
 PYTHON ?= python3
@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m examples.digits --out demo_output $(ARGS)
 
 test: $(VENV)/test.stamp
-	@echo 'Every check: about 8 minutes on 2 free cores, longer on busy ones. `pytest -n auto -m "not slow"` answers in 60 seconds.'
+	@echo 'Every check: about 12 minutes on 2 free cores, 8 once Triton has cached its kernels, longer on busy ones. `pytest -n auto -m "not slow"` answers in 60 seconds.'
 	rm -rf $(REPORTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
