@@ -7,6 +7,7 @@ turns, so other programs on the machine disturb it little.
 
 import argparse
 import importlib.util
+import json
 import sys
 import time
 import types
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import contenders
+from . import contenders, environment
 from .workloads import WORKLOADS, Inputs, make_inputs
 
 FILE = "mmrazor/mmrazor/models/losses/maskd.py"
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="a clone of github.com/hunto/MasKD")
     parser.add_argument("--workload", default="fpn", choices=[name for name, w in WORKLOADS.items() if w.stage == 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     inputs = make_inputs(WORKLOADS[args.workload], torch.device("cpu"))
@@ -84,6 +86,10 @@ def main(argv: list[str] | None = None) -> None:
             loss.backward()
             times[name].append(1000 * (time.process_time() - start))
             results[name] = [loss.detach(), *(s.grad for s in inputs.student if s.grad is not None)]
+    if args.out:
+        milliseconds = {name: min(each) for name, each in times.items()}
+        facts = {"workload": args.workload, "rounds": args.rounds, "milliseconds": milliseconds}
+        args.out.write_text(json.dumps(facts | environment.describe(torch.device("cpu")), indent=1) + "\n")
     for name, each in times.items():
         pairs = zip(results[name], results["literal"], strict=True)
         error = max(((x - y).abs().max() / y.abs().max()).item() for x, y in pairs)

@@ -8,7 +8,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from bench import environment
 from maskd_triton import MaskedDistillLoss, MaskLearner
 from maskd_triton.capture import call
 
+from .digits import Settings
 from .digits_data import SPLITS, Scenes, make_scenes
 from .digits_models import PyramidNet, make_student
 from .digits_tasks import mean_iou, task_loss
@@ -41,16 +41,8 @@ LAYERS: dict[str, str | list[str]] = {
 }
 WEIGHTS = (0.1, 0.3, 1, 3, 10, 30, 100)
 TUNING_SEED = 100
+SETTINGS = Settings(seeds=4)
 FILE = Path(__file__).parents[1] / "bench/results/cpu-layers.json"
-
-
-@dataclass(frozen=True)
-class Settings:
-    scenes: tuple[int, int, int] = (3000, 400, 600)  # train, validation, test
-    teacher_steps: int = 300
-    token_steps: int = 100
-    student_steps: int = 250
-    seeds: int = 4
 
 
 class Study:
@@ -177,10 +169,10 @@ def train_student(
     return student.eval()
 
 
-def main(argv: Sequence[str] | None = None, settings: Settings | None = None) -> None:
+def main(argv: Sequence[str] | None = None, settings: Settings = SETTINGS) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FILE, help="the file of results")
-    study = Study(settings or Settings(), parser.parse_args(argv).out)
+    study = Study(settings, parser.parse_args(argv).out)
     study.all_layers()
     print(table(study.runs, study.settings.seeds))
 

@@ -162,13 +162,13 @@ def default(key: Key) -> Config:
 
 
 def user_file(gpu: str) -> Path:
-    """The folder of configurations that were tuned on this machine."""
+    """The file of configurations that were tuned on this machine."""
     folder = os.environ.get(FOLDER) or Path.home() / ".config" / "maskd_triton"
     return Path(folder, _file_name(gpu))
 
 
 def shipped_file(gpu: str) -> Path:
-    """The folder of configurations that come with the package."""
+    """The file of configurations that come with the package."""
     return Path(__file__).parent / "configs" / _file_name(gpu)
 
 

@@ -57,7 +57,7 @@ def test_the_page_has_the_table_of_layers() -> None:
     from examples import layers
 
     results = json.loads(layers.FILE.read_text())
-    assert results["settings"] == layers.Settings().__dict__ | {"scenes": list(layers.Settings().scenes)}
+    assert results["settings"] == layers.SETTINGS.__dict__ | {"scenes": list(layers.SETTINGS.scenes)}
     page = (layers.FILE.parents[2] / "docs/demo.md").read_text()
     assert f"<!-- layers -->\n\n{layers.table(results['runs'], results['settings']['seeds'])}\n\n<!-- end -->" in page
     assert f"test mIoU {results['teacher']['test']:.3f})" in page
