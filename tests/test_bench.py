@@ -190,10 +190,21 @@ def test_official(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(THEIRS)
     threads = torch.get_num_threads()
-    official.main([str(tmp_path), "--workload", "tiny", "--rounds", "1"])
+    official.main([str(tmp_path), "--workload", "tiny", "--rounds", "1", "--out", str(tmp_path / "times.json")])
     torch.set_num_threads(threads)
     lines = dict(re.findall(r"^(\w.*?) +\d+ ms .* by (\S+)$", capsys.readouterr().out, re.M))
     assert set(lines) == {"ours", "official", "official, tokens frozen", "literal"}
+    assert json.loads((tmp_path / "times.json").read_text())["milliseconds"].keys() == set(lines)
     assert float(lines["ours"]) < 1e-5 < float(lines["official"])
     with pytest.raises(SystemExit, match="give a clone"):
         official.main([str(tmp_path / "other")])
+
+
+def test_pages_give_the_measured_time_of_the_official_module() -> None:
+    times = json.loads((official.environment.ROOT / "bench/results/cpu-official.json").read_text())["milliseconds"]
+    ratio = f"{times['official, tokens frozen'] / times['ours']:.0f}"
+    for page, sentence in (
+        ("README.md", f"own module takes {ratio} times our CPU time"),
+        ("docs/performance.md", f"takes {ratio} times as long"),
+    ):
+        assert sentence in " ".join((official.environment.ROOT / page).read_text().split())
